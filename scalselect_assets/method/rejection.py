@@ -1,6 +1,7 @@
 """Why a row has no representation: the closed list of reasons, shared by everything that can reject a row."""
 
 import enum
+from dataclasses import dataclass
 
 
 class RejectionReason(enum.StrEnum):
@@ -16,5 +17,14 @@ class RejectionReason(enum.StrEnum):
     UNDECODABLE_IMAGE = "undecodable_image"
     IMAGE_TOO_LARGE = "image_too_large"
     TEMPLATE_REFUSED = "template_refused"
+    PROCESSOR_REFUSED = "processor_refused"
     TOO_LONG = "too_long"
     NON_FINITE = "non_finite"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why one row is not embedded: the typed reason and one sentence with what was found and the remedy."""
+
+    reason: RejectionReason
+    detail: str

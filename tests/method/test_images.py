@@ -1,0 +1,53 @@
+"""Decoding refuses what it should, by type."""
+
+import io
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError, decode_image
+from tests.conftest import png_bytes
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+
+    def chunk(content: bytes) -> bytes:
+        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(header) + chunk(b"IDAT")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_mode_comes_out_as_rgb(mode: str) -> None:
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    assert decode_image(encoded(Image.new(mode, (5, 4)), kind)).mode == "RGB"
+
+
+def test_the_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    assert decode_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", png_bytes(1)[:-30], png_bytes(1)[:20], b"\xff\xd8\xff" + bytes(50)], ids=range(5)
+)
+def test_what_is_no_whole_image_is_undecodable(data: bytes) -> None:
+    with pytest.raises(UndecodableImageError):
+        decode_image(data)
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (100_000, 100_000), (11, 10)])
+def test_an_image_beyond_the_limit_is_refused_from_its_header(width: int, height: int) -> None:
+    with pytest.raises(ImageTooLargeError, match="pixels"):
+        decode_image(png_header(width, height), max_pixels=109)

@@ -1,0 +1,175 @@
+"""Leverage from moments equals leverage from a full SVD, and behaves as leverage must."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from scalselect_assets.method.leverage import leverage_scores
+from scalselect_assets.method.moments import Moments, NonFiniteError, accumulate
+from scalselect_assets.method.subspace import DEFAULT_ENERGY_THRESHOLD, fit_subspace
+
+
+def rows(n: int, d: int, seed: int = 0) -> NDArray[np.float64]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, d)) * np.geomspace(1, 0.05, d) @ rng.normal(size=(d, d)) + rng.normal(size=d)
+
+
+def with_outlier_dimensions(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What hidden states look like: one wide dimension far from zero, one far from zero only."""
+    x = x.copy()
+    x[:, 1] = x[:, 1] * 1e3 + 1e4
+    x[:, 2] += 1e6
+    return x
+
+
+def published(x: NDArray[Any], threshold: float) -> tuple[NDArray[np.float64], int]:
+    """Scores and k as the paper computes them: a full SVD of the centred matrix."""
+    centred = x - x.mean(axis=0)
+    U, s, _ = np.linalg.svd(centred, full_matrices=False)
+    k = int(np.searchsorted(np.cumsum(s**2) / np.sum(s**2), threshold)) + 1
+    return np.square(U[:, :k]).sum(axis=1), k
+
+
+def scores(x: NDArray[Any], threshold: float = DEFAULT_ENERGY_THRESHOLD) -> NDArray[np.float64]:
+    return leverage_scores(x, fit_subspace(Moments.of(x), threshold))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize(("n", "d"), [(700, 24), (300, 1), (30, 80), (2, 5)])
+def test_scores_equal_the_svd(n: int, d: int, threshold: float):
+    x = rows(n, d)
+    want, k = published(x, threshold)
+    subspace = fit_subspace(accumulate(np.array_split(x, 4), d), threshold)
+    assert subspace.k == k
+    np.testing.assert_allclose(leverage_scores(x, subspace), want, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.999999, 0.99999999])
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_equal_the_svd_beside_outlier_dimensions(seed: int, threshold: float):
+    x = with_outlier_dimensions(rows(900, 48, seed))
+    want, k = published(x, threshold)
+    subspace = fit_subspace(accumulate(np.array_split(x, 7), 48), threshold)
+    assert subspace.k == k
+    # Relative to each score, but a score of nearly zero is compared with the mean score.
+    np.testing.assert_allclose(leverage_scores(x, subspace), want, rtol=1e-6, atol=1e-6 * k / 900)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    n=st.integers(1, 80),
+    d=st.integers(1, 30),
+    seed=st.integers(0, 100),
+    threshold=st.sampled_from([0.3, 0.9, 0.9999]),
+    outliers=st.booleans(),
+)
+def test_scores_lie_between_zero_and_one_and_sum_to_k(n, d, seed, threshold, outliers):
+    x = rows(n, d + 3, seed)
+    if outliers:
+        x = with_outlier_dimensions(x)
+    subspace = fit_subspace(Moments.of(x), threshold)
+    got = leverage_scores(x, subspace)
+    assert got.shape == (n,)
+    assert got.dtype == np.float64
+    assert ((got >= 0) & (got <= 1)).all()
+    assert got.sum() == pytest.approx(subspace.k, rel=1e-6)
+
+
+@settings(deadline=None, max_examples=20)
+@given(cuts=st.lists(st.integers(0, 90), max_size=5).map(sorted), order=st.permutations(range(90)))
+def test_neither_shards_nor_order_change_a_score(cuts, order):
+    x = with_outlier_dimensions(rows(90, 6))
+    shards = np.split(x[list(order)], cuts)
+    subspace = fit_subspace(accumulate(shards, 6), 0.99999)
+    got = np.concatenate([leverage_scores(shard, subspace) for shard in shards])
+    np.testing.assert_allclose(got, scores(x, 0.99999)[list(order)], rtol=1e-8)
+
+
+def test_duplicates_score_equally_to_the_last_bit_whatever_stands_beside_them():
+    # Wide enough that BLAS takes another kernel for another number of rows.
+    x = rows(1200, 300)
+    x[[256, 700, 1199]] = x[3]
+    subspace = fit_subspace(Moments.of(x))
+    whole = leverage_scores(x, subspace)
+    alone = [leverage_scores(x[3:end], subspace)[0] for end in (4, 5, 10, 67, 259, 260, 1000)]
+    assert {*whole[[3, 256, 700, 1199]], *alone} == {whole[3]}
+
+
+def test_a_rare_direction_scores_highest():
+    x = rows(500, 8) * np.array([1, 1, 1, 1, 1, 1, 1, 0])
+    planted = [17, 401]
+    x[planted, 7] = 200.0
+    assert set(np.argsort(-scores(x))[:2]) == set(planted)
+
+
+def test_dependent_and_constant_columns_change_no_score():
+    x = rows(100, 3)
+    isometric = np.column_stack([x[:, :2], x[:, 2] * 0.6, x[:, 2] * 0.8, np.full(100, 0.1)])
+    np.testing.assert_allclose(scores(isometric, 1.0), scores(x, 1.0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 300])
+def test_rows_without_any_difference_score_zero(n: int):
+    np.testing.assert_array_equal(scores(np.full((n, 4), 1e6 / 3)), np.zeros(n))
+
+
+def test_two_rows_share_the_only_direction():
+    np.testing.assert_allclose(scores(np.array([[0.0, 1.0], [4.0, 4.0]])), [0.5, 0.5])
+
+
+def test_with_the_whole_rank_kept_scores_are_the_diagonal_of_the_hat_matrix():
+    x = rows(60, 5)
+    centred = x - x.mean(axis=0)
+    got = scores(x, 1.0)
+    np.testing.assert_allclose(got, np.diag(centred @ np.linalg.pinv(centred)), rtol=1e-8)
+    assert got.sum() == pytest.approx(5)
+
+
+def test_no_rows_have_no_scores():
+    subspace = fit_subspace(Moments.of(rows(20, 3)))
+    assert leverage_scores(np.empty((0, 3)), subspace).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_narrow_rows_are_scored_in_float64(dtype: type[np.floating[Any]]):
+    x = (rows(300, 10) + 50).astype(dtype)
+    np.testing.assert_allclose(scores(x), published(x.astype(np.float64), 0.9)[0], rtol=1e-9)
+
+
+def test_a_row_outside_the_fitted_pool_is_refused_by_its_number():
+    x = rows(400, 4)
+    subspace = fit_subspace(Moments.of(x))
+    x[300] += 1e3
+    with pytest.raises(ValueError, match=r"(?s)in row 300 .*400 rows of the basis.*Refit the basis"):
+        leverage_scores(x, subspace)
+
+
+def test_rounding_above_one_is_clipped():
+    x = rows(50, 3)
+    subspace = fit_subspace(Moments.of(x))
+    direction = subspace.directions[:, 0] * subspace.singular_values[0]
+    edge = subspace.mean + direction * np.array([[1 + 1e-8], [1 - 1e-8]])
+    got = leverage_scores(edge, subspace)
+    assert got[0] == 1.0
+    assert 1 - 1e-7 < got[1] < 1.0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("row", [0, 299, 599])
+def test_a_non_finite_value_is_refused_by_its_row(row: int, value: float):
+    x = rows(600, 3)
+    subspace = fit_subspace(Moments.of(x))
+    x[row, 1] = value
+    with pytest.raises(NonFiniteError, match=rf"row {row} .*column 1"):
+        leverage_scores(x, subspace)
+
+
+def test_other_dimensions_are_refused_even_without_rows():
+    subspace = fit_subspace(Moments.of(rows(20, 3)))
+    for x in (np.zeros((5, 4)), np.empty((0, 4)), np.zeros(3)):
+        with pytest.raises(ValueError, match=r"expected \(rows, 3\)"):
+            leverage_scores(x, subspace)
