@@ -1,0 +1,181 @@
+"""Everything that the assets write apart from vectors: Parquet frames, safetensors arrays and JSON.
+
+One file per asset and shard, always replaced whole and atomically, so that a reader sees the old or the new
+content and a rerun changes nothing. Each file carries its own header (data version, provenance, what it was
+computed from), so that what is recorded is what was read. Costs: one file in memory at a time.
+"""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import safetensors
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+from upath import UPath
+
+from resources.names import encode_name
+
+Header = Mapping[str, str]
+
+
+class ArtifactMissingError(FileNotFoundError):
+    """An asset's output is not in the store; the message names the asset, the shard and the remedy."""
+
+
+class ArtifactCorruptError(RuntimeError):
+    """An asset's output is there but cannot be read; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class ArtifactStore:
+    """The files of one selection below ``root`` (local or remote)."""
+
+    root: UPath
+
+    def path(self, asset: str, shard: str | None = None, *, suffix: str) -> UPath:
+        """Where the output of ``asset`` (for ``shard``) lies, whether or not it exists."""
+        if shard is None:
+            return self.root / asset / f"{asset}{suffix}"
+        return self.root / asset / f"{encode_name(shard)}{suffix}"
+
+    def write_frame(
+        self, asset: str, frame: pl.DataFrame, header: Header, shard: str | None = None
+    ) -> tuple[UPath, int]:
+        """Replace a Parquet file; returns its path and size in bytes."""
+        buffer = io.BytesIO()
+        frame.write_parquet(buffer, metadata=dict(header))
+        return self._replace(self.path(asset, shard, suffix=".parquet"), buffer.getvalue())
+
+    def read_frame(self, asset: str, shard: str | None = None) -> tuple[pl.DataFrame, dict[str, str]]:
+        """A Parquet file and its header.
+
+        Raises:
+            ArtifactMissingError: Not materialized.
+            ArtifactCorruptError: Truncated or damaged.
+        """
+        path = self.path(asset, shard, suffix=".parquet")
+        data = self._read(asset, shard, path)
+        with self._readable(asset, shard, path):
+            return pl.read_parquet(io.BytesIO(data)), pl.read_parquet_metadata(io.BytesIO(data))
+
+    def read_header(self, asset: str, shard: str | None = None) -> dict[str, str]:
+        """The header of a Parquet file without its rows; raises as ``read_frame``."""
+        path = self.path(asset, shard, suffix=".parquet")
+        with (
+            self._present(asset, shard, path),
+            self._readable(asset, shard, path),
+            path.open("rb") as file,
+        ):
+            return pl.read_parquet_metadata(file)
+
+    def write_arrays(
+        self, asset: str, arrays: Mapping[str, NDArray[Any]], header: Header, shard: str | None = None
+    ) -> tuple[UPath, int]:
+        """Replace a safetensors file; returns its path and size in bytes."""
+        contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        data = save_safetensors(contiguous, metadata=dict(header))
+        return self._replace(self.path(asset, shard, suffix=".safetensors"), data)
+
+    def read_arrays(
+        self, asset: str, shard: str | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+        """A safetensors file and its header; raises as ``read_frame``."""
+        path = self.path(asset, shard, suffix=".safetensors")
+        data = self._read(asset, shard, path)
+        with self._readable(asset, shard, path):
+            header_length = int.from_bytes(data[:8], "little")
+            arrays = load_safetensors(data)
+            header = json.loads(data[8 : 8 + header_length]).get("__metadata__", {})
+            return arrays, header
+
+    def write_json(self, asset: str, value: Any, shard: str | None = None) -> tuple[UPath, int]:
+        """Replace a JSON file; returns its path and size in bytes."""
+        data = json.dumps(value, ensure_ascii=False, indent=1).encode()
+        return self._replace(self.path(asset, shard, suffix=".json"), data)
+
+    def read_json(self, asset: str, shard: str | None = None) -> Any:
+        """A JSON file; raises as ``read_frame``."""
+        path = self.path(asset, shard, suffix=".json")
+        data = self._read(asset, shard, path)
+        with self._readable(asset, shard, path):
+            return json.loads(data)
+
+    def write_text(self, path: UPath, pieces: Iterable[str]) -> int:
+        """Replace a text file from a stream of pieces, in constant memory; returns its size in bytes."""
+        with tempfile.TemporaryFile() as file:
+            for piece in pieces:
+                file.write(piece.encode())
+            size = file.tell()
+            file.seek(0)
+            with self._atomic(path) as target:
+                while chunk := file.read(2**20):
+                    target.write(chunk)
+        return size
+
+    def exists(self, asset: str, shard: str | None = None, *, suffix: str) -> bool:
+        """Whether the output is there."""
+        return bool(self.path(asset, shard, suffix=suffix).exists())
+
+    def _read(self, asset: str, shard: str | None, path: UPath) -> bytes:
+        with self._present(asset, shard, path):
+            return bytes(path.read_bytes())
+
+    @contextmanager
+    def _present(self, asset: str, shard: str | None, path: UPath) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ArtifactMissingError(
+                f"{_what(asset, shard)} is not in the store ({path}); materialize it first"
+            ) from error
+
+    @contextmanager
+    def _readable(self, asset: str, shard: str | None, path: UPath) -> Iterator[None]:
+        try:
+            yield
+        except (pl.exceptions.PolarsError, safetensors.SafetensorError, ValueError) as error:
+            raise ArtifactCorruptError(
+                f"{_what(asset, shard)} cannot be read ({path}: {error}); materialize it again"
+            ) from error
+
+    def _replace(self, path: UPath, data: bytes) -> tuple[UPath, int]:
+        with self._atomic(path) as target:
+            target.write(data)
+        return path, len(data)
+
+    @contextmanager
+    def _atomic(self, path: UPath) -> Iterator[Any]:
+        """Open ``path`` for writing such that it appears complete or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.protocol not in {"", "file", "local"}:
+            # An object store shows an object once its upload is complete; a failed block uploads nothing.
+            with tempfile.TemporaryFile() as upload:
+                yield upload
+                upload.seek(0)
+                with path.open("wb") as target:
+                    target.write(upload.read())
+            return
+        target_path = Path(path.path)
+        with tempfile.NamedTemporaryFile(dir=target_path.parent, prefix=".writing-", delete=False) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                Path(file.name).unlink()
+                raise
+        Path(file.name).replace(target_path)
+
+
+def _what(asset: str, shard: str | None) -> str:
+    return asset if shard is None else f"{asset}[{shard}]"

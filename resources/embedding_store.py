@@ -1,0 +1,214 @@
+"""The vectors, in LanceDB: one table per model fingerprint and shard, replaced whole in one commit.
+
+Why not one table: replacing a shard in a shared table either needs memory in proportion to the whole table
+or takes two commits, and disjoint shards conflict. With a table each, memory is bounded by the shard, shards
+never meet, and a crash leaves the old version or the new one. Whoever reads names the version that it was
+told of, so that nothing changes under a reader. There must be one writer per shard; the refresh holds a lock.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from resources.names import encode_name
+
+_KEY_FIELD = "scalselect.shard"
+
+
+class EmbeddingTableError(RuntimeError):
+    """A table is missing or does not hold what was recorded of it; the message names the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingTable:
+    """A committed table, as recorded for whoever reads it.
+
+    Attributes:
+        fingerprint: Of the model that made the vectors.
+        shard: The shard's partition key.
+        table: Name in LanceDB.
+        version: Committed version.
+        n_rows: Embedded samples.
+        dimension: Length of each vector.
+        content_sha256: Over keys and vector bytes in row order.
+    """
+
+    fingerprint: str
+    shard: str
+    table: str
+    version: int
+    n_rows: int
+    dimension: int
+    content_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorBatch:
+    """Some rows of a table, in no promised order."""
+
+    row: NDArray[np.int64]
+    sample_key: list[str]
+    source_id: list[str | None]
+    vector: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EmbeddingStore:
+    """LanceDB tables below ``uri`` (a folder or ``s3://``)."""
+
+    uri: str
+    storage_options: Mapping[str, str]
+
+    def replace(
+        self,
+        fingerprint: str,
+        shard: str,
+        *,
+        dimension: int,
+        rows: Sequence[int],
+        sample_keys: Sequence[str],
+        source_ids: Sequence[str | None],
+        vectors: NDArray[np.float32],
+        attributes: Mapping[str, pa.Array],
+    ) -> EmbeddingTable:
+        """Make the table of ``shard`` hold exactly these rows, in one commit.
+
+        Args:
+            fingerprint: Of the model.
+            shard: Partition key, any string.
+            dimension: d; needed where there are no rows.
+            rows: (n,) row numbers within the shard.
+            sample_keys: (n,) unique keys.
+            source_ids: (n,) the rows' own ids.
+            vectors: (n, d) float32, finite.
+            attributes: Further columns, n values each.
+
+        Raises:
+            ValueError: Shape, dtype, a non-finite vector or a repeated key; nothing was written.
+        """
+        _check_rows(shard, dimension, rows, sample_keys, vectors)
+        keys = pa.array(sample_keys, pa.string())
+        columns = {
+            "row": (pa.array(rows, pa.int64()), False),
+            "sample_key": (keys, False),
+            "vector": (pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dimension), False),
+            "source_id": (pa.array(source_ids, pa.string()), True),
+            **{name: (array, True) for name, array in attributes.items()},
+        }
+        schema = pa.schema(
+            [pa.field(name, array.type, nullable=nullable) for name, (array, nullable) in columns.items()],
+            metadata={_KEY_FIELD: shard, "scalselect.fingerprint": fingerprint},
+        )
+        data = pa.Table.from_arrays([array for array, _ in columns.values()], schema=schema)
+        name = table_name(fingerprint, shard)
+        table = self._connect().create_table(name, data, mode="overwrite")
+        return EmbeddingTable(
+            fingerprint=fingerprint,
+            shard=shard,
+            table=name,
+            version=table.version,
+            n_rows=len(rows),
+            dimension=dimension,
+            content_sha256=_content_sha256(sample_keys, vectors),
+        )
+
+    def read(self, table: EmbeddingTable, *, batch_rows: int = 1024) -> Iterator[VectorBatch]:
+        """Stream the vectors of the recorded version.
+
+        Raises:
+            EmbeddingTableError: The table or the version is gone, or does not hold the recorded rows.
+        """
+        n_rows = 0
+        handle = self._checkout(table)
+        query = handle.search().select(["row", "sample_key", "source_id", "vector"]).limit(None)
+        for batch in query.to_batches(batch_rows):
+            n_rows += batch.num_rows
+            vector = batch.column("vector").flatten().to_numpy(zero_copy_only=False)
+            yield VectorBatch(
+                row=batch.column("row").to_numpy(),
+                sample_key=batch.column("sample_key").to_pylist(),
+                source_id=batch.column("source_id").to_pylist(),
+                vector=vector.reshape(batch.num_rows, table.dimension),
+            )
+        if n_rows != table.n_rows:
+            raise EmbeddingTableError(
+                f"table {table.table!r} version {table.version} gave {n_rows} rows, recorded were "
+                f"{table.n_rows}; materialize attention_embeddings[{table.shard}] again"
+            )
+
+    def table_names(self) -> set[str]:
+        """The tables that exist, of all shards and models."""
+        names: set[str] = set()
+        token: str | None = None
+        connection = self._connect()
+        while True:
+            page = connection.list_tables(page_token=token)
+            names.update(page.tables)
+            token = page.page_token
+            if not token:
+                return names
+
+    def _checkout(self, table: EmbeddingTable) -> Any:
+        try:
+            handle = self._connect().open_table(table.table)
+            handle.checkout(table.version)
+        # LanceDB reports a missing table and a missing version as ValueError, damaged ones as RuntimeError.
+        except (ValueError, RuntimeError, OSError) as error:
+            raise EmbeddingTableError(
+                f"table {table.table!r} version {table.version} in {self.uri} cannot be opened ({error}); "
+                f"materialize attention_embeddings[{table.shard}] again"
+            ) from error
+        return handle
+
+    def _connect(self) -> Any:
+        import lancedb
+
+        # A handle keeps its snapshot otherwise, and a stale one silently duplicates or skips rows.
+        return lancedb.connect(
+            self.uri,
+            read_consistency_interval=timedelta(0),
+            storage_options=dict(self.storage_options) or None,
+        )
+
+
+def table_name(fingerprint: str, shard: str) -> str:
+    """The LanceDB table of one shard under one model."""
+    return f"{fingerprint}--{encode_name(shard)}"
+
+
+def _check_rows(
+    shard: str,
+    dimension: int,
+    rows: Sequence[int],
+    sample_keys: Sequence[str],
+    vectors: NDArray[np.float32],
+) -> None:
+    """LanceDB stores infinities, repeated keys and cast values silently, so nothing of them may reach it."""
+    if vectors.dtype != np.float32 or vectors.shape != (len(rows), dimension):
+        raise ValueError(
+            f"vectors of shard {shard!r} are {vectors.dtype} {vectors.shape}, expected float32 "
+            f"({len(rows)}, {dimension})"
+        )
+    if len(sample_keys) != len(rows) or len(set(sample_keys)) != len(rows):
+        raise ValueError(f"shard {shard!r} has {len(rows)} rows but {len(set(sample_keys))} distinct keys")
+    if not (finite := np.isfinite(vectors).all(axis=1)).all():
+        first = int(np.argmin(finite))
+        raise ValueError(
+            f"the vector of row {rows[first]} (sample {sample_keys[first]}) of shard {shard!r} is not finite"
+        )
+
+
+def _content_sha256(sample_keys: Sequence[str], vectors: NDArray[np.float32]) -> str:
+    digest = hashlib.sha256("\n".join(sample_keys).encode())
+    digest.update(np.ascontiguousarray(vectors).data)
+    return digest.hexdigest()

@@ -1,0 +1,38 @@
+"""Partition keys as file and table names: ASCII, reversible, safe on every file system and in LanceDB."""
+
+import hashlib
+import re
+
+_SAFE = re.compile(rb"[A-Za-z0-9-]")
+_ESCAPE = re.compile(r"_([0-9a-f]{2})")
+_MAX_LENGTH = 180  # leaves room for a fingerprint and a suffix within the 255 bytes of a file name
+
+
+def encode_name(key: str) -> str:
+    """Write any string with ASCII letters, digits, ``-`` and ``_`` only.
+
+    Every other byte of the UTF-8 text becomes ``_`` and two hexadecimal digits, which ``decode_name``
+    reverses. A result beyond 180 characters is cut and closed with ``__`` and a hash of the key, which no
+    other key encodes to but which cannot be decoded; what is stored under it carries its key inside.
+    """
+    encoded = "".join(
+        chr(byte) if _SAFE.match(bytes([byte])) else f"_{byte:02x}" for byte in key.encode("utf-8")
+    )
+    if len(encoded) <= _MAX_LENGTH:
+        return encoded
+    return f"{encoded[: _MAX_LENGTH - 34]}__{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+
+
+def decode_name(name: str) -> str:
+    """Inverse of ``encode_name``.
+
+    Raises:
+        ValueError: ``name`` is not a name that ``encode_name`` wrote in full.
+    """
+    if "__" in name or _ESCAPE.sub("", name).count("_"):
+        raise ValueError(f"{name!r} is not a reversibly encoded name")
+    raw = b"".join(
+        bytes([int(piece, 16)]) if index % 2 else piece.encode("ascii")
+        for index, piece in enumerate(_ESCAPE.split(name))
+    )
+    return raw.decode("utf-8")

@@ -1,0 +1,109 @@
+"""The target VLM as a Dagster resource: how it runs here. Which model it is, each selection says.
+
+A loaded model is kept for the life of the process, so a refresh of many shards loads it once. Memory: the
+vision tower, the projector, the token embeddings and one decoder layer. Importing this module imports no
+torch.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import dagster as dg
+from pydantic import Field
+
+from resources.artifacts import ArtifactMissingError, ArtifactStore
+from resources.identity import digest
+
+if TYPE_CHECKING:
+    from scalselect_assets.method.encoder import VlmEncoder
+
+CARDS = "model_cards"
+_LOADED: dict[tuple[str, str, int], "VlmEncoder"] = {}
+
+
+class VlmResource(dg.ConfigurableResource):
+    """Device and batching for the target models of this deployment."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where models run; auto is CUDA where torch sees a device."
+    )
+    batch_size: int = Field(default=8, ge=1, description="Samples per forward pass.")
+    max_image_pixels: int = Field(
+        default=50_000_000, ge=1, description="Images with more pixels are rejected, not decoded."
+    )
+
+    def encoder(
+        self,
+        artifacts: ArtifactStore,
+        *,
+        model: str,
+        revision: str | None,
+        dtype: Literal["float32", "bfloat16", "float16"],
+        attention_mass: float,
+    ) -> "VlmEncoder":
+        """The loaded model; its card is kept in the store.
+
+        Raises:
+            ModelLoadError: See ``scalselect_assets.method.encoder.load_encoder``.
+            UnsupportedModelError: Likewise.
+        """
+        from scalselect_assets.method.encoder import load_encoder
+
+        signature = model_signature(model, revision, dtype, attention_mass)
+        key = (signature, self.device, self.max_image_pixels)
+        if key not in _LOADED:
+            _LOADED.clear()  # one model at a time: two would not fit where one just does
+            _LOADED[key] = load_encoder(
+                model,
+                revision=revision,
+                device=self.device,
+                dtype=dtype,
+                attention_mass=attention_mass,
+                max_pixels=self.max_image_pixels,
+            )
+        encoder = _LOADED[key]
+        artifacts.write_json(CARDS, encoder.card.to_json(), signature)
+        return encoder
+
+    def card(
+        self,
+        artifacts: ArtifactStore,
+        *,
+        model: str,
+        revision: str | None,
+        dtype: Literal["float32", "bfloat16", "float16"],
+        attention_mass: float,
+    ) -> dict[str, Any]:
+        """The model's card, with its fingerprint: from the store if its files have not changed since.
+
+        Loads the model, and raises as ``encoder``, only where the store does not know it yet.
+        """
+        signature = model_signature(model, revision, dtype, attention_mass)
+        try:
+            return dict(artifacts.read_json(CARDS, signature))
+        except ArtifactMissingError:
+            encoder = self.encoder(
+                artifacts, model=model, revision=revision, dtype=dtype, attention_mass=attention_mass
+            )
+            return encoder.card.to_json()
+
+
+def model_signature(model: str, revision: str | None, dtype: str, attention_mass: float) -> str:
+    """A cheap stand-in for the fingerprint: it changes whenever the fingerprint could.
+
+    For a local folder: size and modification time of each file. A hub id is as stable as its revision.
+    """
+    from importlib.metadata import version
+
+    folder = Path(model).expanduser()
+    files = (
+        sorted(
+            (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+            for path in folder.rglob("*")
+            if path.is_file()
+        )
+        if folder.is_dir()
+        else []
+    )
+    identity = str(folder.resolve()) if folder.is_dir() else model
+    return digest(identity, revision, dtype, attention_mass, files, version("transformers"))

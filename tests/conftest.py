@@ -1,0 +1,78 @@
+"""Fixtures that several test folders share: the generated model, and small pools built from rows."""
+
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def png_bytes(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
+    """A PNG of seeded noise blocks."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sharegpt_row(
+    image: str | Sequence[str] | None,
+    question: str = "<image>\nWhat is this?",
+    answer: str = "Noise.",
+    **more: Any,
+) -> dict[str, Any]:
+    """One row in ShareGPT form."""
+    images = [] if image is None else [image] if isinstance(image, str) else list(image)
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        "images": images,
+        **more,
+    }
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> Path:
+    """A JSON Lines shard; strings are written as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model: a real LLaVA architecture with its real processor, randomly initialised."""
+    from scalselect_assets.demo.model import write_demo_vlm
+
+    return write_demo_vlm(tmp_path_factory.mktemp("models") / "demo-vlm")
+
+
+@pytest.fixture
+def make_pool(tmp_path: Path) -> Callable[..., Path]:
+    """Write ``{shard: n_rows}`` as a pool of distinct samples with one image each."""
+
+    def make(shards: dict[str, int], folder: str = "pool") -> Path:
+        root = tmp_path / folder
+        for number, (shard, n_rows) in enumerate(shards.items()):
+            write_pool_shard(root, shard, n_rows, seed=1000 * number)
+        return root
+
+    return make
+
+
+def write_pool_shard(root: Path, shard: str, n_rows: int, seed: int) -> None:
+    """One shard of distinct samples, with images of its own."""
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(seed, seed + n_rows):
+        (root / "images" / f"{index}.png").write_bytes(png_bytes(index))
+        depth = "../" * shard.count("/")
+        rows.append(
+            sharegpt_row(f"{depth}images/{index}.png", f"<image>\nIs this picture {index}?", "Yes", id=index)
+        )
+    write_lines(root / shard, rows)
