@@ -1,0 +1,208 @@
+"""Step 2, by shard: one vector per sample, from the first layer of the target VLM.
+
+Holds: a LanceDB table per model and shard, and the list of all rows of the shard that have no vector. Each
+row ends in exactly one of the two. Costs: the vision tower, the projector and one decoder layer per sample;
+memory of the shard's vectors and one batch.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from resources.artifacts import ArtifactStore
+from resources.embedding_store import EmbeddingTable
+from resources.identity import digest
+from resources.progress import Progress
+from resources.sample_source import SampleSource
+from resources.storage import StorageResource
+from resources.vlm import VlmResource
+from scalselect_assets import lineage, raw_samples
+from scalselect_assets.tables import ATTENTION_EMBEDDINGS, REJECTED_ROWS, column_schema, polars_schema
+
+if TYPE_CHECKING:
+    from scalselect_assets.method.encoder import ChatSample, Outcome, Representation, VlmEncoder
+    from scalselect_assets.selection import Selection
+
+NAME = "attention_embeddings"
+REJECTED = "rejected_rows"
+CODE_VERSION = "1"
+
+
+def provenance(selection: "Selection", fingerprint: str, raw_version: str) -> str:  # noqa: ARG001
+    """What the vectors of one shard are computed from; τ and the model are part of the fingerprint."""
+    return lineage.provenance(NAME, CODE_VERSION, fingerprint=fingerprint, raw_samples=raw_version)
+
+
+def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable, dict[str, str]]:
+    """The committed table of a shard and the header that was recorded with it.
+
+    Raises:
+        ArtifactMissingError: The shard is not embedded.
+    """
+    receipt = artifacts.read_json(NAME, shard)
+    return EmbeddingTable(**receipt["table"]), receipt["header"]
+
+
+def build(selection: "Selection") -> dg.AssetsDefinition:
+    """The asset for one selection."""
+
+    @dg.asset(
+        **selection.asset_options(NAME, by_shard=True),
+        deps=[selection.key(raw_samples.NAME)],
+        kinds={"pytorch", "huggingface", "lancedb"},
+        code_version=CODE_VERSION,
+        metadata={"dagster/column_schema": column_schema(ATTENTION_EMBEDDINGS)},
+        check_specs=[
+            dg.AssetCheckSpec(
+                "every_row_is_embedded_or_rejected",
+                asset=selection.key(NAME),
+                description="Rows of the shard = embedded rows + rejected rows, with no row in both.",
+            )
+        ],
+    )
+    def attention_embeddings(
+        context: dg.AssetExecutionContext,
+        storage: StorageResource,
+        vlm: VlmResource,
+        progress: dg.ResourceParam[Progress],
+    ) -> dg.MaterializeResult:
+        """One vector per sample: the mean first-layer state of the vision tokens that the text attends to."""
+        start, shard = time.monotonic(), context.partition_key
+        artifacts = storage.artifacts(selection.store)
+        source = storage.samples(selection.source, selection.image_root, selection.store)
+        raw, raw_header = artifacts.read_frame(raw_samples.NAME, shard)
+        encoder = vlm.encoder(artifacts, **selection.target)
+        candidates = raw.filter(pl.col("reason").is_null())
+        outcomes = list(
+            progress.track(
+                encoder.encode(_chat_samples(candidates, source), batch_size=vlm.batch_size),
+                shard,
+                candidates.height,
+                context.log,
+            )
+        )
+        rejected = _rejected_rows(raw, candidates, outcomes, shard, str(source.shard_path(shard)))
+        table = _replace_table(storage, selection, encoder, shard, candidates, outcomes)
+        data_version = digest(table.fingerprint, table.content_sha256)
+        made_from = provenance(selection, table.fingerprint, raw_header["data_version"])
+        header = lineage.header(data_version, made_from, raw_samples=raw_header["data_version"])
+        rejected_path, _ = artifacts.write_frame(REJECTED, rejected, header, shard)
+        # The receipt comes last: it is what makes the new table the shard's table.
+        artifacts.write_json(NAME, {"table": table.to_json(), "header": header}, shard)
+        seconds = time.monotonic() - start
+        return lineage.result(
+            data_version,
+            made_from,
+            {
+                "dagster/partition_row_count": table.n_rows,
+                "raw_rows": raw.height,
+                "rejected_rows": rejected.height,
+                "rejected_by_reason": raw_samples.reason_counts(rejected),
+                "rejected_rows_file": dg.MetadataValue.path(str(rejected_path)),
+                "seconds": seconds,
+                "samples_per_second": candidates.height / seconds,
+                "bytes": 4 * table.dimension * table.n_rows,
+                "dimension": table.dimension,
+                "lance_table": table.table,
+                "lance_version": table.version,
+                "model": encoder.card.model,
+                "model_fingerprint": table.fingerprint,
+            },
+            [_accounting(raw, rejected, table)],
+        )
+
+    return attention_embeddings
+
+
+def _chat_samples(candidates: pl.DataFrame, source: SampleSource) -> Iterator["ChatSample"]:
+    from scalselect_assets.method.conversation import Conversation
+    from scalselect_assets.method.encoder import ChatSample
+
+    for conversation, images in candidates.select("conversation", "images").iter_rows():
+        yield ChatSample(
+            Conversation.from_json(conversation), tuple(partial(source.open_image, path) for path in images)
+        )
+
+
+def _replace_table(
+    storage: StorageResource,
+    selection: "Selection",
+    encoder: "VlmEncoder",
+    shard: str,
+    candidates: pl.DataFrame,
+    outcomes: list["Outcome"],
+) -> EmbeddingTable:
+    """Commit the vectors of the shard's embedded rows."""
+    from scalselect_assets.method.encoder import Representation
+
+    embedded = [
+        (row, key, source_id, outcome)
+        for (row, key, source_id), outcome in zip(
+            candidates.select("row", "sample_key", "source_id").iter_rows(), outcomes, strict=True
+        )
+        if isinstance(outcome, Representation)
+    ]
+    rows, keys, source_ids, representations = zip(*embedded, strict=True) if embedded else ((), (), (), ())
+    dimension = encoder.card.dimension
+    return storage.embeddings(selection.store).replace(
+        encoder.card.fingerprint,
+        shard,
+        dimension=dimension,
+        rows=rows,
+        sample_keys=keys,
+        source_ids=source_ids,
+        vectors=np.array([item.vector for item in representations], np.float32).reshape(-1, dimension),
+        attributes=_attributes(representations),
+    )
+
+
+def _attributes(representations: tuple["Representation", ...]) -> dict[str, pa.Array]:
+    types: dict[str, Any] = {
+        "n_tokens": pa.int32(),
+        "n_vision_tokens": pa.int32(),
+        "n_dominant_tokens": pa.int32(),
+        "n_instruction_tokens": pa.int32(),
+        "vision_attention": pa.float32(),
+        "image_sha256": pa.list_(pa.string()),
+    }
+    return {
+        name: pa.array([getattr(item, name) for item in representations], dtype)
+        for name, dtype in types.items()
+    }
+
+
+def _rejected_rows(
+    raw: pl.DataFrame, candidates: pl.DataFrame, outcomes: list["Outcome"], shard: str, file: str
+) -> pl.DataFrame:
+    """All rows of the shard without a vector: those refused on reading and those that the model refused."""
+    from scalselect_assets.method.rejection import Rejection
+
+    verdicts = candidates.select("row").with_columns(
+        reason=pl.Series(
+            [item.reason.value if isinstance(item, Rejection) else None for item in outcomes], dtype=pl.String
+        ),
+        detail=pl.Series(
+            [item.detail if isinstance(item, Rejection) else None for item in outcomes], dtype=pl.String
+        ),
+    )
+    return (
+        raw.update(verdicts, on="row")
+        .filter(pl.col("reason").is_not_null())
+        .with_columns(shard=pl.lit(shard), file=pl.lit(file))
+        .select(polars_schema(REJECTED_ROWS).names())
+        .sort("row")
+    )
+
+
+def _accounting(raw: pl.DataFrame, rejected: pl.DataFrame, table: EmbeddingTable) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name="every_row_is_embedded_or_rejected",
+        passed=raw.height == table.n_rows + rejected.height and rejected["row"].is_unique().all(),
+        metadata={"raw": raw.height, "embedded": table.n_rows, "rejected": rejected.height},
+    )

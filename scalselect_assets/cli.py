@@ -1,0 +1,460 @@
+"""The command line: `scalselect run`, `demo`, `status`, `split`, `ui`.
+
+What a run computes, Dagster computes; this module turns options into a declared selection, opens the store's
+Dagster instance, shows progress and says what came out. Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import dagster as dg
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichBars
+
+from resources.shard_reader import ShardFormatError, split_shard
+from resources.storage import StorageResource
+from resources.vlm import VlmResource
+from scalselect_assets import deployment
+from scalselect_assets.method.selection import parse_budget
+from scalselect_assets.refresh import Refresh, RefreshReport, discover, summary
+from scalselect_assets.selection import Selection, read_selection
+
+PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
+"""The architecture that the published results were measured on."""
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="scalselect",
+    help="Choose what a vision-language model is fine-tuned on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out, _err = Console(), Console(stderr=True)
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(StrEnum):
+    """Numbers of the model's weights and activations."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class TextOnly(StrEnum):
+    """What becomes of rows without an image."""
+
+    DROP = "drop"
+    KEEP = "keep"
+
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(help="Folder for all that is computed. [default: .scalselect/<name>]", show_default=False),
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show Dagster's log and tracebacks.")]
+
+
+@app.command()
+def run(
+    source: Annotated[str, typer.Argument(help="Folder (or file) of the pool's shard files.")],
+    image_root: Annotated[
+        str | None, typer.Option(help="What image paths are relative to. [default: each shard's folder]")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"The VLM to be tuned: local folder or hub id. [default: {PAPER_MODEL}]"),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of weights and activations. [default: float32]")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Fraction (0.16, 16%) or number of samples. [default: 0.16]")
+    ] = None,
+    attention_mass: Annotated[
+        float | None, typer.Option(help="Attention share of the kept vision tokens. [default: 0.9]")
+    ] = None,
+    energy: Annotated[float | None, typer.Option(help="Energy share of the subspace. [default: 0.9]")] = None,
+    text_only: Annotated[
+        TextOnly | None, typer.Option(help="Add rows without an image to the dataset? [default: drop]")
+    ] = None,
+    store: StoreOption = None,
+    name: Annotated[
+        str | None, typer.Option(help="Prefix of the asset keys. [default: from the source's name]")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Bring the selection from SOURCE up to date: embed what is new or changed, rescore, select.
+
+    Options that are left out keep what the store's selection.yaml says from the last run.
+    """
+    with _user_errors(verbose=verbose):
+        selection = _declare(
+            source,
+            store,
+            name,
+            {
+                "image_root": image_root and _absolute(image_root),
+                "target_model": model,
+                "model_revision": revision,
+                "dtype": dtype and dtype.value,
+                "budget": _budget(budget),
+                "attention_mass": attention_mass,
+                "energy": energy,
+                "text_only": text_only and text_only.value,
+            },
+        )
+        _refresh_and_tell(selection, device, batch_size, as_json=as_json, verbose=verbose)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where pool, model and store are made.")] = Path(".scalselect"),
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Generate a sample pool and a small random VLM, and run the whole path on them."""
+    with _user_errors(verbose=verbose):
+        from scalselect_assets.demo.model import write_demo_vlm
+        from scalselect_assets.demo.pool import write_demo_pool
+
+        pool = write_demo_pool(folder / "demo-pool")
+        vlm = write_demo_vlm(folder / "demo-vlm")
+        selection = _declare(
+            str(pool.root),
+            str(folder / "demo"),
+            "demo",
+            {"target_model": str(vlm.absolute()), "budget": 0.16},
+        )
+        _refresh_and_tell(selection, Device.CPU, 8, as_json=as_json, verbose=verbose)
+        if not as_json:
+            _out.print(
+                "\nThe demo model's weights are random, so the path is real and the choice means nothing; "
+                "name a real model with [bold]scalselect run --model[/bold].\n"
+                "Look at the runs and the lineage: [bold]make dev[/bold] or "
+                f"[bold]scalselect ui --store {folder / 'demo'}[/bold]"
+            )
+
+
+@app.command()
+def status(
+    store: Annotated[str, typer.Option(help="The store to look at.")],
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say what a store holds and what the next run would compute; changes no result."""
+    with _user_errors(verbose=verbose):
+        selection = read_selection(_declaration(store))
+        storage = StorageResource()
+        artifacts = storage.artifacts(selection.store)
+        discovery = discover(
+            storage.samples(selection.source, selection.image_root, selection.store), artifacts
+        )
+        with deployment.open_instance(selection) as instance:
+            refresh = _make_refresh(selection, instance, VlmResource(), _Bars(), verbose=verbose)
+            stale = refresh.stale_shards(discovery)
+            known = set(instance.get_dynamic_partitions(f"{selection.name}_shards"))
+        state = {
+            **summary(artifacts),
+            "shards": len(discovery.versions),
+            "shards_stale": stale,
+            "shards_removed": sorted(known - set(discovery.versions)),
+        }
+        if as_json:
+            _print_json(state)
+            return
+        _print_summary(selection, state)
+        waiting = [*stale, *state["shards_removed"]]
+        _out.print(
+            f"{len(waiting)} shards changed, came or went since; `scalselect run` brings it up to date."
+            if waiting
+            else f"All {len(discovery.versions)} shards are up to date."
+        )
+
+
+@app.command()
+def split(
+    file: Annotated[
+        Path, typer.Argument(help="A JSON array or JSON Lines file.", exists=True, dir_okay=False)
+    ],
+    rows: Annotated[int, typer.Option(min=1, help="Rows in each shard.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    verbose: VerboseOption = False,
+) -> None:
+    """Split one large file into shards, row by row, without loading it whole."""
+    with _user_errors(verbose=verbose):
+        from upath import UPath
+
+        result = split_shard(UPath(file.absolute()), rows, out)
+        _out.print(f"{result.n_rows:,} rows in {len(result.files)} shards in {out}")
+        if not out.resolve().samefile(file.parent.resolve()):
+            _out.print(
+                "Image paths are relative to the file that they were in: run with "
+                f"[bold]--image-root {file.parent}[/bold]"
+            )
+
+
+@app.command()
+def ui(
+    store: Annotated[str, typer.Option(help="The store whose runs to show.")],
+    port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 3000,
+    host: Annotated[str, typer.Option(help="Interface; the UI has no login.")] = "127.0.0.1",
+    verbose: VerboseOption = False,
+) -> None:
+    """Open the Dagster UI on a store: its graph, runs, lineage and checks."""
+    with _user_errors(verbose=verbose):
+        declaration = _declaration(store)
+        selection = read_selection(declaration)
+        deployment.open_instance(selection).dispose()
+        environment = {
+            **os.environ,
+            "DAGSTER_HOME": str(deployment.instance_folder(selection)),
+            deployment.SELECTIONS_VARIABLE: str(declaration),
+        }
+        _err.print(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)")
+        command = [sys.executable, "-m", "dagster", "dev", "-m", "definitions"]
+        finished = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
+            [*command, "-h", host, "-p", str(port)], env=environment, check=False
+        )
+        raise typer.Exit(finished.returncode)
+
+
+# From options to a declared selection
+
+
+def _declare(source: str, store: str | None, name: str | None, options: Mapping[str, Any]) -> Selection:
+    """The selection that the options describe over what the store already declares; written to the store."""
+    location = _absolute(source)
+    name_given = name is not None
+    name = name or _name_of(location)
+    store = _absolute(store or str(Path(".scalselect") / name))
+    path = Path(store) / deployment.DECLARATION if "://" not in store else _remote_declaration(name)
+    known = read_selection(path).model_dump() if path.exists() else {"target_model": PAPER_MODEL}
+    if name_given and known.get("name", name) != name:
+        raise typer.BadParameter(f"the selection in {store} is named {known['name']}; give another --store")
+    if "source" in known and known["source"] != location:
+        raise typer.BadParameter(
+            f"the store {store} belongs to the pool {known['source']}; give another --store for {location}"
+        )
+    given = {key: value for key, value in options.items() if value is not None}
+    if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
+        given["target_model"] = _absolute(given["target_model"])
+    try:
+        selection = Selection(
+            **{**known, "name": known.get("name", name), **given, "source": location, "store": store}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != selection.to_yaml():
+        path.write_text(selection.to_yaml(), encoding="utf-8")
+    return selection
+
+
+def _declaration(store: str) -> Path:
+    path = Path(store) / deployment.DECLARATION
+    if not path.exists():
+        raise typer.BadParameter(f"{store} is not a store: it has no {deployment.DECLARATION}; run first")
+    return path
+
+
+def _remote_declaration(name: str) -> Path:
+    return Path(".scalselect") / name / deployment.DECLARATION
+
+
+def _absolute(location: str) -> str:
+    return location if "://" in location else str(Path(location).expanduser().absolute())
+
+
+def _name_of(location: str) -> str:
+    """A legal asset key from the last part of a location."""
+    return re.sub(r"[^A-Za-z0-9_]+", "_", Path(location).stem).strip("_") or "pool"
+
+
+def _budget(text: str | None) -> int | float | None:
+    try:
+        return None if text is None else parse_budget(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--budget: {error}") from error
+
+
+# Running and telling
+
+
+def _refresh_and_tell(
+    selection: Selection, device: Device, batch_size: int, *, as_json: bool, verbose: bool
+) -> None:
+    """Refresh, print the summary, and exit with 1 if a shard failed."""
+    vlm = VlmResource(device=device.value, batch_size=batch_size)
+    with deployment.open_instance(selection) as instance, _Bars() as bars:
+        report = _make_refresh(selection, instance, vlm, bars, verbose=verbose).run()
+    result = {
+        **summary(StorageResource().artifacts(selection.store)),
+        "shards_embedded": report.embedded,
+        "failed": report.failed,
+    }
+    if as_json:
+        _print_json(result)
+    else:
+        _print_summary(selection, result)
+        _print_work(report)
+    for shard, message in report.failed.items():
+        _err.print(f"[red]shard {shard} failed:[/red] {message}", highlight=False, soft_wrap=True)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _make_refresh(
+    selection: Selection, instance: dg.DagsterInstance, vlm: VlmResource, bars: "_Bars", *, verbose: bool
+) -> Refresh:
+    storage = StorageResource()
+    overrides = {"storage": storage, "vlm": vlm, "progress": bars}
+    defs = deployment.build_defs([selection], overrides)
+    log = logging.getLogger("scalselect")
+    return Refresh(
+        selection,
+        job=defs.resolve_job_def(selection.job_name("assets")),
+        instance=instance,
+        storage=storage,
+        vlm=vlm,
+        progress=bars,
+        log=log,
+        log_level="INFO" if verbose else "CRITICAL",
+    )
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
+    rejected = result["rejected"]
+    for label, value in (
+        ("rows in", f"{result['rows']:,}"),
+        ("embedded", f"{result['embedded']:,}"),
+        ("rejected", f"{sum(rejected.values()):,}"),
+        *((f"  {reason}", f"{count:,}") for reason, count in rejected.items()),
+        ("rank k", f"{result['rank']} ({result['energy']:.1%} of the energy)"),
+        ("selected", f"{result['selected']:,} (budget {selection.budget})"),
+        ("subset", result["selected_subset"]),
+        ("dataset", result["training_dataset"]),
+        ("lineage", result["manifest"]),
+    ):
+        _out.print(f"{label:<24}{value}", highlight=False, soft_wrap=True)
+
+
+def _print_work(report: RefreshReport) -> None:
+    if not report.runs and not report.failed:
+        _out.print("Nothing to do: everything is up to date.")
+        return
+    _out.print(
+        f"{len(report.embedded)} shards embedded, {len(report.added)} new, {len(report.removed)} removed, "
+        f"{len(report.runs)} Dagster runs."
+    )
+
+
+class _Bars:
+    """Progress of the embedding on the terminal: rows, shards, rows per second, time left."""
+
+    def __init__(self) -> None:
+        self._bars = RichBars(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=_err,
+            transient=True,
+            disable=not _err.is_terminal,
+        )
+        self._shards: TaskID | None = None
+        self._rows: TaskID | None = None
+
+    def __enter__(self) -> "_Bars":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def planned(self, n_shards: int, n_rows: int) -> None:
+        """Set the totals."""
+        if n_shards:
+            self._shards = self._bars.add_task("shards", total=n_shards, rate="")
+            self._rows = self._bars.add_task("samples", total=n_rows, rate="")
+
+    def track(self, rows: Iterable[T], shard: str, n_rows: int, log: logging.Logger) -> Iterator[T]:  # noqa: ARG002
+        """Pass ``rows`` through and move the bars."""
+        for row in rows:
+            yield row
+            if self._rows is not None:
+                self._bars.advance(self._rows)
+                speed = self._bars.tasks[self._rows].speed
+                self._bars.update(self._rows, rate=f"{speed:.1f}/s" if speed else "")
+        if self._shards is not None:
+            self._bars.advance(self._shards)
+
+
+@contextmanager
+def _user_errors(*, verbose: bool) -> Iterator[None]:
+    """Failures as one message and exit code 1; with --verbose as the traceback."""
+    logging.getLogger("scalselect").setLevel(logging.INFO if verbose else logging.CRITICAL)
+    try:
+        yield
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except KeyboardInterrupt:
+        _err.print("Interrupted; what was computed is kept, and the next run goes on from there.")
+        raise typer.Exit(1) from None
+    except Exception as error:
+        if verbose:
+            raise
+        told = isinstance(error, (OSError, RuntimeError, ShardFormatError, ValueError))
+        message = str(error) if told else f"{type(error).__name__}: {error}"
+        _err.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """Entry point of the ``scalselect`` command."""
+    # LanceDB warns of every table that does not exist before it is written for the first time.
+    os.environ.setdefault("LANCEDB_LOG", "error")
+    app()

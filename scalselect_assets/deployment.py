@@ -1,0 +1,84 @@
+"""What a Dagster process of this project holds: the declared selections, the resources, the instance.
+
+Selections are found in files, never registered in code, so that the CLI, the UI and a daemon build the same
+graph from the same declaration.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from resources.progress import LogProgress
+from resources.storage import StorageResource
+from resources.vlm import VlmResource
+from scalselect_assets.selection import Selection, SelectionFileError, read_selection
+
+SELECTIONS_VARIABLE = "SCALSELECT_SELECTIONS"
+"""Environment variable: declaration files or folders of them, separated as in PATH."""
+
+DECLARATION = "selection.yaml"
+_DEFAULT_STORES = Path(".scalselect")
+_DAGSTER_YAML = """\
+# The Dagster instance of one ScalSelect store: runs, events and partitions, in SQLite beside this file.
+telemetry:
+  enabled: false
+"""
+
+
+def declared_selections() -> list[Selection]:
+    """The selections that the environment declares, by default those of the stores in `./.scalselect`.
+
+    Raises:
+        SelectionFileError: A named file does not exist or is not valid, or two have the same name.
+    """
+    if named := os.environ.get(SELECTIONS_VARIABLE):
+        paths = [path for entry in named.split(os.pathsep) for path in _declarations(Path(entry))]
+    else:
+        paths = sorted(_DEFAULT_STORES.glob(f"*/{DECLARATION}"))
+    selections: dict[str, Path] = {}
+    result = []
+    for path in paths:
+        selection = read_selection(path)
+        if (other := selections.setdefault(selection.name, path)) != path:
+            raise SelectionFileError(f"{path} and {other} both declare the selection {selection.name!r}")
+        result.append(selection)
+    return result
+
+
+def _declarations(entry: Path) -> list[Path]:
+    if entry.is_dir():
+        return sorted([*entry.glob("*.yaml"), *entry.glob("*.yml")])
+    if not entry.is_file():
+        raise SelectionFileError(f"{SELECTIONS_VARIABLE} names {entry}, which does not exist")
+    return [entry]
+
+
+def build_defs(
+    selections: Iterable[Selection], resource_overrides: Mapping[str, Any] | None = None
+) -> dg.Definitions:
+    """The graphs of all `selections` with one set of resources, any of which can be replaced."""
+    resources = {"storage": StorageResource(), "vlm": VlmResource(), "progress": LogProgress()}
+    return dg.Definitions.merge(
+        *(dg.build_defs_for_component(selection) for selection in selections),
+        dg.Definitions(resources={**resources, **(resource_overrides or {})}),
+    )
+
+
+def instance_folder(selection: Selection) -> Path:
+    """Where the Dagster instance of a store lives; a remote store's instance lives in `./.scalselect`."""
+    if "://" in selection.store and not selection.store.startswith("file:"):
+        return (_DEFAULT_STORES / selection.name / "dagster").absolute()
+    return Path(StorageResource().path(selection.store).path) / "dagster"
+
+
+def open_instance(selection: Selection) -> dg.DagsterInstance:
+    """The persistent instance of a selection's store, created on first use."""
+    folder = instance_folder(selection)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "dagster.yaml"
+    if not config.exists():
+        config.write_text(_DAGSTER_YAML, encoding="utf-8")
+    return dg.DagsterInstance.from_config(str(folder))

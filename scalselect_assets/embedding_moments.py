@@ -1,0 +1,82 @@
+"""Step 3, by shard: what the basis needs to know of the shard's vectors, and no more.
+
+Holds: the number of vectors, their mean and their scatter matrix in float64, which merge over shards. Costs:
+one pass over the shard's vectors, n·d² multiplications, d² values.
+"""
+
+import hashlib
+import time
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from resources.identity import digest
+from resources.storage import StorageResource
+from scalselect_assets import attention_embeddings, lineage
+
+if TYPE_CHECKING:
+    from scalselect_assets.selection import Selection
+
+NAME = "embedding_moments"
+CODE_VERSION = "1"
+
+
+def provenance(selection: "Selection", embeddings_version: str) -> str:  # noqa: ARG001
+    """What the moments of one shard are computed from."""
+    return lineage.provenance(NAME, CODE_VERSION, attention_embeddings=embeddings_version)
+
+
+def build(selection: "Selection") -> dg.AssetsDefinition:
+    """The asset for one selection."""
+
+    @dg.asset(
+        **selection.asset_options(NAME, by_shard=True),
+        deps=[selection.key(attention_embeddings.NAME)],
+        kinds={"numpy"},
+        code_version=CODE_VERSION,
+    )
+    def embedding_moments(
+        context: dg.AssetExecutionContext, storage: StorageResource
+    ) -> dg.MaterializeResult:
+        """Count, mean and scatter matrix of the shard's vectors, accumulated in float64."""
+        from scalselect_assets.method.moments import accumulate
+
+        start, shard = time.monotonic(), context.partition_key
+        artifacts = storage.artifacts(selection.store)
+        table, embeddings = attention_embeddings.recorded_table(artifacts, shard)
+        batches = storage.embeddings(selection.store).read(table)
+        moments = accumulate((batch.vector for batch in batches), table.dimension)
+        content = hashlib.sha256()
+        for _, array in sorted((arrays := moments.to_arrays()).items()):
+            content.update(array.tobytes())
+        # The vectors' version is part of it: other rows with the same moments still need new scores.
+        data_version = digest(content.hexdigest(), embeddings["data_version"])
+        made_from = provenance(selection, embeddings["data_version"])
+        path, size = artifacts.write_arrays(
+            NAME,
+            arrays,
+            lineage.header(
+                data_version,
+                made_from,
+                attention_embeddings=embeddings["data_version"],
+                model_fingerprint=table.fingerprint,
+                lance_table=table.table,
+                lance_version=str(table.version),
+            ),
+            shard,
+        )
+        return lineage.result(
+            data_version,
+            made_from,
+            {
+                "dagster/partition_row_count": moments.n,
+                "dimension": moments.d,
+                "seconds": time.monotonic() - start,
+                "bytes": size,
+                "dagster/uri": str(path),
+                "lance_table": table.table,
+                "lance_version": table.version,
+            },
+        )
+
+    return embedding_moments

@@ -1,0 +1,108 @@
+"""Step 5, by shard: the leverage score of each sample in the subspace of the whole pool.
+
+Holds: one row per embedded sample and, in the header, the version of the basis. A run may cover a range of
+shards. Costs: one pass over the shard's vectors, n·d·k multiplications, one batch in memory.
+"""
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+import dagster as dg
+import polars as pl
+
+from resources.artifacts import ArtifactStore
+from resources.storage import StorageResource
+from scalselect_assets import attention_embeddings, lineage, subspace_basis
+from scalselect_assets.tables import IMPORTANCE_SCORES, column_schema, polars_schema
+
+if TYPE_CHECKING:
+    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.selection import Selection
+
+NAME = "importance_scores"
+CODE_VERSION = "1"
+
+
+def provenance(selection: "Selection", basis_version: str) -> str:  # noqa: ARG001
+    """What the scores are computed from; the basis version covers the vectors of every shard."""
+    return lineage.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
+
+
+def build(selection: "Selection") -> dg.AssetsDefinition:
+    """The asset for one selection."""
+
+    @dg.asset(
+        **selection.asset_options(NAME, by_shard=True),
+        deps=[selection.key(attention_embeddings.NAME), selection.key(subspace_basis.NAME)],
+        kinds={"numpy", "parquet"},
+        code_version=CODE_VERSION,
+        metadata={"dagster/column_schema": column_schema(IMPORTANCE_SCORES)},
+    )
+    def importance_scores(
+        context: dg.AssetExecutionContext, storage: StorageResource
+    ) -> dg.MaterializeResult:
+        """The rank-k leverage score of each sample: how much the dominant subspace rests on it."""
+        artifacts = storage.artifacts(selection.store)
+        subspace, basis = subspace_basis.read_basis(artifacts)
+        made_from = provenance(selection, basis["data_version"])
+        for shard in context.partition_keys:
+            start = time.monotonic()
+            frame = _score(storage, selection, artifacts, shard, subspace, basis)
+            path, size = artifacts.write_frame(
+                NAME, frame, lineage.header(made_from, made_from, subspace_basis=basis["data_version"]), shard
+            )
+            context.add_asset_metadata(
+                {
+                    "dagster/partition_row_count": frame.height,
+                    "leverage_sum": float(frame["leverage"].sum()),
+                    "leverage_max": float(frame["leverage"].max() or 0.0),  # type: ignore[arg-type]
+                    "seconds": time.monotonic() - start,
+                    "bytes": size,
+                    "dagster/uri": str(path),
+                },
+                asset_key=context.asset_key,
+                partition_key=shard,
+            )
+        # One version for a whole range is right: the basis version covers every shard's vectors.
+        return lineage.result(made_from, made_from, {"basis_version": basis["data_version"]})
+
+    return importance_scores
+
+
+def _score(
+    storage: StorageResource,
+    selection: "Selection",
+    artifacts: ArtifactStore,
+    shard: str,
+    subspace: "Subspace",
+    basis: dict[str, str],
+) -> pl.DataFrame:
+    """Scores of one shard, in row order.
+
+    Raises:
+        dg.Failure: The basis was not fitted on the shard's present vectors.
+    """
+    from scalselect_assets.method.leverage import leverage_scores
+
+    table, embeddings = attention_embeddings.recorded_table(artifacts, shard)
+    fitted_on = json.loads(basis["shards"]).get(shard, {}).get("attention_embeddings")
+    if fitted_on != embeddings["data_version"]:
+        raise dg.Failure(
+            f"the basis was fitted on version {fitted_on} of shard {shard!r}, its vectors are now "
+            f"{embeddings['data_version']}; materialize embedding_moments[{shard}] and subspace_basis first",
+            allow_retries=False,
+        )
+    frames = [
+        pl.DataFrame(
+            {
+                "row": batch.row,
+                "sample_key": batch.sample_key,
+                "source_id": batch.source_id,
+                "leverage": leverage_scores(batch.vector, subspace),
+            },
+            schema=polars_schema(IMPORTANCE_SCORES),
+        )
+        for batch in storage.embeddings(selection.store).read(table)
+    ]
+    return pl.concat([pl.DataFrame(schema=polars_schema(IMPORTANCE_SCORES)), *frames]).sort("row")

@@ -1,0 +1,37 @@
+"""Partitions by shard, and what an unpartitioned asset reads of them.
+
+A shard is one file of the pool, and its partition key is its path below the pool, escaped where Dagster
+forbids a character. Shards come and go, so the partitions are dynamic; `refresh` adds and deletes them.
+"""
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+
+def shard_partitions(selection_name: str) -> dg.DynamicPartitionsDefinition:
+    """The shards of one selection."""
+    return dg.DynamicPartitionsDefinition(name=f"{selection_name}_shards")
+
+
+def materialized_shards(
+    context: dg.AssetExecutionContext, partitions: dg.DynamicPartitionsDefinition, upstream: dg.AssetKey
+) -> tuple[list[str], list[str]]:
+    """The shards of the pool whose ``upstream`` is materialized, and those whose is not; both sorted.
+
+    A shard whose file cannot be read has no upstream output. It must not stop the others, and it must not
+    vanish: whoever calls this reports the second list.
+    """
+    shards = sorted(partitions.get_partition_keys(dynamic_partitions_store=context.instance))
+    done = context.instance.get_materialized_partitions(upstream)
+    return [shard for shard in shards if shard in done], [shard for shard in shards if shard not in done]
+
+
+def missing_shards_check(name: str, missing: Sequence[str]) -> dg.AssetCheckResult:
+    """Warns where shards of the pool are not part of a result, and names them."""
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=not missing,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"missing_shards": list(missing[:100]), "n_missing_shards": len(missing)},
+    )

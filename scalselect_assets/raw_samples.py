@@ -1,0 +1,113 @@
+"""Step 1, by shard: every row of the shard file, read and judged.
+
+Holds: all rows, rejected ones too, each with its verbatim text. Decides what can be told from the row and the
+presence of its images; pixels are looked at in step 2. Costs: one pass over the file, one stat per image,
+memory of one shard.
+"""
+
+import hashlib
+import time
+from typing import TYPE_CHECKING
+
+import dagster as dg
+import polars as pl
+
+from resources.identity import digest
+from resources.sample_source import PoolRow, SampleSource
+from resources.shard_reader import ShardFormatError
+from resources.storage import StorageResource
+from scalselect_assets import lineage
+from scalselect_assets.tables import RAW_SAMPLES, column_schema, polars_schema
+
+if TYPE_CHECKING:
+    from scalselect_assets.selection import Selection
+
+NAME = "raw_samples"
+CODE_VERSION = "1"
+
+
+def provenance(selection: "Selection", shard_version: str) -> str:
+    """What the rows of one shard are computed from."""
+    return lineage.provenance(NAME, CODE_VERSION, image_root=selection.image_root, shard=shard_version)
+
+
+def build(selection: "Selection") -> dg.AssetsDefinition:
+    """The asset for one selection."""
+
+    @dg.asset(
+        **selection.asset_options(NAME, by_shard=True),
+        deps=[selection.key("shard_files")],
+        kinds={"polars", "parquet"},
+        code_version=CODE_VERSION,
+        metadata={"dagster/column_schema": column_schema(RAW_SAMPLES)},
+    )
+    def raw_samples(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
+        """Every row of the shard, read, validated and given its content key, with what speaks against it."""
+        start, shard = time.monotonic(), context.partition_key
+        source = storage.samples(selection.source, selection.image_root, selection.store)
+        version = source.shard_fingerprint(shard, source.index_shard(shard))
+        frame = read_rows(source, shard)
+        if source.shard_fingerprint(shard, source.index_shard(shard)) != version:
+            raise dg.Failure(f"shard {shard!r} or one of its images changed while it was read; run it again")
+        data_version = digest(version, hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
+        made_from = provenance(selection, version)
+        path, size = storage.artifacts(selection.store).write_frame(
+            NAME,
+            frame,
+            lineage.header(data_version, made_from, container=source.container(shard)),
+            shard,
+        )
+        rejected = frame.filter(pl.col("reason").is_not_null())
+        return lineage.result(
+            data_version,
+            made_from,
+            {
+                "dagster/partition_row_count": frame.height,
+                "rejected_rows": rejected.height,
+                "rejected_by_reason": reason_counts(rejected),
+                "seconds": time.monotonic() - start,
+                "bytes": size,
+                "dagster/uri": str(path),
+                "shard_version": version,
+            },
+        )
+
+    return raw_samples
+
+
+def read_rows(source: SampleSource, shard: str) -> pl.DataFrame:
+    """One shard as a frame of `RAW_SAMPLES`.
+
+    Raises:
+        dg.Failure: The file is not a shard at all; not retried, since only another file helps.
+    """
+    try:
+        return pl.DataFrame(
+            [_record(row) for row in source.read_shard(shard)],
+            schema=polars_schema(RAW_SAMPLES),
+            orient="row",
+        )
+    except ShardFormatError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def reason_counts(rejected: pl.DataFrame) -> dict[str, int]:
+    """Rows by rejection reason, sorted by reason."""
+    counts = rejected.group_by("reason").len().sort("reason")
+    return dict(zip(counts["reason"].to_list(), counts["len"].to_list(), strict=True))
+
+
+def _record(row: PoolRow) -> tuple[object, ...]:
+    sample, rejection = row.sample, row.rejection
+    return (
+        row.row,
+        row.line,
+        row.sample_key,
+        row.source_id,
+        row.text,
+        sample.row_format if sample else None,
+        sample.conversation.to_json() if sample else None,
+        list(row.image_paths),
+        rejection.reason.value if rejection else None,
+        rejection.detail if rejection else None,
+    )

@@ -1,0 +1,165 @@
+"""What a deployment declares: one pool, one target model, one budget. Building it gives the whole graph.
+
+A deployment may hold several selections; each has its own asset keys (``[name, asset]``), partitions and
+store. Declarations are YAML files that `definitions.py` finds and that ``scalselect run`` writes.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import dagster as dg
+import yaml
+from pydantic import Field, field_validator
+
+from scalselect_assets import (
+    attention_embeddings,
+    embedding_moments,
+    importance_scores,
+    raw_samples,
+    selected_subset,
+    subspace_basis,
+    training_dataset,
+)
+from scalselect_assets.method.selection import budget_size
+from scalselect_assets.partitions import shard_partitions
+
+DECLARATION_TYPE = "scalselect_assets.selection.Selection"
+
+
+class SelectionFileError(ValueError):
+    """A declaration cannot be read; the message names the file and what is wrong with it."""
+
+
+class AssetOptions(TypedDict):
+    """What the assets of one selection have in common."""
+
+    key: dg.AssetKey
+    group_name: str
+    partitions_def: dg.PartitionsDefinition[str] | None
+
+
+class Selection(dg.Component, dg.Model, dg.Resolvable):
+    """Choose training samples from one pool for one target VLM."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_]+$",
+        description="Prefix of the asset keys: letters, digits and underscores.",
+    )
+    source: str = Field(description="Folder (or file, or URI) of the pool's shard files.")
+    store: str = Field(description="Folder or URI for all that is computed.")
+    target_model: str = Field(description="The VLM that will be fine-tuned: local folder or hub id.")
+    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Of the model's weights and activations."
+    )
+    image_root: str | None = Field(
+        default=None,
+        description="What image paths are relative to; by default the folder of each shard file.",
+    )
+    attention_mass: float = Field(
+        default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."
+    )
+    energy: float = Field(
+        default=0.9, gt=0, le=1, description="Share of the energy that the subspace's directions hold."
+    )
+    budget: int | float = Field(
+        default=0.16, description="Fraction of the embedded samples if a float in (0, 1], else their number."
+    )
+    text_only: Literal["drop", "keep"] = Field(
+        default="drop", description="Whether rows without an image are added to the training dataset."
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_possible(cls, budget: int | float) -> int | float:
+        # The pool's size is not known here; any size that a count fits in shows the other mistakes.
+        budget_size(budget, budget if isinstance(budget, int) and budget > 0 else 1)
+        return budget
+
+    @property
+    def partitions(self) -> dg.DynamicPartitionsDefinition:
+        """The shards of the pool."""
+        return shard_partitions(self.name)
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """What identifies the target model to `resources.vlm.VlmResource`."""
+        return {
+            "model": self.target_model,
+            "revision": self.model_revision,
+            "dtype": self.dtype,
+            "attention_mass": self.attention_mass,
+        }
+
+    def key(self, asset: str) -> dg.AssetKey:
+        """The asset key of this selection's ``asset``."""
+        return dg.AssetKey([self.name, asset])
+
+    def asset_options(self, asset: str, *, by_shard: bool) -> AssetOptions:
+        """Key, group and partitions of this selection's ``asset``."""
+        return {
+            "key": self.key(asset),
+            "group_name": self.name,
+            "partitions_def": self.partitions if by_shard else None,
+        }
+
+    def job_name(self, job: str) -> str:
+        """Job names are global to a deployment, so they carry the selection's name."""
+        return f"{self.name}_{job}"
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
+        """The graph of this selection: sources, assets, and the jobs that materialize them."""
+        from scalselect_assets.refresh import refresh_job, source_assets
+
+        assets = [
+            module.build(self)
+            for module in (
+                raw_samples,
+                attention_embeddings,
+                embedding_moments,
+                subspace_basis,
+                importance_scores,
+                selected_subset,
+                training_dataset,
+            )
+        ]
+        return dg.Definitions(
+            assets=[*source_assets(self), *assets],
+            jobs=[
+                dg.define_asset_job(
+                    self.job_name("assets"),
+                    selection=dg.AssetSelection.assets(*assets),
+                    description="Any assets of this selection in one process; what the refresh runs.",
+                    executor_def=dg.in_process_executor,
+                ),
+                refresh_job(self),
+            ],
+        )
+
+    def to_yaml(self) -> str:
+        """The declaration that `read_selection` reads back."""
+        return yaml.safe_dump(
+            {"type": DECLARATION_TYPE, "attributes": self.model_dump()}, sort_keys=False, allow_unicode=True
+        )
+
+
+def read_selection(path: Path) -> Selection:
+    """Read one declaration; relative local paths in it are relative to the file's folder.
+
+    Raises:
+        SelectionFileError: Not YAML, not of this type, or an attribute is unknown, missing or out of range.
+    """
+    try:
+        declared = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SelectionFileError(f"cannot read the selection {path}: {error}") from error
+    if not isinstance(declared, dict) or declared.get("type") != DECLARATION_TYPE:
+        raise SelectionFileError(f"{path} does not declare `type: {DECLARATION_TYPE}` with `attributes`")
+    attributes = dict(declared.get("attributes") or {})
+    for name in ("source", "store", "image_root"):
+        if isinstance(value := attributes.get(name), str) and "://" not in value:
+            attributes[name] = str((path.parent / Path(value).expanduser()).absolute())
+    try:
+        return Selection.from_attributes_dict(attributes=attributes)
+    except (ValueError, dg.DagsterError) as error:
+        raise SelectionFileError(f"the selection {path} is not valid: {error}") from error

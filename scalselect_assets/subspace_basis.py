@@ -1,0 +1,154 @@
+"""Step 4, all shards: the directions that hold the energy threshold of the centred embeddings.
+
+Holds: mean, the k kept directions with their singular values, the whole spectrum, and which version of which
+shard went in. Costs: d² values per shard, one eigendecomposition of a d × d matrix (d³).
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from resources.artifacts import ArtifactStore
+from resources.storage import StorageResource
+from scalselect_assets import embedding_moments, lineage
+from scalselect_assets.partitions import materialized_shards, missing_shards_check
+from scalselect_assets.tables import SPECTRUM, column_schema
+
+if TYPE_CHECKING:
+    from scalselect_assets.method.moments import Moments
+    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.selection import Selection
+
+NAME = "subspace_basis"
+CODE_VERSION = "1"
+
+
+def provenance(selection: "Selection", moments_versions: Mapping[str, str]) -> str:
+    """What the basis is computed from, which is also its version; the moments' versions cover the model."""
+    return lineage.provenance(
+        NAME, CODE_VERSION, energy=selection.energy, centred=True, embedding_moments=dict(moments_versions)
+    )
+
+
+def read_basis(artifacts: ArtifactStore) -> tuple["Subspace", dict[str, str]]:
+    """The basis and its header.
+
+    Raises:
+        ArtifactMissingError: Not materialized.
+    """
+    from scalselect_assets.method.subspace import Subspace
+
+    arrays, header = artifacts.read_arrays(NAME)
+    return Subspace.from_arrays(arrays), header
+
+
+def build(selection: "Selection") -> dg.AssetsDefinition:
+    """The asset for one selection."""
+
+    @dg.asset(
+        **selection.asset_options(NAME, by_shard=False),
+        deps=[selection.key(embedding_moments.NAME), selection.key("shard_manifest")],
+        kinds={"numpy"},
+        code_version=CODE_VERSION,
+        metadata={"dagster/column_schema": column_schema(SPECTRUM)},
+        check_specs=[
+            dg.AssetCheckSpec(
+                "basis_covers_every_shard",
+                asset=selection.key(NAME),
+                description="Every shard of the pool is embedded and part of the basis.",
+            )
+        ],
+    )
+    def subspace_basis(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
+        """The directions that together hold the energy threshold of all embeddings, centred."""
+        from scalselect_assets.method.subspace import fit_subspace
+
+        start = time.monotonic()
+        artifacts = storage.artifacts(selection.store)
+        shards, missing = materialized_shards(
+            context, selection.partitions, selection.key(embedding_moments.NAME)
+        )
+        moments, inputs = merged_moments(artifacts, shards)
+        subspace = fit_subspace(moments, selection.energy)
+        version = provenance(selection, {shard: inputs[shard]["data_version"] for shard in shards})
+        path, size = artifacts.write_arrays(
+            NAME,
+            subspace.to_arrays(),
+            lineage.header(
+                version,
+                version,
+                model_fingerprint=inputs[shards[0]]["model_fingerprint"],
+                energy_threshold=repr(selection.energy),
+                shards=json.dumps(inputs, sort_keys=True),
+            ),
+        )
+        return lineage.result(
+            version,
+            version,
+            {
+                "rank": subspace.k,
+                "numerical_rank": subspace.rank,
+                "energy": subspace.energy,
+                "samples": subspace.n,
+                "shards": len(shards),
+                "dimension": moments.d,
+                "spectrum": dg.MetadataValue.table(_spectrum_head(subspace), schema=column_schema(SPECTRUM)),
+                "seconds": time.monotonic() - start,
+                "bytes": size,
+                "dagster/uri": str(path),
+            },
+            [missing_shards_check("basis_covers_every_shard", missing)],
+        )
+
+    return subspace_basis
+
+
+def merged_moments(
+    artifacts: ArtifactStore, shards: Sequence[str]
+) -> tuple["Moments", dict[str, dict[str, str]]]:
+    """The moments of all ``shards`` together, and the header of each shard's.
+
+    Raises:
+        dg.Failure: No sample is embedded, or shards were embedded by different models.
+    """
+    from scalselect_assets.method.moments import Moments
+
+    total: Moments | None = None
+    headers: dict[str, dict[str, str]] = {}
+    for shard in shards:
+        arrays, headers[shard] = artifacts.read_arrays(embedding_moments.NAME, shard)
+        first, this = (headers[name]["model_fingerprint"] for name in (shards[0], shard))
+        if this != first:
+            raise dg.Failure(
+                f"shard {shard!r} was embedded by model {this}, shard {shards[0]!r} by {first}; a basis "
+                "needs one model: run the refresh, which embeds what is stale",
+                allow_retries=False,
+            )
+        moments = Moments.from_arrays(arrays)
+        total = moments if total is None else total.merge(moments)
+    if total is None or total.n == 0:
+        raise dg.Failure(
+            "no sample of the pool is embedded, so there is nothing to select from; the rejected_rows files "
+            "and the failed shards' runs say why",
+            allow_retries=False,
+        )
+    return total, headers
+
+
+def _spectrum_head(subspace: "Subspace", n_directions: int = 20) -> list[dg.TableRecord]:
+    """The strongest directions, for the UI."""
+    rows: list[dict[str, Any]] = [
+        {
+            "direction": index + 1,
+            "singular_value": float(value) ** 0.5,
+            "energy": float(energy),
+            "kept": index < subspace.k,
+        }
+        for index, (value, energy) in enumerate(
+            zip(subspace.spectrum[:n_directions], subspace.energy_curve()[:n_directions], strict=True)
+        )
+    ]
+    return [dg.TableRecord(row) for row in rows]

@@ -1,0 +1,99 @@
+"""The columns of every table, once: for the files, for the UI's column schema and for the documentation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import dagster as dg
+import polars as pl
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Type and meaning of one column; nullable only where the meaning says so."""
+
+    dtype: pl.DataType
+    description: str
+
+
+Table = Mapping[str, Column]
+
+_KEY = Column(pl.String(), "Content hash of the sample; see resources.samples for what it covers.")
+_SOURCE_ID = Column(pl.String(), "The row's own id, verbatim as text; null where it has none.")
+_ROW = Column(pl.Int64(), "Position of the row in its shard, from 0.")
+_LINE = Column(pl.Int64(), "Line of the shard file where the row starts, from 1.")
+_SHARD = Column(pl.String(), "Partition key of the shard.")
+
+RAW_SAMPLES: Table = {
+    "row": _ROW,
+    "line": _LINE,
+    "sample_key": _KEY,
+    "source_id": _SOURCE_ID,
+    "text": Column(pl.String(), "The row's JSON, verbatim."),
+    "row_format": Column(pl.String(), "sharegpt (messages) or llava (conversations); null if rejected."),
+    "conversation": Column(pl.String(), "Canonical JSON of the turns; null if rejected."),
+    "images": Column(pl.List(pl.String()), "Image paths relative to the image root, in order."),
+    "reason": Column(pl.String(), "Why the row is rejected; null if it goes on."),
+    "detail": Column(pl.String(), "What was found and what to do; null if it goes on."),
+}
+
+REJECTED_ROWS: Table = {
+    "shard": _SHARD,
+    "file": Column(pl.String(), "The shard file."),
+    "row": _ROW,
+    "line": _LINE,
+    "sample_key": _KEY,
+    "source_id": _SOURCE_ID,
+    "reason": Column(pl.String(), "Typed reason (scalselect_assets.method.rejection.RejectionReason)."),
+    "detail": Column(pl.String(), "What was found and what to do."),
+}
+
+ATTENTION_EMBEDDINGS: Table = {
+    "row": _ROW,
+    "sample_key": _KEY,
+    "vector": Column(pl.List(pl.Float32()), "Mean first-layer output of the dominant vision tokens, (d,)."),
+    "source_id": _SOURCE_ID,
+    "n_tokens": Column(pl.Int32(), "Length of the model's input."),
+    "n_vision_tokens": Column(pl.Int32(), "Image tokens in it."),
+    "n_dominant_tokens": Column(pl.Int32(), "Vision tokens kept; the vector is their mean."),
+    "n_instruction_tokens": Column(pl.Int32(), "Tokens that are neither vision nor an answer's content."),
+    "vision_attention": Column(pl.Float32(), "Share of the instruction's attention on vision tokens."),
+    "image_sha256": Column(pl.List(pl.String()), "SHA-256 of each image's bytes, in order."),
+}
+
+IMPORTANCE_SCORES: Table = {
+    "row": _ROW,
+    "sample_key": _KEY,
+    "source_id": _SOURCE_ID,
+    "leverage": Column(pl.Float64(), "Rank-k leverage score in [0, 1]; sums to k over all shards."),
+}
+
+SELECTED_SUBSET: Table = {
+    "rank": Column(pl.Int64(), "Place by leverage over the whole pool, from 1."),
+    "sample_key": _KEY,
+    "source_id": _SOURCE_ID,
+    "shard": _SHARD,
+    "row": _ROW,
+    "leverage": IMPORTANCE_SCORES["leverage"],
+}
+
+SPECTRUM: Table = {
+    "direction": Column(pl.Int64(), "Principal direction of the centred embeddings, from 1."),
+    "singular_value": Column(pl.Float64(), "Of the centred embedding matrix."),
+    "energy": Column(pl.Float64(), "Share of the total energy up to and including this direction."),
+    "kept": Column(pl.Boolean(), "Whether the direction belongs to the subspace."),
+}
+
+
+def polars_schema(table: Table) -> pl.Schema:
+    """The table's schema for Polars."""
+    return pl.Schema({name: column.dtype for name, column in table.items()})
+
+
+def column_schema(table: Table) -> dg.TableSchema:
+    """The table's schema for the Dagster UI."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(name=name, type=str(column.dtype), description=column.description)
+            for name, column in table.items()
+        ]
+    )
