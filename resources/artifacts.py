@@ -23,6 +23,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from upath import UPath
 
+from resources.image_root import is_local
 from resources.names import encode_name
 
 Header = Mapping[str, str]
@@ -157,7 +158,7 @@ class ArtifactStore:
     def _atomic(self, path: UPath) -> Iterator[Any]:
         """Open ``path`` for writing such that it appears complete or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.protocol not in {"", "file", "local"}:
+        if not is_local(path):
             # An object store shows an object once its upload is complete; a failed block uploads nothing.
             with tempfile.TemporaryFile() as upload:
                 yield upload

@@ -10,6 +10,7 @@ from upath import UPath
 
 from resources.artifacts import ArtifactStore
 from resources.embedding_store import EmbeddingStore
+from resources.image_root import is_local
 from resources.sample_source import SampleSource
 
 
@@ -26,7 +27,7 @@ class StorageResource(dg.ConfigurableResource):
     def path(self, uri: str) -> UPath:
         """The location that ``uri`` names; local paths are made absolute."""
         path = UPath(uri)
-        if path.protocol in {"", "file", "local"}:
+        if is_local(path):
             return UPath(path.path).expanduser().absolute()
         return UPath(uri, **self.fsspec_options)
 
@@ -36,9 +37,8 @@ class StorageResource(dg.ConfigurableResource):
 
     def embeddings(self, store: str) -> EmbeddingStore:
         """The LanceDB tables of the store at ``store``."""
-        root = self.path(store) / "lance"
-        local = root.protocol in {"", "file", "local"}
-        return EmbeddingStore(str(root), {} if local else self.lance_options)
+        folder = self.path(store) / "lance"
+        return EmbeddingStore(folder, {} if is_local(folder) else self.lance_options)
 
     def samples(self, source: str, image_root: str | None, store: str) -> SampleSource:
         """The pool at ``source``; a store that lies inside it is not part of it."""

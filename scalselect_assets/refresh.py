@@ -24,6 +24,7 @@ from dagster._core.definitions.data_version import DATA_VERSION_TAG
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import table_name
 from resources.identity import digest
+from resources.image_root import is_local
 from resources.progress import Progress
 from resources.sample_source import SampleSource, ShardIndex
 from resources.storage import StorageResource
@@ -559,7 +560,7 @@ def _root_cause(error: BaseException) -> str:
 def _exclusive(storage: StorageResource, store: str) -> Iterator[None]:
     """Hold the store's lock; for a remote store, one lock per machine."""
     root = storage.path(store)
-    if root.protocol in {"", "file", "local"}:
+    if is_local(root):
         path = Path(root.path) / ".refresh.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
     else:

@@ -39,6 +39,7 @@ from scalselect_assets.method.images import (
     UndecodableImageError,
     decode_image,
 )
+from scalselect_assets.method.quiet import quiet_transformers
 from scalselect_assets.method.rejection import Rejection, RejectionReason
 
 DEFAULT_ATTENTION_MASS = 0.9
@@ -190,6 +191,8 @@ class VlmEncoder:
                 add_special_tokens=not (bos and chat.text.startswith(bos)),
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
+                # Rows beyond the model's length are rejected with their counts, so no warning is due.
+                verbose=False,
             )
         )
 
@@ -341,7 +344,8 @@ def load_encoder(
     torch_device = resolve_device(device)
     config, family = _supported_config(model, revision)
     config.get_text_config().num_hidden_layers = 1
-    with _quiet_transformers(keep_bars=not Path(model).is_dir()), _as_model_load_error(model):
+    # Transformers reports the weights that stay unread; leaving them out is the point.
+    with quiet_transformers(keep_bars=not Path(model).is_dir()), _as_model_load_error(model):
         processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
         base_model, report = AutoModel.from_pretrained(
             model,
@@ -377,23 +381,6 @@ def _as_model_load_error(model: str) -> Iterator[None]:
         yield
     except (OSError, ImportError) as error:
         raise ModelLoadError(f"cannot load {model!r}: {error}") from error
-
-
-@contextmanager
-def _quiet_transformers(*, keep_bars: bool) -> Iterator[None]:
-    """Hide the report of unexpected weights, for leaving layers out is the point; downloads show bars."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not keep_bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _supported_config(model: str, revision: str | None) -> tuple[Any, Family]:

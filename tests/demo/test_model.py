@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from scalselect_assets.demo import model as demo_model
+from scalselect_assets.demo import architecture
 from scalselect_assets.demo.model import MAX_POSITIONS, N_IMAGE_TOKENS, RECIPE_FILE, write_demo_vlm
 from scalselect_assets.demo.pool import write_demo_pool
 
@@ -107,7 +107,7 @@ def test_a_crash_leaves_no_half_model(tmp_path, monkeypatch):
     def fail(tokenizer):
         raise RuntimeError("killed here")
 
-    monkeypatch.setattr(demo_model, "_processor", fail)
+    monkeypatch.setattr(architecture, "demo_processor", fail)
     with pytest.raises(RuntimeError, match="killed here"):
         write_demo_vlm(tmp_path / "vlm")
     assert list(tmp_path.iterdir()) == []
