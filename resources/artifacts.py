@@ -9,6 +9,7 @@ import io
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,15 +114,10 @@ class ArtifactStore:
 
     def write_text(self, path: UPath, pieces: Iterable[str]) -> int:
         """Replace a text file from a stream of pieces, in constant memory; returns its size in bytes."""
-        with tempfile.TemporaryFile() as file:
+        with self._atomic(path) as target:
             for piece in pieces:
-                file.write(piece.encode())
-            size = file.tell()
-            file.seek(0)
-            with self._atomic(path) as target:
-                while chunk := file.read(2**20):
-                    target.write(chunk)
-        return size
+                target.write(piece.encode())
+            return int(target.tell())
 
     def exists(self, asset: str, shard: str | None = None, *, suffix: str) -> bool:
         """Whether the output is there."""
@@ -144,7 +140,13 @@ class ArtifactStore:
     def _readable(self, asset: str, shard: str | None, path: UPath) -> Iterator[None]:
         try:
             yield
-        except (pl.exceptions.PolarsError, safetensors.SafetensorError, ValueError) as error:
+        # Polars panics on some damaged files, and a panic is not an Exception.
+        except (
+            pl.exceptions.PolarsError,
+            pl.exceptions.PanicException,
+            safetensors.SafetensorError,
+            ValueError,
+        ) as error:
             raise ArtifactCorruptError(
                 f"{_what(asset, shard)} cannot be read ({path}: {error}); materialize it again"
             ) from error
@@ -160,22 +162,23 @@ class ArtifactStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not is_local(path):
             # An object store shows an object once its upload is complete; a failed block uploads nothing.
-            with tempfile.TemporaryFile() as upload:
+            with tempfile.NamedTemporaryFile() as upload:
                 yield upload
-                upload.seek(0)
-                with path.open("wb") as target:
-                    target.write(upload.read())
+                upload.flush()
+                path.fs.put_file(upload.name, path.path)
             return
         target_path = Path(path.path)
-        with tempfile.NamedTemporaryFile(dir=target_path.parent, prefix=".writing-", delete=False) as file:
-            try:
+        # Opened by its name, as files of tempfile could be read by their owner only.
+        writing = target_path.with_name(f".writing-{uuid.uuid4().hex}")
+        try:
+            with writing.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            except BaseException:
-                Path(file.name).unlink()
-                raise
-        Path(file.name).replace(target_path)
+            writing.replace(target_path)
+        except BaseException:
+            writing.unlink(missing_ok=True)
+            raise
 
 
 def _what(asset: str, shard: str | None) -> str:

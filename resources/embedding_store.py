@@ -8,6 +8,7 @@ told of, so that nothing changes under a reader. There must be one writer per sh
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,7 +20,7 @@ from upath import UPath
 
 from resources.names import encode_name
 
-_KEY_FIELD = "scalselect.shard"
+_CONTENT_FIELD = "scalselect.content_sha256"  # in the table's own schema
 
 
 class EmbeddingTableError(RuntimeError):
@@ -98,17 +99,21 @@ class EmbeddingStore:
             ValueError: Shape, dtype, a non-finite vector or a repeated key; nothing was written.
         """
         _check_rows(shard, dimension, rows, sample_keys, vectors)
-        keys = pa.array(sample_keys, pa.string())
+        content_sha256 = _content_sha256(sample_keys, vectors)
         columns = {
             "row": (pa.array(rows, pa.int64()), False),
-            "sample_key": (keys, False),
+            "sample_key": (pa.array(sample_keys, pa.string()), False),
             "vector": (pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dimension), False),
             "source_id": (pa.array(source_ids, pa.string()), True),
             **{name: (array, True) for name, array in attributes.items()},
         }
         schema = pa.schema(
             [pa.field(name, array.type, nullable=nullable) for name, (array, nullable) in columns.items()],
-            metadata={_KEY_FIELD: shard, "scalselect.fingerprint": fingerprint},
+            metadata={
+                "scalselect.shard": shard,
+                "scalselect.fingerprint": fingerprint,
+                _CONTENT_FIELD: content_sha256,
+            },
         )
         data = pa.Table.from_arrays([array for array, _ in columns.values()], schema=schema)
         name = table_name(fingerprint, shard)
@@ -120,27 +125,33 @@ class EmbeddingStore:
             version=table.version,
             n_rows=len(rows),
             dimension=dimension,
-            content_sha256=_content_sha256(sample_keys, vectors),
+            content_sha256=content_sha256,
         )
 
     def read(self, table: EmbeddingTable, *, batch_rows: int = 1024) -> Iterator[VectorBatch]:
         """Stream the vectors of the recorded version.
 
         Raises:
-            EmbeddingTableError: The table or the version is gone, or does not hold the recorded rows.
+            EmbeddingTableError: The table or the version is gone, damaged, or not what was recorded.
         """
         n_rows = 0
-        handle = self._checkout(table)
-        query = handle.search().select(["row", "sample_key", "source_id", "vector"]).limit(None)
-        for batch in query.to_batches(batch_rows):
-            n_rows += batch.num_rows
-            vector = batch.column("vector").flatten().to_numpy(zero_copy_only=False)
-            yield VectorBatch(
-                row=batch.column("row").to_numpy(),
-                sample_key=batch.column("sample_key").to_pylist(),
-                source_id=batch.column("source_id").to_pylist(),
-                vector=vector.reshape(batch.num_rows, table.dimension),
-            )
+        with self._readable(table):
+            handle = self._connect().open_table(table.table)
+            handle.checkout(table.version)
+            # A table that was dropped and made again counts its versions from one again.
+            held = (handle.schema.metadata or {}).get(_CONTENT_FIELD.encode(), b"").decode()
+            if held != table.content_sha256:
+                raise ValueError(f"it holds content {held[:12]}, recorded was {table.content_sha256[:12]}")
+            query = handle.search().select(["row", "sample_key", "source_id", "vector"]).limit(None)
+            for batch in query.to_batches(batch_rows):
+                n_rows += batch.num_rows
+                vector = batch.column("vector").flatten().to_numpy(zero_copy_only=False)
+                yield VectorBatch(
+                    row=batch.column("row").to_numpy(),
+                    sample_key=batch.column("sample_key").to_pylist(),
+                    source_id=batch.column("source_id").to_pylist(),
+                    vector=vector.reshape(batch.num_rows, table.dimension),
+                )
         if n_rows != table.n_rows:
             raise EmbeddingTableError(
                 f"table {table.table!r} version {table.version} gave {n_rows} rows, recorded were "
@@ -154,17 +165,17 @@ class EmbeddingStore:
         """
         return {path.stem for path in self.folder.iterdir()} if self.folder.exists() else set()
 
-    def _checkout(self, table: EmbeddingTable) -> Any:
+    @contextmanager
+    def _readable(self, table: EmbeddingTable) -> Iterator[None]:
         try:
-            handle = self._connect().open_table(table.table)
-            handle.checkout(table.version)
-        # LanceDB reports a missing table and a missing version as ValueError, damaged ones as RuntimeError.
+            yield
+        # LanceDB reports a missing table and a missing version as ValueError, and damaged ones, whose rows
+        # it only meets on the way, as RuntimeError; vectors of another length do not fit the recorded shape.
         except (ValueError, RuntimeError, OSError) as error:
             raise EmbeddingTableError(
-                f"table {table.table!r} version {table.version} in {self.folder} cannot be opened ({error}); "
+                f"table {table.table!r} version {table.version} in {self.folder} cannot be read ({error}); "
                 f"materialize attention_embeddings[{table.shard}] again"
             ) from error
-        return handle
 
     def _connect(self) -> Any:
         import lancedb

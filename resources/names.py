@@ -1,4 +1,7 @@
-"""Partition keys as file and table names: ASCII, reversible, safe on every file system and in LanceDB."""
+"""Partition keys as file and table names: ASCII, reversible, legal in LanceDB and on file systems.
+
+Names of keys that differ in case differ in case only, as the shard files themselves do.
+"""
 
 import hashlib
 import re
@@ -29,10 +32,11 @@ def decode_name(name: str) -> str:
     Raises:
         ValueError: ``name`` is not a name that ``encode_name`` wrote in full.
     """
-    if "__" in name or _ESCAPE.sub("", name).count("_"):
-        raise ValueError(f"{name!r} is not a reversibly encoded name")
     raw = b"".join(
-        bytes([int(piece, 16)]) if index % 2 else piece.encode("ascii")
+        bytes([int(piece, 16)]) if index % 2 else piece.encode("utf-8", errors="replace")
         for index, piece in enumerate(_ESCAPE.split(name))
     )
-    return raw.decode("utf-8")
+    key = raw.decode("utf-8", errors="replace")
+    if encode_name(key) != name:
+        raise ValueError(f"{name!r} is not a reversibly encoded name")
+    return key

@@ -36,7 +36,7 @@ class LogProgress:
             done += 1
             now = time.monotonic()
             if now - reported >= self._interval:
-                reported, rate = now, done / (now - start)
+                reported, rate = now, done / max(now - start, 1e-9)
                 log.info(f"{shard}: {done}/{n_rows} rows, {rate:.1f}/s, {(n_rows - done) / rate:.0f} s left")
         seconds = max(time.monotonic() - start, 1e-9)
         log.info(f"{shard}: {done} rows in {seconds:.1f} s, {done / seconds:.1f}/s")

@@ -287,8 +287,16 @@ class SampleSource:
             PermissionError: The path leads out of the image root.
             OSError: It cannot be read.
         """
-        root = self.image_root or self._folder()
+        root = self.images_folder()
         return ImageRoot(root, root).read(relative_path)
+
+    def images_folder(self) -> UPath:
+        """What image paths are relative to: the image root, else the source folder.
+
+        Raises:
+            FileNotFoundError: The source does not exist.
+        """
+        return self.image_root or self._folder()
 
     def _declared_root(self) -> str | None:
         return None if self.image_root is None else str(self.image_root)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import dagster as dg
 from pydantic import Field
 
-from resources.artifacts import ArtifactMissingError, ArtifactStore
+from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.identity import digest
+from scalselect_assets.method import REPRESENTATION_VERSION
 
 if TYPE_CHECKING:
     from scalselect_assets.method.encoder import VlmEncoder
@@ -81,7 +82,7 @@ class VlmResource(dg.ConfigurableResource):
         signature = model_signature(model, revision, dtype, attention_mass)
         try:
             return dict(artifacts.read_json(CARDS, signature))
-        except ArtifactMissingError:
+        except (ArtifactMissingError, ArtifactCorruptError):  # a card is only a memory
             encoder = self.encoder(
                 artifacts, model=model, revision=revision, dtype=dtype, attention_mass=attention_mass
             )
@@ -106,4 +107,5 @@ def model_signature(model: str, revision: str | None, dtype: str, attention_mass
         else []
     )
     identity = str(folder.resolve()) if folder.is_dir() else model
-    return digest(identity, revision, dtype, attention_mass, files, version("transformers"))
+    libraries = {name: version(name) for name in ("transformers", "tokenizers")}
+    return digest(identity, revision, dtype, attention_mass, files, libraries, REPRESENTATION_VERSION)

@@ -119,7 +119,11 @@ def test_a_folder_that_cannot_be_listed_is_an_error(pool, monkeypatch):
         source_at(pool).shard_keys()
 
 
-@given(st.text(alphabet=st.characters() | st.sampled_from("...%/\n\t\0 2E한"), min_size=1))
+# Of the surrogates only those that stand for an undecodable byte occur in file names.
+IN_PATHS = st.characters(exclude_categories=["Cs"]) | st.sampled_from("...%/\n\t\0 2E한\udc80\udcff")
+
+
+@given(st.text(alphabet=IN_PATHS, min_size=1))
 @example("....json")
 @example("a" + "." * 7 + "/%2E%2e%")
 @example("caf\udce9.json")

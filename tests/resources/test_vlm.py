@@ -1,0 +1,304 @@
+"""A model is loaded when it is needed and no more often, and whether it is needed is cheap to tell."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from upath import UPath
+
+from resources import vlm
+from resources.artifacts import ArtifactStore
+from resources.vlm import CARDS, VlmResource, model_signature
+from scalselect_assets.method import encoder as encoder_module
+from scalselect_assets.method.encoder import ModelLoadError
+
+ROOT = Path(__file__).parents[2]
+CPU = VlmResource(device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_models(monkeypatch)
+
+
+def forget_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has just begun."""
+    monkeypatch.setattr(vlm, "_LOADED", {})
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(UPath(tmp_path / "store"))
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What models were loaded with; each gets a card of its own, and no weights are read."""
+    calls: list[dict[str, Any]] = []
+
+    def load(model: str, **options: Any) -> SimpleNamespace:
+        calls.append({"model": model, **options})
+        card = {"fingerprint": f"{len(calls):016}", "model": model}
+        return SimpleNamespace(card=SimpleNamespace(to_json=lambda: card))
+
+    monkeypatch.setattr(encoder_module, "load_encoder", load)
+    return calls
+
+
+def target(model: str | Path, **changes: Any) -> dict[str, Any]:
+    """What a selection says of its model."""
+    return {"model": str(model), "revision": None, "dtype": "float32", "attention_mass": 0.9, **changes}
+
+
+def folder_with(path: Path, **files: str) -> Path:
+    for name, text in {"config": "{}", "weights": "0", **files}.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return path
+
+
+# The card
+
+
+def test_the_card_is_that_of_the_loaded_model(demo_vlm: Path, artifacts: ArtifactStore) -> None:
+    encoder = CPU.encoder(artifacts, **target(demo_vlm))
+
+    assert CPU.card(artifacts, **target(demo_vlm)) == encoder.card.to_json()
+    assert encoder.card.to_json().items() >= target(demo_vlm).items()
+
+
+def test_a_store_that_does_not_know_the_model_loads_it_and_then_knows_it(
+    demo_vlm: Path, tmp_path: Path, artifacts: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = CPU.card(artifacts, **target(demo_vlm))
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("the model was loaded again")
+
+    monkeypatch.setattr(encoder_module, "load_encoder", refuse)
+    forget_models(monkeypatch)
+
+    assert CPU.card(artifacts, **target(demo_vlm)) == card
+    with pytest.raises(AssertionError, match="loaded again"):
+        CPU.card(ArtifactStore(UPath(tmp_path / "another store")), **target(demo_vlm))
+
+
+def test_a_card_does_not_depend_on_how_the_model_runs(artifacts: ArtifactStore, loads: list) -> None:
+    card = CPU.card(artifacts, **target("org/name"))
+
+    other = VlmResource(device="cuda", batch_size=64, max_image_pixels=100)
+
+    assert other.card(artifacts, **target("org/name")) == card
+    assert len(loads) == 1
+
+
+def test_a_changed_model_gets_a_new_card(tmp_path: Path, artifacts: ArtifactStore, loads: list) -> None:
+    model = folder_with(tmp_path / "model")
+    before = CPU.card(artifacts, **target(model))
+
+    (model / "weights").write_text("01")
+
+    assert CPU.card(artifacts, **target(model)) != before
+    assert len(loads) == 2
+
+
+def test_another_store_gets_the_card_of_a_model_that_is_already_loaded(
+    tmp_path: Path, artifacts: ArtifactStore, loads: list
+) -> None:
+    other = ArtifactStore(UPath(tmp_path / "another store"))
+
+    CPU.encoder(artifacts, **target("org/name"))
+    CPU.encoder(other, **target("org/name"))
+
+    signature = model_signature(*target("org/name").values())
+    assert artifacts.read_json(CARDS, signature) == other.read_json(CARDS, signature)
+    assert len(loads) == 1
+
+
+def test_a_card_that_is_damaged_is_made_again(artifacts: ArtifactStore, loads: list) -> None:
+    card = CPU.card(artifacts, **target("org/name"))
+    (file,) = (artifacts.root / CARDS).iterdir()
+    file.write_text('{"fingerprint": "12')
+
+    assert CPU.card(artifacts, **target("org/name")) == card
+    assert artifacts.read_json(CARDS, model_signature(*target("org/name").values())) == card
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_card(tmp_path: Path, artifacts: ArtifactStore) -> None:
+    with pytest.raises(ModelLoadError, match="no folder"):
+        CPU.card(artifacts, **target(tmp_path / "nowhere"))
+
+    assert not artifacts.root.exists()
+
+
+# Loading once
+
+
+def test_a_model_is_loaded_once_per_process(demo_vlm: Path, artifacts: ArtifactStore) -> None:
+    first = CPU.encoder(artifacts, **target(demo_vlm))
+
+    assert CPU.encoder(artifacts, **target(demo_vlm)) is first
+    assert VlmResource(device="cpu", batch_size=1).encoder(artifacts, **target(demo_vlm)) is first
+
+
+def test_the_settings_reach_the_model(artifacts: ArtifactStore, loads: list) -> None:
+    resource = VlmResource(device="cuda", max_image_pixels=123)
+
+    resource.encoder(artifacts, **target("org/name", revision="abc", dtype="bfloat16", attention_mass=0.8))
+
+    assert loads == [
+        {
+            "model": "org/name",
+            "revision": "abc",
+            "device": "cuda",
+            "dtype": "bfloat16",
+            "attention_mass": 0.8,
+            "max_pixels": 123,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("resource", "changes"),
+    [
+        (VlmResource(device="auto"), {}),
+        (VlmResource(device="cpu", max_image_pixels=100), {}),
+        (CPU, {"model": "org/other"}),
+        (CPU, {"revision": "abc"}),
+        (CPU, {"dtype": "bfloat16"}),
+        (CPU, {"attention_mass": 0.8}),
+    ],
+)
+def test_other_settings_load_the_model_anew_and_only_one_is_kept(
+    artifacts: ArtifactStore, loads: list, resource: VlmResource, changes: dict[str, Any]
+) -> None:
+    first = CPU.encoder(artifacts, **target("org/name"))
+
+    other = resource.encoder(artifacts, **target("org/name") | changes)
+
+    assert other is not first
+    assert resource.encoder(artifacts, **target("org/name") | changes) is other
+    assert len(loads) == 2
+    assert list(vlm._LOADED.values()) == [other]
+
+
+def test_a_model_whose_files_changed_is_loaded_anew(
+    tmp_path: Path, artifacts: ArtifactStore, loads: list
+) -> None:
+    model = folder_with(tmp_path / "model")
+    first = CPU.encoder(artifacts, **target(model))
+
+    (model / "weights").write_text("01")
+
+    assert CPU.encoder(artifacts, **target(model)) is not first
+
+
+# The signature
+
+
+def signature(model: str | Path, **changes: Any) -> str:
+    return model_signature(*target(model, **changes).values())
+
+
+def _touch(folder: Path) -> None:
+    os.utime(folder / "weights", ns=(0, 12345))
+
+
+def _grow(folder: Path) -> None:
+    before = (folder / "weights").stat()
+    (folder / "weights").write_text("01")
+    os.utime(folder / "weights", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "a touched file": _touch,
+    "another size at the same time": _grow,
+    "a new file": lambda folder: (folder / "more").write_text(""),
+    "a new file in a folder": lambda folder: folder_with(folder / "sub"),
+    "a file that is gone": lambda folder: (folder / "config").unlink(),
+    "a renamed file": lambda folder: (folder / "config").rename(folder / "config2"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_any_file_changes_the_signature(tmp_path: Path, change: str) -> None:
+    folder = folder_with(tmp_path / "model")
+    before = signature(folder)
+    assert signature(folder) == before
+
+    CHANGES[change](folder)
+
+    assert signature(folder) != before
+
+
+def test_a_touched_file_of_a_real_model_changes_the_signature(demo_vlm: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(demo_vlm, tmp_path / "model")
+    before = signature(copy)
+
+    os.utime(copy / "model.safetensors", ns=(0, 12345))
+
+    assert signature(copy) != before
+
+
+def test_a_file_behind_a_link_counts_as_it_does_in_a_hub_cache(tmp_path: Path) -> None:
+    blob = folder_with(tmp_path / "blobs") / "weights"
+    folder = folder_with(tmp_path / "model")
+    (folder / "linked").symlink_to(blob)
+    before = signature(folder)
+
+    blob.write_text("01")
+
+    assert signature(folder) != before
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_every_setting_changes_the_signature(tmp_path: Path, is_folder: bool) -> None:
+    model = folder_with(tmp_path / "model") if is_folder else "org/name"
+
+    signatures = [
+        signature(model),
+        signature(model, dtype="bfloat16"),
+        signature(model, dtype="float16"),
+        signature(model, attention_mass=0.8),
+        signature(model, attention_mass=0.9 + 1e-15),
+        signature(model, revision="abc"),
+        signature(model, revision="None"),
+        signature(folder_with(tmp_path / "other") if is_folder else "org/other"),
+    ]
+
+    assert len(set(signatures)) == len(signatures)
+
+
+def test_the_same_folder_by_another_name_is_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_with(tmp_path / "home" / "model")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+    names = [folder, "home/model", "./home/../home/model/", "~/model", "link"]
+
+    assert len({signature(name) for name in names}) == 1
+
+
+# Imports
+
+
+def test_importing_the_resources_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, resources.vlm, resources.embedding_store, resources.storage; "
+        "print([name for name in ('torch', 'transformers', 'lancedb') if name in sys.modules])"
+    )
+
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    assert result.stdout == "[]\n"
