@@ -79,7 +79,7 @@ class TextOnly(StrEnum):
 
 StoreOption = Annotated[
     str | None,
-    typer.Option(help="Folder for all that is computed. [default: .scalselect/<name>]", show_default=False),
+    typer.Option(help="Folder for all that is computed. (default: .scalselect/<name>)", show_default=False),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
@@ -88,31 +88,33 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show Dagster's l
 
 @app.command()
 def run(
-    source: Annotated[str, typer.Argument(help="Folder (or file) of the pool's shard files.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Folder (or file) of the pool's shard files.")
+    ],
     image_root: Annotated[
-        str | None, typer.Option(help="What image paths are relative to. [default: each shard's folder]")
+        str | None, typer.Option(help="What image paths are relative to. (default: each shard's folder)")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help=f"The VLM to be tuned: local folder or hub id. [default: {PAPER_MODEL}]"),
+        typer.Option(help=f"The VLM to be tuned: local folder or hub id. (default: {PAPER_MODEL})"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and activations. [default: float32]")
+        Dtype | None, typer.Option(help="Of weights and activations. (default: float32)")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Fraction (0.16, 16%) or number of samples. [default: 0.16]")
+        str | None, typer.Option(help="Fraction (0.16, 16%) or number of samples. (default: 0.16)")
     ] = None,
     attention_mass: Annotated[
-        float | None, typer.Option(help="Attention share of the kept vision tokens. [default: 0.9]")
+        float | None, typer.Option(help="Attention share of the kept vision tokens. (default: 0.9)")
     ] = None,
-    energy: Annotated[float | None, typer.Option(help="Energy share of the subspace. [default: 0.9]")] = None,
+    energy: Annotated[float | None, typer.Option(help="Energy share of the subspace. (default: 0.9)")] = None,
     text_only: Annotated[
-        TextOnly | None, typer.Option(help="Add rows without an image to the dataset? [default: drop]")
+        TextOnly | None, typer.Option(help="Add rows without an image to the dataset? (default: drop)")
     ] = None,
     store: StoreOption = None,
     name: Annotated[
-        str | None, typer.Option(help="Prefix of the asset keys. [default: from the source's name]")
+        str | None, typer.Option(help="Prefix of the asset keys. (default: from the source's name)")
     ] = None,
     device: DeviceOption = Device.AUTO,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
@@ -210,7 +212,8 @@ def status(
 @app.command()
 def split(
     file: Annotated[
-        Path, typer.Argument(help="A JSON array or JSON Lines file.", exists=True, dir_okay=False)
+        Path,
+        typer.Argument(metavar="FILE", help="A JSON array or JSON Lines file.", exists=True, dir_okay=False),
     ],
     rows: Annotated[int, typer.Option(min=1, help="Rows in each shard.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
@@ -271,6 +274,8 @@ def _declare(source: str, store: str | None, name: str | None, options: Mapping[
         raise typer.BadParameter(
             f"the store {store} belongs to the pool {known['source']}; give another --store for {location}"
         )
+    if not StorageResource().path(location).exists():
+        raise FileNotFoundError(f"no pool at {location}: name the folder (or file) of its shard files")
     given = {key: value for key, value in options.items() if value is not None}
     if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
         given["target_model"] = _absolute(given["target_model"])
@@ -441,7 +446,7 @@ def _user_errors(*, verbose: bool) -> Iterator[None]:
         yield
     except (typer.Exit, typer.BadParameter):
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
         _err.print("Interrupted; what was computed is kept, and the next run goes on from there.")
         raise typer.Exit(1) from None
     except Exception as error:

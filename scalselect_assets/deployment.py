@@ -25,6 +25,8 @@ _DAGSTER_YAML = """\
 # The Dagster instance of one ScalSelect store: runs, events and partitions, in SQLite beside this file.
 telemetry:
   enabled: false
+nux:
+  enabled: false
 """
 
 
@@ -63,7 +65,11 @@ def build_defs(
     resources = {"storage": StorageResource(), "vlm": VlmResource(), "progress": LogProgress()}
     return dg.Definitions.merge(
         *(dg.build_defs_for_component(selection) for selection in selections),
-        dg.Definitions(resources={**resources, **(resource_overrides or {})}),
+        dg.Definitions(
+            resources={**resources, **(resource_overrides or {})},
+            # A process per step would import torch and load the model for each.
+            executor=dg.in_process_executor,
+        ),
     )
 
 

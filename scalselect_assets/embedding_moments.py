@@ -13,6 +13,7 @@ import dagster as dg
 from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import attention_embeddings, lineage
+from scalselect_assets.tables import MOMENTS, column_schema
 
 if TYPE_CHECKING:
     from scalselect_assets.selection import Selection
@@ -34,6 +35,7 @@ def build(selection: "Selection") -> dg.AssetsDefinition:
         deps=[selection.key(attention_embeddings.NAME)],
         kinds={"numpy"},
         code_version=CODE_VERSION,
+        metadata={"dagster/column_schema": column_schema(MOMENTS)},
     )
     def embedding_moments(
         context: dg.AssetExecutionContext, storage: StorageResource
@@ -77,6 +79,7 @@ def build(selection: "Selection") -> dg.AssetsDefinition:
                 "lance_table": table.table,
                 "lance_version": table.version,
             },
+            model=table.fingerprint,
         )
 
     return embedding_moments

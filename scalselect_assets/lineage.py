@@ -15,6 +15,7 @@ import dagster as dg
 from resources.identity import digest
 
 PROVENANCE_TAG = "scalselect/provenance"
+MODEL_TAG = "scalselect/model"
 
 
 def header(data_version: str, provenance: str, **more: str) -> dict[str, str]:
@@ -27,11 +28,13 @@ def result(
     provenance: str,
     metadata: Mapping[str, Any],
     check_results: list[dg.AssetCheckResult] | None = None,
+    *,
+    model: str | None = None,
 ) -> dg.MaterializeResult:
-    """A materialization that carries its data version and its provenance."""
+    """A materialization that carries its data version, its provenance and, for vectors, its model."""
     return dg.MaterializeResult(
         data_version=dg.DataVersion(data_version),
-        tags={PROVENANCE_TAG: provenance},
+        tags={PROVENANCE_TAG: provenance, **({MODEL_TAG: model} if model else {})},
         metadata=metadata,
         check_results=check_results or [],
     )

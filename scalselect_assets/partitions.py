@@ -14,21 +14,16 @@ def shard_partitions(selection_name: str) -> dg.DynamicPartitionsDefinition:
     return dg.DynamicPartitionsDefinition(name=f"{selection_name}_shards")
 
 
-def materialized_shards(
-    context: dg.AssetExecutionContext, partitions: dg.DynamicPartitionsDefinition, upstream: dg.AssetKey
-) -> tuple[list[str], list[str]]:
-    """The shards of the pool whose ``upstream`` is materialized, and those whose is not; both sorted.
-
-    A shard whose file cannot be read has no upstream output. It must not stop the others, and it must not
-    vanish: whoever calls this reports the second list.
-    """
-    shards = sorted(partitions.get_partition_keys(dynamic_partitions_store=context.instance))
-    done = context.instance.get_materialized_partitions(upstream)
-    return [shard for shard in shards if shard in done], [shard for shard in shards if shard not in done]
+def pool_shards(context: dg.AssetExecutionContext, partitions: dg.DynamicPartitionsDefinition) -> list[str]:
+    """All shards of the pool, sorted."""
+    return sorted(partitions.get_partition_keys(dynamic_partitions_store=context.instance))
 
 
 def missing_shards_check(name: str, missing: Sequence[str]) -> dg.AssetCheckResult:
-    """Warns where shards of the pool are not part of a result, and names them."""
+    """Warns where shards of the pool are not part of a result, and names them.
+
+    A shard whose file cannot be read must not stop the others, and it must not vanish.
+    """
     return dg.AssetCheckResult(
         check_name=name,
         passed=not missing,

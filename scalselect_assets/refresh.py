@@ -38,7 +38,7 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
-from scalselect_assets.lineage import PROVENANCE_TAG
+from scalselect_assets.lineage import MODEL_TAG, PROVENANCE_TAG
 
 if TYPE_CHECKING:
     from scalselect_assets.selection import Selection
@@ -401,15 +401,18 @@ class Refresh:
     def _refresh_whole(self) -> None:
         recorded = self._recorded_shards()
         pool = self._instance.get_dynamic_partitions(f"{self._selection.name}_shards")
+        # A shard that could not be embedded again keeps its last vectors, unless they are another model's.
         moments = {
             shard: tags[DATA_VERSION_TAG]
-            for shard, tags in recorded[embedding_moments.NAME].items()
-            if shard in set(pool)
+            for shard in pool
+            if (tags := recorded[embedding_moments.NAME].get(shard, {})).get(MODEL_TAG) == self._fingerprint
         }
         if not moments:
             raise RefreshError(f"no shard could be embedded: {self._failures()}")
-        self._materialize_if(
-            subspace_basis.NAME, subspace_basis.provenance(self._selection, moments), ".safetensors"
+        self._materialize_unless(
+            subspace_basis.NAME,
+            subspace_basis.provenance(self._selection, moments),
+            present=self._artifacts.exists(subspace_basis.NAME, suffix=".safetensors"),
         )
         basis_version = self._recorded(subspace_basis.NAME)[DATA_VERSION_TAG]
         score_version = importance_scores.provenance(self._selection, basis_version)
@@ -426,26 +429,24 @@ class Refresh:
         }
         for first, last in contiguous_ranges(pool, unscored):
             self._materialize_or_raise([importance_scores.NAME], shard_range=(first, last))
-        self._materialize_if(
+        self._materialize_unless(
             selected_subset.NAME,
             selected_subset.provenance(self._selection, dict.fromkeys(moments, score_version)),
-            ".parquet",
+            present=self._artifacts.exists(selected_subset.NAME, suffix=".parquet"),
         )
-        self._materialize_if(
+        self._materialize_unless(
             training_dataset.NAME,
             training_dataset.provenance(
                 self._selection,
                 self._recorded(selected_subset.NAME)[DATA_VERSION_TAG],
                 {shard: recorded[raw_samples.NAME][shard][DATA_VERSION_TAG] for shard in moments},
             ),
-            ".json",
-            shard="manifest",
+            present=training_dataset.is_complete(self._artifacts),
         )
 
-    def _materialize_if(self, asset: str, expected: str, suffix: str, shard: str | None = None) -> None:
-        """Run an asset over all shards if its provenance is not the expected one or its file is gone."""
-        stale = self._recorded(asset).get(PROVENANCE_TAG) != expected
-        if stale or not self._artifacts.exists(asset, shard, suffix=suffix):
+    def _materialize_unless(self, asset: str, expected: str, *, present: bool) -> None:
+        """Run an asset over all shards unless its output is there and of the expected provenance."""
+        if not present or self._recorded(asset).get(PROVENANCE_TAG) != expected:
             self._materialize_or_raise([asset])
 
     def _recorded(self, asset: str) -> Mapping[str, str]:
@@ -581,12 +582,11 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
     Raises:
         ArtifactMissingError: There is no result yet.
     """
-    manifest = artifacts.read_json(training_dataset.NAME, "manifest")
-    written = next(name for name in manifest["files"] if not name.startswith(".."))
-    folder = artifacts.path(training_dataset.NAME, "manifest", suffix=".json").parent
+    manifest = training_dataset.read_manifest(artifacts)
+    folder = artifacts.root / training_dataset.NAME
     return {
         **{name: manifest[name] for name in ("rows", "embedded", "rejected", "rank", "energy", "selected")},
         "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=".parquet")),
-        "training_dataset": str(folder / written),
-        "manifest": str(folder / "manifest.json"),
+        "training_dataset": str(folder / manifest["training_file"]),
+        "manifest": str(artifacts.path(training_dataset.NAME, training_dataset.MANIFEST, suffix=".json")),
     }

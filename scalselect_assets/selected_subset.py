@@ -5,6 +5,7 @@ different bases. Costs: one pass over the scores; memory of N rows and one shard
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from resources.artifacts import ArtifactStore
 from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import importance_scores, lineage, subspace_basis
-from scalselect_assets.partitions import materialized_shards, missing_shards_check
+from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.tables import IMPORTANCE_SCORES, SELECTED_SUBSET, column_schema, polars_schema
 
 if TYPE_CHECKING:
@@ -63,12 +64,11 @@ def build(selection: "Selection") -> dg.AssetsDefinition:
         start = time.monotonic()
         artifacts = storage.artifacts(selection.store)
         subspace, basis = subspace_basis.read_basis(artifacts)
-        shards, missing = materialized_shards(
-            context, selection.partitions, selection.key(importance_scores.NAME)
-        )
+        scored = sorted(json.loads(basis["shards"]))
+        pool = pool_shards(context, selection.partitions)
         size = budget_size(selection.budget, subspace.n)
         chosen, versions, leverage_sum, n_scored = top_of_shards(
-            artifacts, shards, basis["data_version"], size
+            artifacts, scored, basis["data_version"], size
         )
         data_version = digest(hashlib.sha256(chosen.write_ndjson().encode()).hexdigest())
         made_from = provenance(selection, versions)
@@ -101,7 +101,9 @@ def build(selection: "Selection") -> dg.AssetsDefinition:
                         "samples_in_basis": subspace.n,
                     },
                 ),
-                missing_shards_check("selection_covers_every_shard", missing),
+                missing_shards_check(
+                    "selection_covers_every_shard", [shard for shard in pool if shard not in set(scored)]
+                ),
             ],
         )
 

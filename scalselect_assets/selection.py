@@ -146,6 +146,8 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
 def read_selection(path: Path) -> Selection:
     """Read one declaration; relative local paths in it are relative to the file's folder.
 
+    A target model is taken as a path where it begins with a dot; otherwise it may be a hub id.
+
     Raises:
         SelectionFileError: Not YAML, not of this type, or an attribute is unknown, missing or out of range.
     """
@@ -156,8 +158,11 @@ def read_selection(path: Path) -> Selection:
     if not isinstance(declared, dict) or declared.get("type") != DECLARATION_TYPE:
         raise SelectionFileError(f"{path} does not declare `type: {DECLARATION_TYPE}` with `attributes`")
     attributes = dict(declared.get("attributes") or {})
-    for name in ("source", "store", "image_root"):
-        if isinstance(value := attributes.get(name), str) and "://" not in value:
+    for name in ("source", "store", "image_root", "target_model"):
+        value = attributes.get(name)
+        if not isinstance(value, str) or "://" in value:
+            continue
+        if name != "target_model" or value.startswith((".", "~")):
             attributes[name] = str((path.parent / Path(value).expanduser()).absolute())
     try:
         return Selection.from_attributes_dict(attributes=attributes)

@@ -13,8 +13,9 @@ import dagster as dg
 
 from resources.artifacts import ArtifactStore
 from resources.storage import StorageResource
+from resources.vlm import VlmResource
 from scalselect_assets import embedding_moments, lineage
-from scalselect_assets.partitions import materialized_shards, missing_shards_check
+from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.tables import SPECTRUM, column_schema
 
 if TYPE_CHECKING:
@@ -62,25 +63,26 @@ def build(selection: "Selection") -> dg.AssetsDefinition:
             )
         ],
     )
-    def subspace_basis(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
+    def subspace_basis(
+        context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
+    ) -> dg.MaterializeResult:
         """The directions that together hold the energy threshold of all embeddings, centred."""
         from scalselect_assets.method.subspace import fit_subspace
 
         start = time.monotonic()
         artifacts = storage.artifacts(selection.store)
-        shards, missing = materialized_shards(
-            context, selection.partitions, selection.key(embedding_moments.NAME)
-        )
-        moments, inputs = merged_moments(artifacts, shards)
+        shards = pool_shards(context, selection.partitions)
+        fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
+        moments, inputs = merged_moments(artifacts, shards, fingerprint)
         subspace = fit_subspace(moments, selection.energy)
-        version = provenance(selection, {shard: inputs[shard]["data_version"] for shard in shards})
+        version = provenance(selection, {shard: header["data_version"] for shard, header in inputs.items()})
         path, size = artifacts.write_arrays(
             NAME,
             subspace.to_arrays(),
             lineage.header(
                 version,
                 version,
-                model_fingerprint=inputs[shards[0]]["model_fingerprint"],
+                model_fingerprint=fingerprint,
                 energy_threshold=repr(selection.energy),
                 shards=json.dumps(inputs, sort_keys=True),
             ),
@@ -93,40 +95,45 @@ def build(selection: "Selection") -> dg.AssetsDefinition:
                 "numerical_rank": subspace.rank,
                 "energy": subspace.energy,
                 "samples": subspace.n,
-                "shards": len(shards),
+                "shards": len(inputs),
                 "dimension": moments.d,
                 "spectrum": dg.MetadataValue.table(_spectrum_head(subspace), schema=column_schema(SPECTRUM)),
                 "seconds": time.monotonic() - start,
                 "bytes": size,
                 "dagster/uri": str(path),
             },
-            [missing_shards_check("basis_covers_every_shard", missing)],
+            [
+                missing_shards_check(
+                    "basis_covers_every_shard", [shard for shard in shards if shard not in inputs]
+                )
+            ],
         )
 
     return subspace_basis
 
 
 def merged_moments(
-    artifacts: ArtifactStore, shards: Sequence[str]
+    artifacts: ArtifactStore, shards: Sequence[str], fingerprint: str
 ) -> tuple["Moments", dict[str, dict[str, str]]]:
-    """The moments of all ``shards`` together, and the header of each shard's.
+    """The moments of all `shards` that the model embedded, and the header of each one's.
+
+    A shard is left out where it has no moments, or has them from another model because it could not be
+    embedded again; the caller reports it.
 
     Raises:
-        dg.Failure: No sample is embedded, or shards were embedded by different models.
+        dg.Failure: No sample is embedded.
     """
     from scalselect_assets.method.moments import Moments
 
     total: Moments | None = None
     headers: dict[str, dict[str, str]] = {}
     for shard in shards:
-        arrays, headers[shard] = artifacts.read_arrays(embedding_moments.NAME, shard)
-        first, this = (headers[name]["model_fingerprint"] for name in (shards[0], shard))
-        if this != first:
-            raise dg.Failure(
-                f"shard {shard!r} was embedded by model {this}, shard {shards[0]!r} by {first}; a basis "
-                "needs one model: run the refresh, which embeds what is stale",
-                allow_retries=False,
-            )
+        if not artifacts.exists(embedding_moments.NAME, shard, suffix=".safetensors"):
+            continue
+        arrays, header = artifacts.read_arrays(embedding_moments.NAME, shard)
+        if header["model_fingerprint"] != fingerprint:
+            continue
+        headers[shard] = header
         moments = Moments.from_arrays(arrays)
         total = moments if total is None else total.merge(moments)
     if total is None or total.n == 0:

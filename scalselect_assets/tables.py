@@ -76,11 +76,26 @@ SELECTED_SUBSET: Table = {
     "leverage": IMPORTANCE_SCORES["leverage"],
 }
 
+MOMENTS: Table = {
+    "n": Column(pl.Int64(), "Number of vectors."),
+    "mean": Column(pl.List(pl.Float64()), "Their mean, (d,)."),
+    "scatter_upper": Column(
+        pl.List(pl.Float64()),
+        "Upper triangle by rows of the sum of (x - mean)(x - mean)ᵀ, (d (d + 1) / 2,).",
+    ),
+}
+
 SPECTRUM: Table = {
     "direction": Column(pl.Int64(), "Principal direction of the centred embeddings, from 1."),
     "singular_value": Column(pl.Float64(), "Of the centred embedding matrix."),
     "energy": Column(pl.Float64(), "Share of the total energy up to and including this direction."),
     "kept": Column(pl.Boolean(), "Whether the direction belongs to the subspace."),
+}
+
+TRAINING_ROWS: Table = {
+    "id": Column(pl.String(), "As in the pool; absent where the row has none."),
+    "messages": Column(pl.List(pl.String()), "Turns with role and content; `conversations` in LLaVA rows."),
+    "images": Column(pl.List(pl.String()), "Image paths; `image` in LLaVA rows. Further fields are kept."),
 }
 
 

@@ -15,7 +15,7 @@ import dagster as dg
 import polars as pl
 from upath import UPath
 
-from resources.artifacts import ArtifactStore
+from resources.artifacts import ArtifactMissingError, ArtifactStore
 from resources.sample_source import SampleSource
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
@@ -29,11 +29,13 @@ from scalselect_assets import (
     subspace_basis,
 )
 from scalselect_assets.method.rejection import RejectionReason
+from scalselect_assets.tables import TRAINING_ROWS, column_schema
 
 if TYPE_CHECKING:
     from scalselect_assets.selection import Selection
 
 NAME = "training_dataset"
+MANIFEST = "manifest"
 CODE_VERSION = "1"
 
 
@@ -48,6 +50,24 @@ def provenance(selection: "Selection", subset_version: str, raw_versions: Mappin
     )
 
 
+def read_manifest(artifacts: ArtifactStore) -> dict[str, Any]:
+    """The manifest of the last training dataset.
+
+    Raises:
+        ArtifactMissingError: There is none yet.
+    """
+    manifest: dict[str, Any] = artifacts.read_json(NAME, MANIFEST)
+    return manifest
+
+
+def is_complete(artifacts: ArtifactStore) -> bool:
+    """Whether the manifest and the training file that it names are there."""
+    try:
+        return bool((artifacts.root / NAME / read_manifest(artifacts)["training_file"]).exists())
+    except ArtifactMissingError:
+        return False
+
+
 def build(selection: "Selection") -> dg.AssetsDefinition:
     """The asset for one selection."""
 
@@ -56,6 +76,7 @@ def build(selection: "Selection") -> dg.AssetsDefinition:
         deps=[selection.key(selected_subset.NAME), selection.key(raw_samples.NAME)],
         kinds={"json"},
         code_version=CODE_VERSION,
+        metadata={"dagster/column_schema": column_schema(TRAINING_ROWS)},
         check_specs=[
             dg.AssetCheckSpec(
                 "every_selected_row_is_written",
@@ -75,9 +96,8 @@ def build(selection: "Selection") -> dg.AssetsDefinition:
         writer = _DatasetWriter(artifacts, source, shards, keep_text_only=selection.text_only == "keep")
         path, n_bytes = writer.write(subset)
         made_from = provenance(selection, subset_header["data_version"], writer.raw_versions)
-        manifest = _manifest(selection, artifacts, vlm, writer, subset, path)
-        artifacts.write_json(NAME, manifest, "manifest")
-        manifest_path = path.parent / "manifest.json"
+        manifest = _manifest(selection, artifacts, vlm, source, writer, subset, path)
+        manifest_path, _ = artifacts.write_json(NAME, manifest, MANIFEST)
         return lineage.result(
             writer.sha256,
             made_from,
@@ -176,6 +196,7 @@ def _manifest(
     selection: "Selection",
     artifacts: ArtifactStore,
     vlm: VlmResource,
+    source: SampleSource,
     writer: _DatasetWriter,
     subset: pl.DataFrame,
     path: UPath,
@@ -225,7 +246,8 @@ def _manifest(
             for shard, versions in inputs.items()
         },
         "source": selection.source,
-        "images_relative_to": selection.image_root or selection.source,
+        "images_relative_to": str(source.images_folder()),
+        "training_file": path.name,
         "files": {
             path.name: {"sha256": writer.sha256, "rows": writer.n_rows},
             f"../{selected_subset.NAME}/{subset_path.name}": {

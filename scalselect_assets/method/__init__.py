@@ -4,3 +4,6 @@ Representation: `conversation` → `chat` (whose text is it?) → `encoder` (wit
 `images`) → one vector per sample, or a `rejection`. Scores: `moments` → `subspace` → `leverage` →
 `selection`.
 """
+
+REPRESENTATION_VERSION = "1"
+"""Part of every model fingerprint; raised whenever the same weights would give other representations."""

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scalselect_assets.method import REPRESENTATION_VERSION
 from scalselect_assets.method.attention import (
     AttentionProbe,
     dominant_tokens,
@@ -44,9 +45,6 @@ from scalselect_assets.method.rejection import Rejection, RejectionReason
 
 DEFAULT_ATTENTION_MASS = 0.9
 """τ of the paper: the share of the instruction's attention that the kept vision tokens must exceed."""
-
-REPRESENTATION_VERSION = "1"
-"""Part of every model fingerprint; raised whenever the same weights would give other representations."""
 
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 DeviceName: TypeAlias = Literal["auto", "cpu", "cuda"]
