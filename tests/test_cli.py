@@ -1,0 +1,166 @@
+"""The command line as people use it: what it prints, what it exits with, what a second run does."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from scalselect_assets.demo.pool import DEMO_REJECTIONS
+from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def scalselect(tmp_path: Path) -> Command:
+    """Run the installed command in a folder of its own."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(Path(sys.executable).with_name("scalselect")), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "60"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def summary_of(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON object on standard output."""
+    assert finished.returncode == 0, finished.stderr
+    (line,) = finished.stdout.splitlines()
+    result: dict[str, Any] = json.loads(line)
+    return result
+
+
+def test_the_demo_accounts_for_every_row_and_does_nothing_twice(scalselect: Command, tmp_path: Path) -> None:
+    first = summary_of(scalselect("demo", "--json"))
+    assert first["rejected"] == {reason.value: n for reason, n in sorted(DEMO_REJECTIONS.items())}
+    assert first["rows"] == first["embedded"] + sum(first["rejected"].values()) == 480
+    assert first["selected"] == 74  # 0.16 · 463 = 74.08
+    assert len(first["shards_embedded"]) == 8
+    subset = pl.read_parquet(first["selected_subset"])
+    assert {"sample_key", "source_id", "shard", "leverage", "rank"} <= set(subset.columns)
+    assert subset["leverage"].is_sorted(descending=True)
+    assert len(Path(first["training_dataset"]).read_text().splitlines()) == 74
+    # Redundant scenes make up the pool; the rare tail is what spans the subspace.
+    rows = [json.loads(line) for line in Path(first["training_dataset"]).read_text().splitlines()]
+    assert sum(row["source"] == "rare" for row in rows) >= 8
+
+    second = scalselect("demo")
+    assert second.returncode == 0
+    assert "Nothing to do" in second.stdout
+    status = scalselect("status", "--store", ".scalselect/demo")
+    assert "All 8 shards are up to date" in status.stdout
+    state = summary_of(scalselect("status", "--store", ".scalselect/demo", "--json"))
+    assert (state["shards"], state["shards_stale"], state["embedded"]) == (8, [], 463)
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the sample data is not beside this checkout")
+def test_a_real_pool_end_to_end_and_then_with_one_more_shard(
+    scalselect: Command, tmp_path: Path, demo_vlm: Path
+) -> None:
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    (pool / "images").symlink_to(SHARED_DATA / "nlvr_sample" / "images")
+    shards = sorted((SHARED_DATA / "nlvr_sample").glob("*.jsonl"))
+    for shard in shards[:1]:
+        (pool / shard.name).write_bytes(shard.read_bytes())
+    # The link leads out of the pool, so the images' real folder is named as their root.
+    options = ("--image-root", SHARED_DATA / "nlvr_sample", "--model", demo_vlm, "--budget", "16%")
+    first = summary_of(scalselect("run", pool, *options, "--json"))
+    assert (first["rows"], first["embedded"], first["selected"]) == (180, 180, 29)
+
+    (pool / shards[1].name).write_bytes(shards[1].read_bytes())
+    # What is left out stays as it was declared.
+    second = summary_of(scalselect("run", pool, "--json"))
+    assert second["shards_embedded"] == [shards[1].name]
+    assert (second["rows"], second["selected"]) == (360, 58)
+
+
+def test_a_failing_shard_is_named_and_the_exit_code_is_1(
+    scalselect: Command, tmp_path: Path, demo_vlm: Path
+) -> None:
+    write_pool_shard(tmp_path / "pool", "good.jsonl", 3, seed=0)
+    (tmp_path / "pool" / "picture.json").write_bytes(png_bytes(1))
+    finished = scalselect("run", "pool", "--model", demo_vlm)
+    assert finished.returncode == 1
+    assert "rows in                 3" in finished.stdout
+    assert "picture.json" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("run",), 2, "SOURCE"),
+        (("run", "nowhere"), 1, "nowhere"),
+        (("run", "pool", "--model", "./no/model"), 1, "no folder './no/model'"),
+        (("run", "pool", "--budget", "lots"), 2, "--budget"),
+        (("run", "pool", "--energy", "1.5"), 2, "energy"),
+        (("run", "pool", "--device", "tpu"), 2, "tpu"),
+        (("run", "pool", "--name", "a-b"), 2, "name"),
+        (("run", "empty", "--model", "MODEL"), 1, "no shard files"),
+        (("run", "pool", "--model", "MODEL", "--budget", "1000"), 1, "1000"),
+        (("run", "textual", "--model", "MODEL"), 1, "no sample of the pool is embedded"),
+        (("status", "--store", "nowhere"), 2, "is not a store"),
+        (("split", "pool/a.jsonl", "--rows", "0", "--out", "o"), 2, "rows"),
+        (("split", "pool/images/0.png", "--rows", "2", "--out", "o"), 1, "0.png"),
+    ],
+)
+def test_mistakes_are_answered_with_a_message_and_the_right_code(
+    scalselect: Command,
+    tmp_path: Path,
+    demo_vlm: Path,
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 2, seed=0)
+    (tmp_path / "empty").mkdir()
+    write_lines(tmp_path / "textual" / "a.jsonl", [sharegpt_row(None, "Hello?")])
+    finished = scalselect(*(str(demo_vlm) if part == "MODEL" else part for part in arguments))
+    assert finished.returncode == code, finished.stderr
+    # The usage box is wrapped and framed.
+    told = " ".join(finished.stderr.replace("│", " ").split())
+    assert message in told
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_store_belongs_to_one_pool(scalselect: Command, tmp_path: Path, demo_vlm: Path) -> None:
+    for pool in ("one", "two"):
+        write_pool_shard(tmp_path / pool, "a.jsonl", 2, seed=0)
+    assert scalselect("run", "one", "--store", "s", "--model", demo_vlm).returncode == 0
+    finished = scalselect("run", "two", "--store", "s")
+    assert finished.returncode == 2
+    assert "belongs to the pool" in " ".join(finished.stderr.replace("│", " ").split())
+
+
+def test_split_makes_shards_that_run(scalselect: Command, tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "big", "all.jsonl", 5, seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "big" / "all.jsonl").read_text().splitlines()]
+    (tmp_path / "big" / "all.json").write_text(json.dumps(rows))
+    finished = scalselect("split", "big/all.json", "--rows", 2, "--out", "shards")
+    assert "5 rows in 3 shards" in " ".join(finished.stdout.split())
+    assert "--image-root big" in " ".join(finished.stdout.split())
+    result = summary_of(
+        scalselect("run", "shards", "--image-root", "big", "--model", demo_vlm, "--budget", "1.0", "--json")
+    )
+    assert (result["embedded"], len(result["shards_embedded"])) == (5, 3)
+    assert json.loads(Path(result["training_dataset"]).read_text()) == rows
+
+
+def test_help_lists_the_commands(scalselect: Command) -> None:
+    finished = scalselect("--help")
+    assert finished.returncode == 0
+    for command in ("run", "demo", "status", "split", "ui"):
+        assert f" {command} " in finished.stdout

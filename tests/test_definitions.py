@@ -1,0 +1,182 @@
+"""The code location: it loads light, from declarations, and keeps the layers apart."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from scalselect_assets import ASSET_MODULES
+from scalselect_assets.deployment import build_defs, declared_selections
+from scalselect_assets.selection import Selection, SelectionFileError, read_selection
+
+ROOT = Path(__file__).parents[1]
+
+
+def selection(name: str = "pool", **more: object) -> Selection:
+    return Selection(name=name, source="/pool", store="/store", target_model="org/model", **more)  # type: ignore[arg-type]
+
+
+def imported_in_a_fresh_process(statement: str, environment: dict[str, str] | None = None) -> set[str]:
+    finished = subprocess.run(
+        [sys.executable, "-c", f"{statement}; import sys; print(' '.join(sys.modules))"],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(finished.stdout.splitlines()[-1].split())
+
+
+def test_definitions_load_without_torch_transformers_or_lancedb(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(selection().to_yaml())
+    modules = imported_in_a_fresh_process(
+        "from definitions import defs; assert len(defs.resolve_asset_graph().get_all_asset_keys()) == 9",
+        {"SCALSELECT_SELECTIONS": str(tmp_path)},
+    )
+    assert not modules & {"torch", "transformers", "lancedb"}
+
+
+def test_the_method_loads_without_dagster_polars_or_lancedb() -> None:
+    modules = imported_in_a_fresh_process(
+        "import scalselect_assets.method.encoder, scalselect_assets.method.leverage, "
+        "scalselect_assets.method.selection"
+    )
+    assert not modules & {"dagster", "polars", "lancedb", "upath", "resources"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level names and dotted modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("scalselect_assets/method", ("dagster", "polars", "lancedb", "resources", "upath", "pyarrow")),
+        ("resources", ("scalselect_assets.",)),
+        ("scalselect_assets", ("definitions",)),
+    ],
+)
+def test_imports_point_down_only(folder: str, forbidden: tuple[str, ...]) -> None:
+    allowed = "scalselect_assets.method"
+    for path in (ROOT / folder).rglob("*.py"):
+        wrong = {
+            name
+            for name in imports_of(path)
+            if name.startswith(forbidden) and not name.startswith(allowed) and name != "scalselect_assets"
+        }
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_the_graph_is_the_documented_path() -> None:
+    graph = build_defs([selection()]).resolve_asset_graph()
+    parents = {
+        key.path[-1]: sorted(parent.path[-1] for parent in graph.get(key).parent_keys)
+        for key in graph.get_all_asset_keys()
+    }
+    assert parents == {
+        "shard_files": [],
+        "shard_manifest": [],
+        "raw_samples": ["shard_files"],
+        "attention_embeddings": ["raw_samples"],
+        "embedding_moments": ["attention_embeddings"],
+        "subspace_basis": ["embedding_moments", "shard_manifest"],
+        "importance_scores": ["attention_embeddings", "subspace_basis"],
+        "selected_subset": ["importance_scores"],
+        "training_dataset": ["raw_samples", "selected_subset"],
+    }
+    partitioned = {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).is_partitioned}
+    assert partitioned == {
+        "shard_files",
+        "raw_samples",
+        "attention_embeddings",
+        "embedding_moments",
+        "importance_scores",
+    }
+
+
+def test_every_asset_says_what_it_is() -> None:
+    graph = build_defs([selection("mine")]).resolve_asset_graph()
+    for name in ASSET_MODULES:
+        node = graph.get(dg.AssetKey(["mine", name]))
+        assert node.group_name == "mine"
+        assert node.kinds
+        assert node.code_version
+        assert node.description
+        assert node.description.rstrip(".").count(". ") == 0, f"{name}: one sentence"
+        schema = node.metadata["dagster/column_schema"]
+        assert all(column.description for column in schema.columns)
+
+
+def test_several_selections_share_a_deployment() -> None:
+    defs = build_defs([selection("one"), selection("two")])
+    keys = {tuple(key.path) for key in defs.resolve_asset_graph().get_all_asset_keys()}
+    assert {("one", "selected_subset"), ("two", "selected_subset")} <= keys
+    assert {"one_refresh", "two_refresh", "one_assets", "two_assets"} <= {
+        job.name for job in defs.resolve_all_job_defs()
+    }
+    assert dg.Definitions.validate_loadable(defs) is None
+
+
+def test_a_declaration_survives_its_file(tmp_path: Path) -> None:
+    declared = selection("한".encode().hex(), budget=100, text_only="keep", image_root="/images")
+    (tmp_path / "selection.yaml").write_text(declared.to_yaml())
+    assert read_selection(tmp_path / "selection.yaml") == declared
+    assert isinstance(read_selection(tmp_path / "selection.yaml").budget, int)
+
+
+def test_relative_paths_of_a_declaration_start_at_its_file(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(
+        "type: scalselect_assets.selection.Selection\n"
+        "attributes: {name: a, source: pool, store: ./store, target_model: ./vlm, image_root: s3://bucket/i}\n"
+    )
+    (tmp_path / "vlm").mkdir()
+    got = read_selection(tmp_path / "s.yaml")
+    assert (got.source, got.store) == (str(tmp_path / "pool"), str(tmp_path / "store"))
+    assert (got.target_model, got.image_root) == (str(tmp_path / "vlm"), "s3://bucket/i")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ("{name: a, source: s, store: t}", "target_model"),
+        ("{name: a, source: s, store: t, target_model: m, energy: 1.5}", "energy"),
+        ("{name: a, source: s, store: t, target_model: m, budget: 0}", "budget"),
+        ("{name: a, source: s, store: t, target_model: m, budget: 1.5}", "budget"),
+        ("{name: 'a-b', source: s, store: t, target_model: m}", "name"),
+        ("{name: a, source: s, store: t, target_model: m, buget: 3}", "buget"),
+    ],
+)
+def test_a_wrong_declaration_names_the_file_and_the_attribute(
+    tmp_path: Path, attributes: str, message: str
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"type: scalselect_assets.selection.Selection\nattributes: {attributes}\n")
+    with pytest.raises(SelectionFileError, match=message) as caught:
+        read_selection(path)
+    assert str(path) in str(caught.value)
+
+
+def test_two_declarations_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in ("a.yaml", "b.yaml"):
+        (tmp_path / file).write_text(selection().to_yaml())
+    monkeypatch.setenv("SCALSELECT_SELECTIONS", str(tmp_path))
+    with pytest.raises(SelectionFileError, match="both declare"):
+        declared_selections()
+
+
+def test_a_declaration_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALSELECT_SELECTIONS", "/no/such/file.yaml")
+    with pytest.raises(SelectionFileError, match="does not exist"):
+        declared_selections()

@@ -1,0 +1,129 @@
+"""What is written for the trainer is the pool's own rows, and the manifest leads back to all of them."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from scalselect_assets.refresh import summary
+from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
+from tests.test_refresh import Bench, _one_thread  # noqa: F401 - the fixture applies to this module too
+
+
+def written(bench: Bench) -> Path:
+    return Path(summary(bench.artifacts)["training_dataset"])
+
+
+def test_json_lines_stay_json_lines_and_each_row_its_own_text(
+    make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path
+) -> None:
+    bench = Bench(make_pool({"a.jsonl": 4, "b.jsonl": 3}), tmp_path / "store", demo_vlm)
+    line = (
+        '{"extra": {"weight": 1.50, "n": 12345678901234567890}, "id":0,"images":["images/0.png"],'
+        '"messages" : [{"role":"human","content":"<image>caf\\u00e9?"},{"role":"gpt","content":"Ja"}]}'
+    )
+    write_lines(bench.pool / "a.jsonl", [line, *(bench.pool / "a.jsonl").read_text().splitlines()])
+    bench.options["budget"] = 1.0
+    bench.refresh()
+    assert written(bench).name == "train.jsonl"
+    pool = (bench.pool / "a.jsonl").read_text() + (bench.pool / "b.jsonl").read_text()
+    assert written(bench).read_text() == pool
+
+
+def test_llava_rows_in_an_array_stay_llava_rows_in_an_array(tmp_path: Path, demo_vlm: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for index in range(4):
+        (tmp_path / "pool").mkdir(exist_ok=True)
+        (tmp_path / "pool" / f"{index}.png").write_bytes(png_bytes(index))
+        rows.append(
+            {
+                "id": f"{index}",
+                "image": f"{index}.png" if index % 2 else [f"{index}.png"],
+                "conversations": [
+                    {"from": "human", "value": f"<image>\n그림 {index}?"},
+                    {"from": "gpt", "value": "예"},
+                ],
+                "source": "coco",
+            }
+        )
+    (tmp_path / "pool" / "llava.json").write_text(json.dumps(rows, ensure_ascii=False, indent=2))
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.refresh()
+    assert written(bench).name == "train.json"
+    chosen, _ = bench.artifacts.read_frame("selected_subset")
+    expected = [rows[row] for row in sorted(chosen["row"])]
+    assert json.loads(written(bench).read_text()) == expected
+
+
+def test_image_paths_of_shards_in_folders_become_relative_to_the_pool(tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "pool", "deep/er/a.jsonl", 3, seed=0)
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.options["budget"] = 1.0
+    bench.refresh()
+    base = Path(bench.artifacts.read_json("training_dataset", "manifest")["images_relative_to"])
+    for line in written(bench).read_text().splitlines():
+        (image,) = json.loads(line)["images"]
+        assert Image.open(base / image).size == (48, 40)
+
+
+def test_text_only_rows_are_added_when_they_are_kept(tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 4, seed=0)
+    text_row = sharegpt_row(None, "Tell me a story.", "Once.", id="text")
+    rows = (tmp_path / "pool" / "a.jsonl").read_text().splitlines()
+    write_lines(tmp_path / "pool" / "a.jsonl", [rows[0], text_row, *rows[1:]])
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.options["budget"] = 2
+    bench.refresh()
+    assert len(written(bench).read_text().splitlines()) == 2
+    bench.options["text_only"] = "keep"
+    bench.refresh()
+    lines = [json.loads(line) for line in written(bench).read_text().splitlines()]
+    assert len(lines) == 3
+    assert text_row in lines
+    manifest = bench.artifacts.read_json("training_dataset", "manifest")
+    assert (manifest["selected"], manifest["text_only_kept"], manifest["written"]) == (2, 1, 3)
+
+
+def test_a_pool_that_changes_its_kind_leaves_no_old_file(tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 3, seed=0)
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.refresh()
+    rows = [json.loads(line) for line in (bench.pool / "a.jsonl").read_text().splitlines()]
+    (bench.pool / "a.jsonl").write_text(json.dumps(rows))
+    bench.refresh()
+    assert sorted(path.name for path in written(bench).parent.iterdir()) == ["manifest.json", "train.json"]
+
+
+def test_the_manifest_tells_what_the_files_are(
+    make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path
+) -> None:
+    bench = Bench(make_pool({"a.jsonl": 4, "b.jsonl": 3}), tmp_path / "store", demo_vlm)
+    bench.refresh()
+    manifest = bench.artifacts.read_json("training_dataset", "manifest")
+    folder = written(bench).parent
+    for name, file in manifest["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == file["sha256"]
+    assert manifest["model"]["model"] == str(demo_vlm)
+    assert len(manifest["model"]["fingerprint"]) == 16
+    assert set(manifest["shards"]) == {"a.jsonl", "b.jsonl"}
+    basis = bench.artifacts.read_arrays("subspace_basis")[1]
+    assert manifest["basis_version"] == basis["data_version"]
+    tables = bench.storage.embeddings(str(bench.store)).table_names()
+    for shard, versions in manifest["shards"].items():
+        assert versions["lance_table"] in tables
+        assert versions["raw_samples"] == bench.artifacts.read_header("raw_samples", shard)["data_version"]
+    assert manifest["rows"] == manifest["embedded"] + sum(manifest["rejected"].values()) == 7
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the sample data is not beside this checkout")
+def test_real_rows_without_ids_with_several_images_and_chinese_text(tmp_path: Path, demo_vlm: Path) -> None:
+    bench = Bench(SHARED_DATA / "mllm_demo", tmp_path / "store", demo_vlm)
+    bench.options["budget"] = 1.0
+    bench.refresh()
+    assert summary(bench.artifacts)["rows"] == summary(bench.artifacts)["embedded"] == 6
+    source = json.loads((SHARED_DATA / "mllm_demo" / "mllm_demo.json").read_text())
+    assert json.loads(written(bench).read_text()) == source
