@@ -23,18 +23,18 @@ from resources.sample_source import SampleSource
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import lineage, raw_samples
+from scalselect_assets.selection import Selection
 from scalselect_assets.tables import ATTENTION_EMBEDDINGS, REJECTED_ROWS, column_schema, polars_schema
 
 if TYPE_CHECKING:
     from scalselect_assets.method.encoder import ChatSample, Outcome, Representation, VlmEncoder
-    from scalselect_assets.selection import Selection
 
 NAME = "attention_embeddings"
 REJECTED = "rejected_rows"
 CODE_VERSION = "1"
 
 
-def provenance(selection: "Selection", fingerprint: str, raw_version: str) -> str:  # noqa: ARG001
+def provenance(selection: Selection, fingerprint: str, raw_version: str) -> str:  # noqa: ARG001
     """What the vectors of one shard are computed from; τ and the model are part of the fingerprint."""
     return lineage.provenance(NAME, CODE_VERSION, fingerprint=fingerprint, raw_samples=raw_version)
 
@@ -49,7 +49,7 @@ def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable
     return EmbeddingTable(**receipt["table"]), receipt["header"]
 
 
-def build(selection: "Selection") -> dg.AssetsDefinition:
+def build(selection: Selection) -> dg.AssetsDefinition:
     """The asset for one selection."""
 
     @dg.asset(
@@ -133,7 +133,7 @@ def _chat_samples(candidates: pl.DataFrame, source: SampleSource) -> Iterator["C
 
 def _replace_table(
     storage: StorageResource,
-    selection: "Selection",
+    selection: Selection,
     encoder: "VlmEncoder",
     shard: str,
     candidates: pl.DataFrame,

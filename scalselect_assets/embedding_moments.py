@@ -6,28 +6,25 @@ one pass over the shard's vectors, n·d² multiplications, d² values.
 
 import hashlib
 import time
-from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import attention_embeddings, lineage
+from scalselect_assets.selection import Selection
 from scalselect_assets.tables import MOMENTS, column_schema
-
-if TYPE_CHECKING:
-    from scalselect_assets.selection import Selection
 
 NAME = "embedding_moments"
 CODE_VERSION = "1"
 
 
-def provenance(selection: "Selection", embeddings_version: str) -> str:  # noqa: ARG001
+def provenance(selection: Selection, embeddings_version: str) -> str:  # noqa: ARG001
     """What the moments of one shard are computed from."""
     return lineage.provenance(NAME, CODE_VERSION, attention_embeddings=embeddings_version)
 
 
-def build(selection: "Selection") -> dg.AssetsDefinition:
+def build(selection: Selection) -> dg.AssetsDefinition:
     """The asset for one selection."""
 
     @dg.asset(

@@ -14,22 +14,22 @@ import polars as pl
 from resources.artifacts import ArtifactStore
 from resources.storage import StorageResource
 from scalselect_assets import attention_embeddings, lineage, subspace_basis
+from scalselect_assets.selection import Selection
 from scalselect_assets.tables import IMPORTANCE_SCORES, column_schema, polars_schema
 
 if TYPE_CHECKING:
     from scalselect_assets.method.subspace import Subspace
-    from scalselect_assets.selection import Selection
 
 NAME = "importance_scores"
 CODE_VERSION = "1"
 
 
-def provenance(selection: "Selection", basis_version: str) -> str:  # noqa: ARG001
+def provenance(selection: Selection, basis_version: str) -> str:  # noqa: ARG001
     """What the scores are computed from; the basis version covers the vectors of every shard."""
     return lineage.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
 
 
-def build(selection: "Selection") -> dg.AssetsDefinition:
+def build(selection: Selection) -> dg.AssetsDefinition:
     """The asset for one selection."""
 
     @dg.asset(
@@ -72,7 +72,7 @@ def build(selection: "Selection") -> dg.AssetsDefinition:
 
 def _score(
     storage: StorageResource,
-    selection: "Selection",
+    selection: Selection,
     artifacts: ArtifactStore,
     shard: str,
     subspace: "Subspace",

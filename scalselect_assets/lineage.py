@@ -14,6 +14,7 @@ import dagster as dg
 
 from resources.identity import digest
 
+DATA_VERSION_TAG = "dagster/data_version"  # Dagster's own, on materializations and observations
 PROVENANCE_TAG = "scalselect/provenance"
 MODEL_TAG = "scalselect/model"
 

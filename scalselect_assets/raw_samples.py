@@ -7,7 +7,6 @@ memory of one shard.
 
 import hashlib
 import time
-from typing import TYPE_CHECKING
 
 import dagster as dg
 import polars as pl
@@ -17,21 +16,19 @@ from resources.sample_source import PoolRow, SampleSource
 from resources.shard_reader import ShardFormatError
 from resources.storage import StorageResource
 from scalselect_assets import lineage
+from scalselect_assets.selection import Selection
 from scalselect_assets.tables import RAW_SAMPLES, column_schema, polars_schema
-
-if TYPE_CHECKING:
-    from scalselect_assets.selection import Selection
 
 NAME = "raw_samples"
 CODE_VERSION = "1"
 
 
-def provenance(selection: "Selection", shard_version: str) -> str:
+def provenance(selection: Selection, shard_version: str) -> str:
     """What the rows of one shard are computed from."""
     return lineage.provenance(NAME, CODE_VERSION, image_root=selection.image_root, shard=shard_version)
 
 
-def build(selection: "Selection") -> dg.AssetsDefinition:
+def build(selection: Selection) -> dg.AssetsDefinition:
     """The asset for one selection."""
 
     @dg.asset(

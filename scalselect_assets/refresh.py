@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
-from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import table_name
@@ -38,10 +37,8 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
-from scalselect_assets.lineage import MODEL_TAG, PROVENANCE_TAG
-
-if TYPE_CHECKING:
-    from scalselect_assets.selection import Selection
+from scalselect_assets.lineage import DATA_VERSION_TAG, MODEL_TAG, PROVENANCE_TAG
+from scalselect_assets.selection import Selection
 
 SHARD_FILES = "shard_files"
 SHARD_MANIFEST = "shard_manifest"
@@ -122,7 +119,7 @@ def _current_index(source: SampleSource, artifacts: ArtifactStore, shard: str) -
 
 
 def report_discovery(
-    selection: "Selection", instance: dg.DagsterInstance, discovery: Discovery
+    selection: Selection, instance: dg.DagsterInstance, discovery: Discovery
 ) -> tuple[list[str], list[str]]:
     """Tell Dagster of added, changed and removed shards; returns the added and the removed ones."""
     partitions = f"{selection.name}_shards"
@@ -154,7 +151,7 @@ def report_discovery(
     return added, removed
 
 
-def source_assets(selection: "Selection") -> list[dg.SourceAsset]:
+def source_assets(selection: Selection) -> list[dg.SourceAsset]:
     """The pool as Dagster sees it; observing either discovers the shards, from the UI too."""
 
     def discovered(context: dg.OpExecutionContext, storage: StorageResource) -> Discovery:
@@ -184,7 +181,7 @@ def source_assets(selection: "Selection") -> list[dg.SourceAsset]:
     return [shard_files, shard_manifest]
 
 
-def refresh_job(selection: "Selection") -> dg.JobDefinition:
+def refresh_job(selection: Selection) -> dg.JobDefinition:
     """The refresh as a job, for the UI and for schedules."""
 
     @dg.op(name=selection.job_name("refresh_op"), description="Materialize exactly what is stale.")
@@ -236,7 +233,7 @@ class Refresh:
 
     def __init__(
         self,
-        selection: "Selection",
+        selection: Selection,
         *,
         job: dg.JobDefinition,
         instance: dg.DagsterInstance,

@@ -8,7 +8,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import dagster as dg
 import polars as pl
@@ -18,24 +17,22 @@ from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import importance_scores, lineage, subspace_basis
 from scalselect_assets.partitions import missing_shards_check, pool_shards
+from scalselect_assets.selection import Selection
 from scalselect_assets.tables import IMPORTANCE_SCORES, SELECTED_SUBSET, column_schema, polars_schema
-
-if TYPE_CHECKING:
-    from scalselect_assets.selection import Selection
 
 NAME = "selected_subset"
 CODE_VERSION = "1"
 _SUM_TOLERANCE = 1e-6  # relative to k; float64 sums of a billion scores stay far below it
 
 
-def provenance(selection: "Selection", score_versions: Mapping[str, str]) -> str:
+def provenance(selection: Selection, score_versions: Mapping[str, str]) -> str:
     """What the choice is computed from."""
     return lineage.provenance(
         NAME, CODE_VERSION, budget=repr(selection.budget), importance_scores=dict(score_versions)
     )
 
 
-def build(selection: "Selection") -> dg.AssetsDefinition:
+def build(selection: Selection) -> dg.AssetsDefinition:
     """The asset for one selection."""
 
     @dg.asset(

@@ -1,4 +1,4 @@
-"""What a deployment declares: one pool, one target model, one budget. Building it gives the whole graph.
+"""What a deployment declares: one pool, one target model, one budget.
 
 A deployment may hold several selections; each has its own asset keys (``[name, asset]``), partitions and
 store. Declarations are YAML files that `definitions.py` finds and that ``scalselect run`` writes.
@@ -11,15 +11,6 @@ import dagster as dg
 import yaml
 from pydantic import Field, field_validator
 
-from scalselect_assets import (
-    attention_embeddings,
-    embedding_moments,
-    importance_scores,
-    raw_samples,
-    selected_subset,
-    subspace_basis,
-    training_dataset,
-)
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import shard_partitions
 
@@ -108,33 +99,10 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         return f"{self.name}_{job}"
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
-        """The graph of this selection: sources, assets, and the jobs that materialize them."""
-        from scalselect_assets.refresh import refresh_job, source_assets
+        """The graph of this selection; see `scalselect_assets.graph`."""
+        from scalselect_assets.graph import selection_defs
 
-        assets = [
-            module.build(self)
-            for module in (
-                raw_samples,
-                attention_embeddings,
-                embedding_moments,
-                subspace_basis,
-                importance_scores,
-                selected_subset,
-                training_dataset,
-            )
-        ]
-        return dg.Definitions(
-            assets=[*source_assets(self), *assets],
-            jobs=[
-                dg.define_asset_job(
-                    self.job_name("assets"),
-                    selection=dg.AssetSelection.assets(*assets),
-                    description="Any assets of this selection in one process; what the refresh runs.",
-                    executor_def=dg.in_process_executor,
-                ),
-                refresh_job(self),
-            ],
-        )
+        return selection_defs(self)
 
     def to_yaml(self) -> str:
         """The declaration that `read_selection` reads back."""

@@ -16,18 +16,18 @@ from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import embedding_moments, lineage
 from scalselect_assets.partitions import missing_shards_check, pool_shards
+from scalselect_assets.selection import Selection
 from scalselect_assets.tables import SPECTRUM, column_schema
 
 if TYPE_CHECKING:
     from scalselect_assets.method.moments import Moments
     from scalselect_assets.method.subspace import Subspace
-    from scalselect_assets.selection import Selection
 
 NAME = "subspace_basis"
 CODE_VERSION = "1"
 
 
-def provenance(selection: "Selection", moments_versions: Mapping[str, str]) -> str:
+def provenance(selection: Selection, moments_versions: Mapping[str, str]) -> str:
     """What the basis is computed from, which is also its version; the moments' versions cover the model."""
     return lineage.provenance(
         NAME, CODE_VERSION, energy=selection.energy, centred=True, embedding_moments=dict(moments_versions)
@@ -46,7 +46,7 @@ def read_basis(artifacts: ArtifactStore) -> tuple["Subspace", dict[str, str]]:
     return Subspace.from_arrays(arrays), header
 
 
-def build(selection: "Selection") -> dg.AssetsDefinition:
+def build(selection: Selection) -> dg.AssetsDefinition:
     """The asset for one selection."""
 
     @dg.asset(

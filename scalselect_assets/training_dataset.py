@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version as package_version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -29,17 +29,15 @@ from scalselect_assets import (
     subspace_basis,
 )
 from scalselect_assets.method.rejection import RejectionReason
+from scalselect_assets.selection import Selection
 from scalselect_assets.tables import TRAINING_ROWS, column_schema
-
-if TYPE_CHECKING:
-    from scalselect_assets.selection import Selection
 
 NAME = "training_dataset"
 MANIFEST = "manifest"
 CODE_VERSION = "1"
 
 
-def provenance(selection: "Selection", subset_version: str, raw_versions: Mapping[str, str]) -> str:
+def provenance(selection: Selection, subset_version: str, raw_versions: Mapping[str, str]) -> str:
     """What the files are computed from."""
     return lineage.provenance(
         NAME,
@@ -68,7 +66,7 @@ def is_complete(artifacts: ArtifactStore) -> bool:
         return False
 
 
-def build(selection: "Selection") -> dg.AssetsDefinition:
+def build(selection: Selection) -> dg.AssetsDefinition:
     """The asset for one selection."""
 
     @dg.asset(
@@ -193,7 +191,7 @@ class _DatasetWriter:
 
 
 def _manifest(
-    selection: "Selection",
+    selection: Selection,
     artifacts: ArtifactStore,
     vlm: VlmResource,
     source: SampleSource,

@@ -21,9 +21,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scalselect_assets.demo.model import MAX_POSITIONS, N_IMAGE_TOKENS, PATCH_SIDE
 from scalselect_assets.demo.pool import IMAGE_SIDE, demo_corpus
 
+PATCH_SIDE: Final = 14
+N_IMAGE_TOKENS: Final = (IMAGE_SIDE // PATCH_SIDE) ** 2
+MAX_POSITIONS: Final = 2048
 _SPECIAL_TOKENS: Final = ("<pad>", "<s>", "</s>", "<image>")
 _MAX_VOCABULARY: Final = 2000
 # Standard deviations of the weights relative to 1 / sqrt(fan in), by a part of the parameter's name.

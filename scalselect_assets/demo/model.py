@@ -13,11 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from scalselect_assets.demo.pool import IMAGE_SIDE
-
-PATCH_SIDE: Final = 14
-N_IMAGE_TOKENS: Final = (IMAGE_SIDE // PATCH_SIDE) ** 2
-MAX_POSITIONS: Final = 2048
 RECIPE_FILE: Final = "demo_recipe.json"
 
 # Raise it with every change to what is written, the wording of the demo pool included: a folder with the

@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from scalselect_assets.demo import architecture
-from scalselect_assets.demo.model import MAX_POSITIONS, N_IMAGE_TOKENS, RECIPE_FILE, write_demo_vlm
+from scalselect_assets.demo.architecture import MAX_POSITIONS, N_IMAGE_TOKENS
+from scalselect_assets.demo.model import RECIPE_FILE, write_demo_vlm
 from scalselect_assets.demo.pool import write_demo_pool
 
 
