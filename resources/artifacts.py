@@ -28,6 +28,7 @@ from resources.image_root import is_local
 from resources.names import encode_name
 
 Header = Mapping[str, str]
+_MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
 
 class ArtifactMissingError(FileNotFoundError):
@@ -70,15 +71,23 @@ class ArtifactStore:
         with self._readable(asset, shard, path):
             return pl.read_parquet(io.BytesIO(data)), pl.read_parquet_metadata(io.BytesIO(data))
 
-    def read_header(self, asset: str, shard: str | None = None) -> dict[str, str]:
-        """The header of a Parquet file without its rows; raises as ``read_frame``."""
-        path = self.path(asset, shard, suffix=".parquet")
+    def read_header(
+        self, asset: str, shard: str | None = None, *, suffix: str = ".parquet"
+    ) -> dict[str, str]:
+        """The header of a Parquet or safetensors file without its content; raises as ``read_frame``."""
+        path = self.path(asset, shard, suffix=suffix)
         with (
             self._present(asset, shard, path),
             self._readable(asset, shard, path),
             path.open("rb") as file,
         ):
-            return pl.read_parquet_metadata(file)
+            if suffix == ".parquet":
+                return pl.read_parquet_metadata(file)
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_SAFETENSORS_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header: dict[str, str] = json.loads(file.read(length)).get("__metadata__", {})
+            return header
 
     def write_arrays(
         self, asset: str, arrays: Mapping[str, NDArray[Any]], header: Header, shard: str | None = None
@@ -95,10 +104,7 @@ class ArtifactStore:
         path = self.path(asset, shard, suffix=".safetensors")
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
-            header_length = int.from_bytes(data[:8], "little")
-            arrays = load_safetensors(data)
-            header = json.loads(data[8 : 8 + header_length]).get("__metadata__", {})
-            return arrays, header
+            return load_safetensors(data), self.read_header(asset, shard, suffix=".safetensors")
 
     def write_json(self, asset: str, value: Any, shard: str | None = None) -> tuple[UPath, int]:
         """Replace a JSON file; returns its path and size in bytes."""

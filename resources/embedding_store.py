@@ -7,6 +7,7 @@ told of, so that nothing changes under a reader. There must be one writer per sh
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +27,10 @@ _CONTENT_FIELD = "scalselect.content_sha256"  # in the table's own schema
 class EmbeddingTableError(RuntimeError):
     """A table is missing or does not hold what was recorded of it; the message names the remedy."""
 
+    def __init__(self, message: str, shard: str) -> None:
+        super().__init__(message)
+        self.shard = shard
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTable:
@@ -38,7 +43,7 @@ class EmbeddingTable:
         version: Committed version.
         n_rows: Embedded samples.
         dimension: Length of each vector.
-        content_sha256: Over keys and vector bytes in row order.
+        content_sha256: Over all columns in row order.
     """
 
     fingerprint: str
@@ -99,7 +104,7 @@ class EmbeddingStore:
             ValueError: Shape, dtype, a non-finite vector or a repeated key; nothing was written.
         """
         _check_rows(shard, dimension, rows, sample_keys, vectors)
-        content_sha256 = _content_sha256(sample_keys, vectors)
+        content_sha256 = _content_sha256(rows, sample_keys, source_ids, vectors, attributes)
         columns = {
             "row": (pa.array(rows, pa.int64()), False),
             "sample_key": (pa.array(sample_keys, pa.string()), False),
@@ -136,13 +141,9 @@ class EmbeddingStore:
         """
         n_rows = 0
         with self._readable(table):
-            handle = self._connect().open_table(table.table)
-            handle.checkout(table.version)
-            # A table that was dropped and made again counts its versions from one again.
-            held = (handle.schema.metadata or {}).get(_CONTENT_FIELD.encode(), b"").decode()
-            if held != table.content_sha256:
-                raise ValueError(f"it holds content {held[:12]}, recorded was {table.content_sha256[:12]}")
-            query = handle.search().select(["row", "sample_key", "source_id", "vector"]).limit(None)
+            query = (
+                self._open(table).search().select(["row", "sample_key", "source_id", "vector"]).limit(None)
+            )
             for batch in query.to_batches(batch_rows):
                 n_rows += batch.num_rows
                 vector = batch.column("vector").flatten().to_numpy(zero_copy_only=False)
@@ -155,8 +156,15 @@ class EmbeddingStore:
         if n_rows != table.n_rows:
             raise EmbeddingTableError(
                 f"table {table.table!r} version {table.version} gave {n_rows} rows, recorded were "
-                f"{table.n_rows}; materialize attention_embeddings[{table.shard}] again"
+                f"{table.n_rows}; materialize attention_embeddings[{table.shard}] again",
+                table.shard,
             )
+
+    def read_rows(self, table: EmbeddingTable, columns: Sequence[str]) -> pa.Table:
+        """Some columns other than the vectors of the recorded version, sorted by row; raises as ``read``."""
+        with self._readable(table):
+            rows = self._open(table).search().select(["row", *columns]).limit(None).to_arrow()
+        return rows.sort_by("row")
 
     def table_names(self) -> set[str]:
         """The tables that exist, of all shards and models; LanceDB keeps each as the folder ``<name>.lance``.
@@ -164,6 +172,15 @@ class EmbeddingStore:
         Listing the folders spares a refresh without work the seconds that importing LanceDB takes.
         """
         return {path.stem for path in self.folder.iterdir()} if self.folder.exists() else set()
+
+    def _open(self, table: EmbeddingTable) -> Any:
+        handle = self._connect().open_table(table.table)
+        handle.checkout(table.version)
+        # A table that was dropped and made again counts its versions from one again.
+        held = (handle.schema.metadata or {}).get(_CONTENT_FIELD.encode(), b"").decode()
+        if held != table.content_sha256:
+            raise ValueError(f"it holds content {held[:12]}, recorded was {table.content_sha256[:12]}")
+        return handle
 
     @contextmanager
     def _readable(self, table: EmbeddingTable) -> Iterator[None]:
@@ -174,7 +191,8 @@ class EmbeddingStore:
         except (ValueError, RuntimeError, OSError) as error:
             raise EmbeddingTableError(
                 f"table {table.table!r} version {table.version} in {self.folder} cannot be read ({error}); "
-                f"materialize attention_embeddings[{table.shard}] again"
+                f"materialize attention_embeddings[{table.shard}] again",
+                table.shard,
             ) from error
 
     def _connect(self) -> Any:
@@ -215,7 +233,16 @@ def _check_rows(
         )
 
 
-def _content_sha256(sample_keys: Sequence[str], vectors: NDArray[np.float32]) -> str:
-    digest = hashlib.sha256("\n".join(sample_keys).encode())
+def _content_sha256(
+    rows: Sequence[int],
+    sample_keys: Sequence[str],
+    source_ids: Sequence[str | None],
+    vectors: NDArray[np.float32],
+    attributes: Mapping[str, pa.Array],
+) -> str:
+    """Of everything in the table: rows that only moved or were renamed are other content, too."""
+    values = [list(rows), list(sample_keys), list(source_ids)]
+    named = {name: array.to_pylist() for name, array in attributes.items()}
+    digest = hashlib.sha256(json.dumps([values, named], sort_keys=True).encode())
     digest.update(np.ascontiguousarray(vectors).data)
     return digest.hexdigest()

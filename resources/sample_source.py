@@ -40,6 +40,8 @@ from resources.shard_reader import (
 from scalselect_assets.method.rejection import Rejection, RejectionReason
 
 SHARD_SUFFIXES = (".json", *LINES_SUFFIXES)
+STORE_MARK = "selection.yaml"
+"""A folder with a file of this name is the store of some selection, and holds no shards."""
 
 # Dagster refuses "..." and these control characters in a partition key; an undecodable byte of a file name
 # (a surrogate in Python) could not be stored as text.
@@ -118,7 +120,7 @@ class SampleSource:
     def shard_keys(self) -> dict[str, UPath]:
         """The shards there are now, sorted by key.
 
-        Hidden files and folders are skipped, and links to folders are not followed.
+        Hidden files and folders and stores of selections are skipped, and links to folders are not followed.
 
         Raises:
             FileNotFoundError: The source does not exist.
@@ -368,7 +370,7 @@ def _walk(folder: UPath, below: str, excluded: frozenset[str]) -> Iterator[str]:
         if not is_folder:
             if name.lower().endswith(SHARD_SUFFIXES):
                 yield below + name
-        elif _identity(folder / name) not in excluded:
+        elif _identity(folder / name) not in excluded and not (folder / name / STORE_MARK).exists():
             yield from _walk(folder / name, f"{below}{name}/", excluded)
 
 
@@ -382,7 +384,10 @@ def _entries(folder: UPath) -> list[tuple[str, bool]]:
                 if entry.is_file() or entry.is_dir(follow_symlinks=False)
             ]
     own_name = folder.path.strip("/")
-    listed = [(info["name"].strip("/"), info["type"] == "directory") for info in folder.fs.ls(folder.path)]
+    listed = [
+        (info["name"].strip("/"), info["type"] == "directory")
+        for info in folder.fs.ls(folder.path, detail=True)
+    ]
     # A store may list the folder's own marker object among what it holds.
     return [(posixpath.basename(name), is_folder) for name, is_folder in listed if name != own_name]
 

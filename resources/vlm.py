@@ -48,22 +48,31 @@ class VlmResource(dg.ConfigurableResource):
             ModelLoadError: See ``scalselect_assets.method.encoder.load_encoder``.
             UnsupportedModelError: Likewise.
         """
-        from scalselect_assets.method.encoder import load_encoder
+        from scalselect_assets.method.encoder import ModelLoadError, load_encoder
 
         signature = model_signature(model, revision, dtype, attention_mass)
         key = (signature, self.device, self.max_image_pixels)
+        known = _known_card(artifacts, signature)
         if key not in _LOADED:
             _LOADED.clear()  # one model at a time: two would not fit where one just does
             _LOADED[key] = load_encoder(
                 model,
-                revision=revision,
+                # A branch moves; a store stays with the commit that it began with.
+                revision=(known or {}).get("commit") or revision,
                 device=self.device,
                 dtype=dtype,
                 attention_mass=attention_mass,
                 max_pixels=self.max_image_pixels,
             )
         encoder = _LOADED[key]
-        artifacts.write_json(CARDS, encoder.card.to_json(), signature)
+        if known is None:
+            artifacts.write_json(CARDS, encoder.card.to_json(), signature)
+        elif known["fingerprint"] != encoder.card.fingerprint:
+            raise ModelLoadError(
+                f"{model!r} has fingerprint {encoder.card.fingerprint}, the store knows it as "
+                f"{known['fingerprint']}; name another --revision, or delete {CARDS} in the store to embed "
+                "everything again"
+            )
         return encoder
 
     def card(
@@ -79,20 +88,27 @@ class VlmResource(dg.ConfigurableResource):
 
         Loads the model, and raises as ``encoder``, only where the store does not know it yet.
         """
-        signature = model_signature(model, revision, dtype, attention_mass)
-        try:
-            return dict(artifacts.read_json(CARDS, signature))
-        except (ArtifactMissingError, ArtifactCorruptError):  # a card is only a memory
-            encoder = self.encoder(
-                artifacts, model=model, revision=revision, dtype=dtype, attention_mass=attention_mass
-            )
-            return encoder.card.to_json()
+        known = _known_card(artifacts, model_signature(model, revision, dtype, attention_mass))
+        if known is not None:
+            return known
+        encoder = self.encoder(
+            artifacts, model=model, revision=revision, dtype=dtype, attention_mass=attention_mass
+        )
+        return encoder.card.to_json()
+
+
+def _known_card(artifacts: ArtifactStore, signature: str) -> dict[str, Any] | None:
+    """The card that the store remembers; none where it is missing or damaged, since it is only a memory."""
+    try:
+        return dict(artifacts.read_json(CARDS, signature))
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return None
 
 
 def model_signature(model: str, revision: str | None, dtype: str, attention_mass: float) -> str:
     """A cheap stand-in for the fingerprint: it changes whenever the fingerprint could.
 
-    For a local folder: size and modification time of each file. A hub id is as stable as its revision.
+    For a local folder: size and modification time of each file. A hub id keeps the commit of its first use.
     """
     from importlib.metadata import version
 

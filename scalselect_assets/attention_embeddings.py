@@ -5,6 +5,7 @@ row ends in exactly one of the two. Costs: the vision tower, the projector and o
 memory of the shard's vectors and one batch.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -34,9 +35,15 @@ REJECTED = "rejected_rows"
 CODE_VERSION = "1"
 
 
-def provenance(selection: Selection, fingerprint: str, raw_version: str) -> str:  # noqa: ARG001
+def provenance(fingerprint: str, max_image_pixels: int, raw_version: str) -> str:
     """What the vectors of one shard are computed from; τ and the model are part of the fingerprint."""
-    return lineage.provenance(NAME, CODE_VERSION, fingerprint=fingerprint, raw_samples=raw_version)
+    return lineage.provenance(
+        NAME,
+        CODE_VERSION,
+        fingerprint=fingerprint,
+        max_image_pixels=max_image_pixels,
+        raw_samples=raw_version,
+    )
 
 
 def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable, dict[str, str]]:
@@ -89,9 +96,22 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         )
         rejected = _rejected_rows(raw, candidates, outcomes, shard, str(source.shard_path(shard)))
         table = _replace_table(storage, selection, encoder, shard, candidates, outcomes)
-        data_version = digest(table.fingerprint, table.content_sha256)
-        made_from = provenance(selection, table.fingerprint, raw_header["data_version"])
-        header = lineage.header(data_version, made_from, raw_samples=raw_header["data_version"])
+        # Rejected rows and the file's kind are part of what is passed on, to the manifest and the export.
+        data_version = digest(
+            table.fingerprint,
+            table.content_sha256,
+            raw_header["container"],
+            raw.height,
+            hashlib.sha256(rejected.write_ndjson().encode()).hexdigest(),
+        )
+        made_from = provenance(table.fingerprint, vlm.max_image_pixels, raw_header["data_version"])
+        header = lineage.header(
+            data_version,
+            made_from,
+            raw_samples=raw_header["data_version"],
+            raw_rows=str(raw.height),
+            container=raw_header["container"],
+        )
         rejected_path, _ = artifacts.write_frame(REJECTED, rejected, header, shard)
         # The receipt comes last: it is what makes the new table the shard's table.
         artifacts.write_json(NAME, {"table": table.to_json(), "header": header}, shard)
@@ -142,24 +162,25 @@ def _replace_table(
     """Commit the vectors of the shard's embedded rows."""
     from scalselect_assets.method.encoder import Representation
 
-    embedded = [
-        (row, key, source_id, outcome)
-        for (row, key, source_id), outcome in zip(
-            candidates.select("row", "sample_key", "source_id").iter_rows(), outcomes, strict=True
-        )
-        if isinstance(outcome, Representation)
-    ]
-    rows, keys, source_ids, representations = zip(*embedded, strict=True) if embedded else ((), (), (), ())
+    representations = tuple(outcome for outcome in outcomes if isinstance(outcome, Representation))
+    embedded = candidates.filter(
+        pl.Series([isinstance(outcome, Representation) for outcome in outcomes], dtype=pl.Boolean)
+    )
     dimension = encoder.card.dimension
     return storage.embeddings(selection.store).replace(
         encoder.card.fingerprint,
         shard,
         dimension=dimension,
-        rows=rows,
-        sample_keys=keys,
-        source_ids=source_ids,
+        rows=embedded["row"].to_list(),
+        sample_keys=embedded["sample_key"].to_list(),
+        source_ids=embedded["source_id"].to_list(),
         vectors=np.array([item.vector for item in representations], np.float32).reshape(-1, dimension),
-        attributes=_attributes(representations),
+        # The text travels with the vector, so that what is trained on is what was embedded.
+        attributes={
+            **_attributes(representations),
+            "images": pa.array(embedded["images"].to_list(), pa.list_(pa.string())),
+            "text": pa.array(embedded["text"].to_list(), pa.string()),
+        },
     )
 
 

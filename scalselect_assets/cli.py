@@ -4,6 +4,7 @@ What a run computes, Dagster computes; this module turns options into a declared
 Dagster instance, shows progress and says what came out. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
+import importlib.util
 import json
 import logging
 import os
@@ -14,12 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import dagster as dg
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -38,6 +40,7 @@ from scalselect_assets import deployment
 from scalselect_assets.method.selection import parse_budget
 from scalselect_assets.refresh import Refresh, RefreshReport, discover, summary
 from scalselect_assets.selection import Selection, read_selection
+from scalselect_assets.training_dataset import is_complete
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
 """The architecture that the published results were measured on."""
@@ -52,6 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _out, _err = Console(), Console(stderr=True)
+_PLAIN: Final[dict[str, Any]] = {"highlight": False, "soft_wrap": True}
 
 
 class Device(StrEnum):
@@ -126,22 +130,18 @@ def run(
     Options that are left out keep what the store's selection.yaml says from the last run.
     """
     with _user_errors(verbose=verbose):
-        selection = _declare(
-            source,
-            store,
-            name,
-            {
-                "image_root": image_root and _absolute(image_root),
-                "target_model": model,
-                "model_revision": revision,
-                "dtype": dtype and dtype.value,
-                "budget": _budget(budget),
-                "attention_mass": attention_mass,
-                "energy": energy,
-                "text_only": text_only and text_only.value,
-            },
-        )
-        _refresh_and_tell(selection, device, batch_size, as_json=as_json, verbose=verbose)
+        options = {
+            "image_root": image_root and _absolute(image_root),
+            "target_model": model,
+            "model_revision": revision,
+            "dtype": dtype and dtype.value,
+            "budget": _budget(budget),
+            "attention_mass": attention_mass,
+            "energy": energy,
+            "text_only": text_only and text_only.value,
+        }
+        with _declared(source, store, name, options) as selection:
+            _refresh_and_tell(selection, device, batch_size, as_json=as_json, verbose=verbose)
 
 
 @app.command()
@@ -157,13 +157,9 @@ def demo(
 
         pool = write_demo_pool(folder / "demo-pool")
         vlm = write_demo_vlm(folder / "demo-vlm")
-        selection = _declare(
-            str(pool.root),
-            str(folder / "demo"),
-            "demo",
-            {"target_model": str(vlm.absolute()), "budget": 0.16},
-        )
-        _refresh_and_tell(selection, Device.CPU, 8, as_json=as_json, verbose=verbose)
+        options = {"target_model": str(vlm), "budget": 0.16}
+        with _declared(str(pool.root), str(folder / "demo"), "demo", options) as selection:
+            _refresh_and_tell(selection, Device.CPU, 8, as_json=as_json, verbose=verbose)
         if not as_json:
             _out.print(
                 "\nThe demo model's weights are random, so the path is real and the choice means nothing; "
@@ -189,24 +185,26 @@ def status(
         )
         with deployment.open_instance(selection) as instance:
             refresh = _make_refresh(selection, instance, VlmResource(), _Bars(), verbose=verbose)
-            stale = refresh.stale_shards(discovery)
+            pending = refresh.pending(discovery)
             known = set(instance.get_dynamic_partitions(f"{selection.name}_shards"))
+        result = summary(artifacts) if is_complete(artifacts) else {}
         state = {
-            **summary(artifacts),
+            **result,
             "shards": len(discovery.versions),
-            "shards_stale": stale,
+            "pending": pending,
             "shards_removed": sorted(known - set(discovery.versions)),
         }
         if as_json:
             _print_json(state)
             return
-        _print_summary(selection, state)
-        waiting = [*stale, *state["shards_removed"]]
-        _out.print(
-            f"{len(waiting)} shards changed, came or went since; `scalselect run` brings it up to date."
-            if waiting
-            else f"All {len(discovery.versions)} shards are up to date."
-        )
+        if result:
+            _print_summary(selection, result)
+        else:
+            _out.print("There is no result yet.")
+        if pending:
+            _out.print(f"Out of date: {', '.join(pending[:20])}; `scalselect run` brings it up to date.")
+        else:
+            _out.print(f"All {len(discovery.versions)} shards and what follows from them are up to date.")
 
 
 @app.command()
@@ -223,13 +221,16 @@ def split(
     with _user_errors(verbose=verbose):
         from upath import UPath
 
+        if out.resolve() == file.parent.resolve():
+            raise typer.BadParameter(
+                f"--out {out} is the file's own folder, where its rows would count twice; name another one"
+            )
         result = split_shard(UPath(file.absolute()), rows, out)
         _out.print(f"{result.n_rows:,} rows in {len(result.files)} shards in {out}")
-        if not out.resolve().samefile(file.parent.resolve()):
-            _out.print(
-                "Image paths are relative to the file that they were in: run with "
-                f"[bold]--image-root {file.parent}[/bold]"
-            )
+        _out.print(
+            "Image paths are relative to the file that they were in: run with "
+            f"[bold]--image-root {file.parent}[/bold]"
+        )
 
 
 @app.command()
@@ -247,10 +248,15 @@ def ui(
         environment = {
             **os.environ,
             "DAGSTER_HOME": str(deployment.instance_folder(selection)),
-            deployment.SELECTIONS_VARIABLE: str(declaration),
+            deployment.SELECTIONS_VARIABLE: str(declaration.absolute()),
         }
         _err.print(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)")
-        command = [sys.executable, "-m", "dagster", "dev", "-m", "definitions"]
+        # By path and without the current folder on the path: another project's `definitions` may be there.
+        located = importlib.util.find_spec("definitions")
+        if located is None or located.origin is None:
+            raise RuntimeError("the module `definitions` of this package is not installed; install it again")
+        environment["PYTHONSAFEPATH"] = "1"
+        command = [sys.executable, "-m", "dagster", "dev", "-f", located.origin]
         finished = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
             [*command, "-h", host, "-p", str(port)], env=environment, check=False
         )
@@ -260,17 +266,25 @@ def ui(
 # From options to a declared selection
 
 
-def _declare(source: str, store: str | None, name: str | None, options: Mapping[str, Any]) -> Selection:
-    """The selection that the options describe over what the store already declares; written to the store."""
+@contextmanager
+def _declared(
+    source: str, store: str | None, name: str | None, options: Mapping[str, Any]
+) -> Iterator[Selection]:
+    """The selection that the options describe over what the store already declares.
+
+    It is written to the store, and taken back where the block fails: what cannot run is not remembered.
+    """
     location = _absolute(source)
-    name_given = name is not None
-    name = name or _name_of(location)
-    store = _absolute(store or str(Path(".scalselect") / name))
-    path = Path(store) / deployment.DECLARATION if "://" not in store else _remote_declaration(name)
-    known = read_selection(path).model_dump() if path.exists() else {"target_model": PAPER_MODEL}
-    if name_given and known.get("name", name) != name:
+    store = _absolute(store or str(Path(".scalselect") / (name or _name_of(location))))
+    path = Path(store) if "://" not in store else Path(".scalselect") / (name or _name_of(location))
+    path = path / deployment.DECLARATION
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    known: dict[str, Any] = {"target_model": PAPER_MODEL, "name": name or _name_of(location)}
+    if before is not None:
+        known = read_selection(path).model_dump()
+    if name not in {None, known["name"]}:
         raise typer.BadParameter(f"the selection in {store} is named {known['name']}; give another --store")
-    if "source" in known and known["source"] != location:
+    if known.get("source", location) != location:
         raise typer.BadParameter(
             f"the store {store} belongs to the pool {known['source']}; give another --store for {location}"
         )
@@ -279,17 +293,25 @@ def _declare(source: str, store: str | None, name: str | None, options: Mapping[
     given = {key: value for key, value in options.items() if value is not None}
     if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
         given["target_model"] = _absolute(given["target_model"])
+    if given.get("target_model", known["target_model"]) != known["target_model"]:
+        known["model_revision"] = None  # it was the other model's
     try:
-        selection = Selection(
-            **{**known, "name": known.get("name", name), **given, "source": location, "store": store}
-        )
+        selection = Selection(**{**known, **given, "source": location, "store": store})
     except ValidationError as error:
         first = error.errors()[0]
         raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != selection.to_yaml():
-        path.write_text(selection.to_yaml(), encoding="utf-8")
-    return selection
+    path.write_text(selection.to_yaml(in_store="://" not in store), encoding="utf-8")
+    try:
+        yield selection
+    except typer.Exit:
+        raise
+    except Exception:
+        if before is None:
+            path.unlink()
+        else:
+            path.write_text(before, encoding="utf-8")
+        raise
 
 
 def _declaration(store: str) -> Path:
@@ -299,12 +321,8 @@ def _declaration(store: str) -> Path:
     return path
 
 
-def _remote_declaration(name: str) -> Path:
-    return Path(".scalselect") / name / deployment.DECLARATION
-
-
 def _absolute(location: str) -> str:
-    return location if "://" in location else str(Path(location).expanduser().absolute())
+    return location if "://" in location else os.path.abspath(Path(location).expanduser())  # noqa: PTH100
 
 
 def _name_of(location: str) -> str:
@@ -333,6 +351,7 @@ def _refresh_and_tell(
         **summary(StorageResource().artifacts(selection.store)),
         "shards_embedded": report.embedded,
         "failed": report.failed,
+        "failed_checks": report.failed_checks,
     }
     if as_json:
         _print_json(result)
@@ -340,8 +359,10 @@ def _refresh_and_tell(
         _print_summary(selection, result)
         _print_work(report)
     for shard, message in report.failed.items():
-        _err.print(f"[red]shard {shard} failed:[/red] {message}", highlight=False, soft_wrap=True)
-    if report.failed:
+        _err.print(f"[red]shard {escape(shard)} failed:[/red] {escape(message)}", **_PLAIN)
+    for check, seen in report.failed_checks.items():
+        _err.print(f"[red]check failed:[/red] {escape(check)} {escape(seen)}", **_PLAIN)
+    if report.failed or report.failed_checks:
         raise typer.Exit(1)
 
 
@@ -381,7 +402,7 @@ def _print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
         ("dataset", result["training_dataset"]),
         ("lineage", result["manifest"]),
     ):
-        _out.print(f"{label:<24}{value}", highlight=False, soft_wrap=True)
+        _out.print(f"{label:<24}{escape(str(value))}", **_PLAIN)
 
 
 def _print_work(report: RefreshReport) -> None:
@@ -454,7 +475,7 @@ def _user_errors(*, verbose: bool) -> Iterator[None]:
             raise
         told = isinstance(error, (OSError, RuntimeError, ShardFormatError, ValueError))
         message = str(error) if told else f"{type(error).__name__}: {error}"
-        _err.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+        _err.print(f"[red]error:[/red] {escape(message)}", **_PLAIN)
         raise typer.Exit(1) from error
 
 

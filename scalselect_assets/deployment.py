@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from resources.progress import LogProgress
+from resources.sample_source import STORE_MARK
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets.selection import Selection, SelectionFileError, read_selection
@@ -19,7 +20,7 @@ from scalselect_assets.selection import Selection, SelectionFileError, read_sele
 SELECTIONS_VARIABLE = "SCALSELECT_SELECTIONS"
 """Environment variable: declaration files or folders of them, separated as in PATH."""
 
-DECLARATION = "selection.yaml"
+DECLARATION = STORE_MARK
 _DEFAULT_STORES = Path(".scalselect")
 _DAGSTER_YAML = """\
 # The Dagster instance of one ScalSelect store: runs, events and partitions, in SQLite beside this file.
@@ -37,7 +38,8 @@ def declared_selections() -> list[Selection]:
         SelectionFileError: A named file does not exist or is not valid, or two have the same name.
     """
     if named := os.environ.get(SELECTIONS_VARIABLE):
-        paths = [path for entry in named.split(os.pathsep) for path in _declarations(Path(entry))]
+        entries = [named] if Path(named).exists() else named.split(os.pathsep)
+        paths = [path for entry in entries for path in _declarations(Path(entry))]
     else:
         paths = sorted(_DEFAULT_STORES.glob(f"*/{DECLARATION}"))
     selections: dict[str, Path] = {}

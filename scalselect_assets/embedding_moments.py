@@ -19,7 +19,7 @@ NAME = "embedding_moments"
 CODE_VERSION = "1"
 
 
-def provenance(selection: Selection, embeddings_version: str) -> str:  # noqa: ARG001
+def provenance(embeddings_version: str) -> str:
     """What the moments of one shard are computed from."""
     return lineage.provenance(NAME, CODE_VERSION, attention_embeddings=embeddings_version)
 
@@ -50,7 +50,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             content.update(array.tobytes())
         # The vectors' version is part of it: other rows with the same moments still need new scores.
         data_version = digest(content.hexdigest(), embeddings["data_version"])
-        made_from = provenance(selection, embeddings["data_version"])
+        made_from = provenance(embeddings["data_version"])
         path, size = artifacts.write_arrays(
             NAME,
             arrays,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import dagster as dg
 import polars as pl
 
-from resources.artifacts import ArtifactStore
 from resources.storage import StorageResource
 from scalselect_assets import attention_embeddings, lineage, subspace_basis
 from scalselect_assets.selection import Selection
@@ -24,7 +23,7 @@ NAME = "importance_scores"
 CODE_VERSION = "1"
 
 
-def provenance(selection: Selection, basis_version: str) -> str:  # noqa: ARG001
+def provenance(basis_version: str) -> str:
     """What the scores are computed from; the basis version covers the vectors of every shard."""
     return lineage.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
 
@@ -45,10 +44,11 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         """The rank-k leverage score of each sample: how much the dominant subspace rests on it."""
         artifacts = storage.artifacts(selection.store)
         subspace, basis = subspace_basis.read_basis(artifacts)
-        made_from = provenance(selection, basis["data_version"])
+        fitted_on = json.loads(basis["shards"])
+        made_from = provenance(basis["data_version"])
         for shard in context.partition_keys:
             start = time.monotonic()
-            frame = _score(storage, selection, artifacts, shard, subspace, basis)
+            frame = _score(storage, selection, shard, subspace, fitted_on.get(shard, {}))
             path, size = artifacts.write_frame(
                 NAME, frame, lineage.header(made_from, made_from, subspace_basis=basis["data_version"]), shard
             )
@@ -73,10 +73,9 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 def _score(
     storage: StorageResource,
     selection: Selection,
-    artifacts: ArtifactStore,
     shard: str,
     subspace: "Subspace",
-    basis: dict[str, str],
+    fitted_on: dict[str, str],
 ) -> pl.DataFrame:
     """Scores of one shard, in row order.
 
@@ -85,11 +84,11 @@ def _score(
     """
     from scalselect_assets.method.leverage import leverage_scores
 
-    table, embeddings = attention_embeddings.recorded_table(artifacts, shard)
-    fitted_on = json.loads(basis["shards"]).get(shard, {}).get("attention_embeddings")
-    if fitted_on != embeddings["data_version"]:
+    table, embeddings = attention_embeddings.recorded_table(storage.artifacts(selection.store), shard)
+    fitted_version = fitted_on.get("attention_embeddings")
+    if fitted_version != embeddings["data_version"]:
         raise dg.Failure(
-            f"the basis was fitted on version {fitted_on} of shard {shard!r}, its vectors are now "
+            f"the basis was fitted on version {fitted_version} of shard {shard!r}, its vectors are now "
             f"{embeddings['data_version']}; materialize embedding_moments[{shard}] and subspace_basis first",
             allow_retries=False,
         )

@@ -5,15 +5,18 @@ shards, reports their versions to Dagster, compares the provenance that each ass
 recorded one, and runs what differs, as ordinary Dagster runs. Nothing stale means no run. It can be killed at
 any point: the next call continues from what was committed. One refresh at a time per store, by a file lock.
 
-Costs without work: one stat per shard file and per image, one event-log query per asset.
+Costs without work: one stat per shard file and per image, a few file headers per shard, and one event-log
+query per asset.
 """
 
 import contextlib
 import fcntl
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from typing import Any
 import dagster as dg
 
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from resources.embedding_store import table_name
+from resources.embedding_store import EmbeddingTableError
 from resources.identity import digest
 from resources.image_root import is_local
 from resources.progress import Progress
@@ -37,7 +40,7 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
-from scalselect_assets.lineage import DATA_VERSION_TAG, MODEL_TAG, PROVENANCE_TAG
+from scalselect_assets.lineage import DATA_VERSION_TAG, PROVENANCE_TAG
 from scalselect_assets.selection import Selection
 
 SHARD_FILES = "shard_files"
@@ -46,6 +49,12 @@ REFRESH_TAG = "scalselect/refresh"
 _SHARD_INDEX = f"shard_index-{raw_samples.CODE_VERSION}"  # it knows images as that code reads rows
 _RECORDS_PER_QUERY = 1000  # Dagster's own limit
 _SHARD_ASSETS = (raw_samples.NAME, attention_embeddings.NAME, embedding_moments.NAME)
+_WHOLE_ASSETS = (
+    subspace_basis.NAME,
+    importance_scores.NAME,
+    selected_subset.NAME,
+    training_dataset.NAME,
+)
 
 
 class RefreshError(RuntimeError):
@@ -83,6 +92,7 @@ class RefreshReport:
         removed: Shards that are gone from the pool.
         embedded: Shards whose vectors were computed.
         failed: Message by shard for those that could not be materialized.
+        failed_checks: Asset checks of severity ERROR that failed, with what they saw.
         runs: Dagster runs that were made, in order: assets and shards.
     """
 
@@ -90,6 +100,7 @@ class RefreshReport:
     removed: list[str] = field(default_factory=list)
     embedded: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    failed_checks: dict[str, str] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
 
 
@@ -130,7 +141,12 @@ def report_discovery(
         instance.add_dynamic_partitions(partitions, added)
     for shard in removed:
         instance.delete_dynamic_partition(partitions, shard)
-    observed = _latest_tags(instance, selection.key(SHARD_FILES), dg.DagsterEventType.ASSET_OBSERVATION)
+    observed = _latest_tags(
+        instance,
+        selection.key(SHARD_FILES),
+        dg.DagsterEventType.ASSET_OBSERVATION,
+        set(discovery.versions),
+    )
     for shard, version in discovery.versions.items():
         if observed.get(shard, {}).get(DATA_VERSION_TAG) != version:
             instance.report_runless_asset_event(
@@ -270,7 +286,8 @@ class Refresh:
 
         Raises:
             RefreshBusyError: Another refresh holds the store.
-            RefreshError: The pool has no shards, or an asset over all shards failed.
+            RefreshError: The pool has no shards, an asset over all shards failed, or the model changed
+                meanwhile.
             FileNotFoundError: The pool does not exist.
         """
         with _exclusive(self._storage, self._selection.store):
@@ -285,100 +302,89 @@ class Refresh:
                 self._selection, self._instance, discovery
             )
             self._refresh_shards(discovery)
+            if self._model_fingerprint() != self._fingerprint:
+                raise RefreshError("the target model's files changed during the refresh; run it again")
             self._refresh_whole()
             return self._report
 
-    def stale_shards(self, discovery: Discovery) -> list[str]:
-        """The shards with anything to compute before the basis; changes nothing."""
-        recorded = self._recorded_shards()
-        tables = self._storage.embeddings(self._selection.store).table_names()
-        return [
-            shard
-            for shard, version in discovery.versions.items()
-            if self._stale_assets(shard, version, recorded, tables)
-        ]
+    def pending(self, discovery: Discovery) -> list[str]:
+        """What a run would compute now: shards, else assets over all shards; changes nothing.
+
+        Where shards are pending, what follows from them cannot be known and is not listed.
+        """
+        if shards := list(self._stale_shards(discovery)):
+            return shards
+        pool = self._instance.get_dynamic_partitions(f"{self._selection.name}_shards")
+        if set(pool) != set(discovery.versions):
+            return list(_WHOLE_ASSETS)
+        for position, asset in enumerate(_WHOLE_ASSETS):
+            if self._is_stale(asset, pool):
+                return list(_WHOLE_ASSETS[position:])
+        return []
+
+    def _model_fingerprint(self) -> str:
+        return str(self._vlm.card(self._artifacts, **self._selection.target)["fingerprint"])
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self._model_fingerprint()
 
     # Shards
 
     def _refresh_shards(self, discovery: Discovery) -> None:
-        recorded = self._recorded_shards()
-        tables = self._storage.embeddings(self._selection.store).table_names()
-        stale = {
-            shard: assets
-            for shard, version in discovery.versions.items()
-            if (assets := self._stale_assets(shard, version, recorded, tables))
-        }
+        stale = self._stale_shards(discovery)
         embedding = [shard for shard, assets in stale.items() if attention_embeddings.NAME in assets]
         self._progress.planned(len(embedding), sum(discovery.n_rows[shard] or 0 for shard in embedding))
+        if embedding:
+            # A model that cannot be loaded is said once, before anything is touched.
+            self._vlm.encoder(self._artifacts, **self._selection.target)
         for shard, assets in stale.items():
-            if assets[0] == raw_samples.NAME and recorded[attention_embeddings.NAME].get(shard):
-                # The rows may turn out as they were, and then their vectors stand.
+            if assets[0] == raw_samples.NAME and self._artifacts.exists(
+                attention_embeddings.NAME, shard, suffix=".json"
+            ):
+                # Where the rows turn out as they were, after a change of code say, their vectors stand.
                 if not self._materialize_shard([raw_samples.NAME], shard):
                     continue
-                recorded = self._recorded_shards([shard], recorded)
-                assets = self._stale_assets(shard, discovery.versions[shard], recorded, tables)  # noqa: PLW2901
-            if assets and self._materialize_shard(assets, shard) and attention_embeddings.NAME in assets:
+                alone = Discovery({shard: discovery.versions[shard]}, discovery.n_rows)
+                assets = self._stale_shards(alone).get(shard, [])  # noqa: PLW2901
+            if not assets or not self._materialize_shard(assets, shard):
+                continue
+            if attention_embeddings.NAME in assets:
                 self._report.embedded.append(shard)
 
-    def _stale_assets(
-        self,
-        shard: str,
-        shard_version: str,
-        recorded: Mapping[str, Mapping[str, Mapping[str, str]]],
-        tables: set[str],
-    ) -> list[str]:
-        """The shard's assets that must run, in order: the first stale one and all after it."""
-        fingerprint = self._fingerprint
-        versions = {asset: recorded[asset].get(shard, {}) for asset in _SHARD_ASSETS}
+    def _stale_shards(self, discovery: Discovery) -> dict[str, list[str]]:
+        """By shard, the assets that must run, in order: the first stale one and all after it."""
+        tags = {asset: self._latest_tags(asset, set(discovery.versions)) for asset in _SHARD_ASSETS}
+        tables = self._storage.embeddings(self._selection.store).table_names()
+        stale = {}
+        for shard, shard_version in discovery.versions.items():
+            expected = raw_samples.provenance(self._selection, shard_version)
+            for position, asset in enumerate(_SHARD_ASSETS):
+                header = self._shard_header(asset, shard, tables)
+                if not _is_current(header, tags[asset].get(shard, {}), expected):
+                    stale[shard] = list(_SHARD_ASSETS[position:])
+                    break
+                expected = self._next_provenance(asset, header["data_version"])
+        return stale
 
-        def version(asset: str) -> str:
-            return versions[asset].get(DATA_VERSION_TAG, "")
+    def _shard_header(self, asset: str, shard: str, tables: set[str]) -> Mapping[str, str]:
+        """What the shard's output says of itself; empty where any part of it is missing or damaged."""
+        try:
+            if asset != attention_embeddings.NAME:
+                suffix = ".parquet" if asset == raw_samples.NAME else ".safetensors"
+                return self._artifacts.read_header(asset, shard, suffix=suffix)
+            table, header = attention_embeddings.recorded_table(self._artifacts, shard)
+            rejected = self._artifacts.read_header(attention_embeddings.REJECTED, shard)
+        except (ArtifactMissingError, ArtifactCorruptError):
+            return {}
+        whole = table.table in tables and rejected.get("provenance") == header["provenance"]
+        return header if whole else {}
 
-        expected = {
-            raw_samples.NAME: raw_samples.provenance(self._selection, shard_version),
-            attention_embeddings.NAME: attention_embeddings.provenance(
-                self._selection, fingerprint, version(raw_samples.NAME)
-            ),
-            embedding_moments.NAME: embedding_moments.provenance(
-                self._selection, version(attention_embeddings.NAME)
-            ),
-        }
-        present = {
-            raw_samples.NAME: self._artifacts.exists(raw_samples.NAME, shard, suffix=".parquet"),
-            attention_embeddings.NAME: table_name(fingerprint, shard) in tables
-            and self._artifacts.exists(attention_embeddings.NAME, shard, suffix=".json")
-            and self._artifacts.exists(attention_embeddings.REJECTED, shard, suffix=".parquet"),
-            embedding_moments.NAME: self._artifacts.exists(
-                embedding_moments.NAME, shard, suffix=".safetensors"
-            ),
-        }
-        for position, asset in enumerate(_SHARD_ASSETS):
-            if versions[asset].get(PROVENANCE_TAG) != expected[asset] or not present[asset]:
-                return list(_SHARD_ASSETS[position:])
-        return []
-
-    @property
-    def _fingerprint(self) -> str:
-        return str(self._vlm.card(self._artifacts, **self._selection.target)["fingerprint"])
-
-    def _recorded_shards(
-        self,
-        shards: Sequence[str] | None = None,
-        known: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
-    ) -> dict[str, dict[str, Mapping[str, str]]]:
-        """By asset and shard, the tags of the latest materialization; `known` is updated for `shards`."""
-        return {
-            asset: {
-                **(known[asset] if known else {}),
-                **_latest_tags(
-                    self._instance,
-                    self._selection.key(asset),
-                    dg.DagsterEventType.ASSET_MATERIALIZATION,
-                    shards,
-                ),
-            }
-            for asset in _SHARD_ASSETS
-        }
+    def _next_provenance(self, asset: str, version: str) -> str:
+        """What the asset after `asset` would be computed from."""
+        if asset == raw_samples.NAME:
+            return attention_embeddings.provenance(self._fingerprint, self._vlm.max_image_pixels, version)
+        return embedding_moments.provenance(version)
 
     def _materialize_shard(self, assets: Sequence[str], shard: str) -> bool:
         """Whether it succeeded; a shard that cannot be computed does not stop the others."""
@@ -387,7 +393,7 @@ class Refresh:
         except dg.Failure as failure:
             self._report.failed[shard] = failure.description or "failed"
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this shard's, and it is reported
-            self._report.failed[shard] = _root_cause(error)
+            self._report.failed[shard] = _message(error)
         else:
             return True
         self._log.error(f"shard {shard}: {self._report.failed[shard]}")
@@ -396,61 +402,79 @@ class Refresh:
     # All shards
 
     def _refresh_whole(self) -> None:
-        recorded = self._recorded_shards()
         pool = self._instance.get_dynamic_partitions(f"{self._selection.name}_shards")
-        # A shard that could not be embedded again keeps its last vectors, unless they are another model's.
-        moments = {
-            shard: tags[DATA_VERSION_TAG]
-            for shard in pool
-            if (tags := recorded[embedding_moments.NAME].get(shard, {})).get(MODEL_TAG) == self._fingerprint
-        }
-        if not moments:
+        if not self._basis_inputs(pool):
             raise RefreshError(f"no shard could be embedded: {self._failures()}")
-        self._materialize_unless(
-            subspace_basis.NAME,
-            subspace_basis.provenance(self._selection, moments),
-            present=self._artifacts.exists(subspace_basis.NAME, suffix=".safetensors"),
-        )
-        basis_version = self._recorded(subspace_basis.NAME)[DATA_VERSION_TAG]
-        score_version = importance_scores.provenance(self._selection, basis_version)
-        scored = _latest_tags(
-            self._instance,
-            self._selection.key(importance_scores.NAME),
-            dg.DagsterEventType.ASSET_MATERIALIZATION,
-        )
-        unscored = {
-            shard
-            for shard in moments
-            if scored.get(shard, {}).get(PROVENANCE_TAG) != score_version
-            or not self._artifacts.exists(importance_scores.NAME, shard, suffix=".parquet")
-        }
-        for first, last in contiguous_ranges(pool, unscored):
-            self._materialize_or_raise([importance_scores.NAME], shard_range=(first, last))
-        self._materialize_unless(
-            selected_subset.NAME,
-            selected_subset.provenance(self._selection, dict.fromkeys(moments, score_version)),
-            present=self._artifacts.exists(selected_subset.NAME, suffix=".parquet"),
-        )
-        self._materialize_unless(
-            training_dataset.NAME,
-            training_dataset.provenance(
+        for asset in _WHOLE_ASSETS:
+            if asset == importance_scores.NAME:
+                for shard_range in contiguous_ranges(pool, self._unscored_shards(pool)):
+                    self._materialize_or_raise([asset], shard_range)
+            elif self._is_stale(asset, pool):
+                self._materialize_or_raise([asset])
+
+    def _is_stale(self, asset: str, pool: Sequence[str]) -> bool:
+        """Whether an asset over all shards has to be computed, given those before it."""
+        basis, subset = (self._whole_header(name) for name in (subspace_basis.NAME, selected_subset.NAME))
+        basis_version = basis.get("data_version", "")
+        if asset == importance_scores.NAME:
+            return bool(self._unscored_shards(pool))
+        if asset == subspace_basis.NAME:
+            inputs = self._basis_inputs(pool)
+            expected = subspace_basis.provenance(
+                self._selection, {shard: moments["data_version"] for shard, moments in inputs.items()}
+            )
+        elif asset == selected_subset.NAME:
+            expected = selected_subset.provenance(
+                self._selection, importance_scores.provenance(basis_version)
+            )
+        else:
+            inputs = json.loads(basis.get("shards", "{}"))
+            expected = training_dataset.provenance(
                 self._selection,
-                self._recorded(selected_subset.NAME)[DATA_VERSION_TAG],
-                {shard: recorded[raw_samples.NAME][shard][DATA_VERSION_TAG] for shard in moments},
-            ),
-            present=training_dataset.is_complete(self._artifacts),
-        )
-
-    def _materialize_unless(self, asset: str, expected: str, *, present: bool) -> None:
-        """Run an asset over all shards unless its output is there and of the expected provenance."""
-        if not present or self._recorded(asset).get(PROVENANCE_TAG) != expected:
-            self._materialize_or_raise([asset])
-
-    def _recorded(self, asset: str) -> Mapping[str, str]:
-        """The tags of the latest materialization of an asset over all shards."""
+                subset.get("provenance", ""),
+                subset.get("data_version", ""),
+                basis_version,
+                sorted(set(pool) - set(inputs)),
+            )
         event = self._instance.get_latest_materialization_event(self._selection.key(asset))
         materialization = event.asset_materialization if event else None
-        return (materialization.tags or {}) if materialization else {}
+        tags = (materialization.tags or {}) if materialization else {}
+        return not _is_current(self._whole_header(asset), tags, expected)
+
+    def _whole_header(self, asset: str) -> Mapping[str, str]:
+        """What the output of an asset over all shards says of itself; empty where it is not whole."""
+        try:
+            if asset == training_dataset.NAME:
+                manifest = training_dataset.read_manifest(self._artifacts)
+                return manifest if training_dataset.is_complete(self._artifacts) else {}
+            suffix = ".parquet" if asset == selected_subset.NAME else ".safetensors"
+            return self._artifacts.read_header(asset, suffix=suffix)
+        except (ArtifactMissingError, ArtifactCorruptError):
+            return {}
+
+    def _basis_inputs(self, pool: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+        return subspace_basis.moments_headers(self._artifacts, pool, self._fingerprint)
+
+    def _unscored_shards(self, pool: Sequence[str]) -> set[str]:
+        """The shards of the basis whose scores are not of it."""
+        basis_version = self._whole_header(subspace_basis.NAME).get("data_version", "")
+        expected = importance_scores.provenance(basis_version)
+        inputs = self._basis_inputs(pool)
+        tags = self._latest_tags(importance_scores.NAME, set(inputs))
+        unscored = set()
+        for shard in inputs:
+            try:
+                header = self._artifacts.read_header(importance_scores.NAME, shard)
+            except (ArtifactMissingError, ArtifactCorruptError):
+                header = {}
+            if not _is_current(header, tags.get(shard, {}), expected):
+                unscored.add(shard)
+        return unscored
+
+    def _latest_tags(self, asset: str, shards: set[str]) -> dict[str, Mapping[str, str]]:
+        return _latest_tags(
+            self._instance, self._selection.key(asset), dg.DagsterEventType.ASSET_MATERIALIZATION, shards
+        )
 
     def _materialize_or_raise(
         self, assets: Sequence[str], shard_range: tuple[str, str] | None = None
@@ -466,7 +490,11 @@ class Refresh:
         except dg.Failure as failure:
             raise RefreshError(failure.description or f"{assets[0]} failed") from failure
         except Exception as error:
-            raise RefreshError(f"{', '.join(assets)}: {_root_cause(error)}") from error
+            if isinstance(cause := _cause(error), EmbeddingTableError):
+                # Without its receipt the shard is stale, and the next refresh embeds it again.
+                self._artifacts.path(attention_embeddings.NAME, cause.shard, suffix=".json").unlink()
+                raise RefreshError(f"{cause}: run again, which embeds the shard anew") from error
+            raise RefreshError(f"{', '.join(assets)}: {_message(error)}") from error
 
     # Runs
 
@@ -480,17 +508,25 @@ class Refresh:
         """One Dagster run in this process; raises what the asset raises."""
         if self._should_stop():
             raise dg.DagsterExecutionInterruptedError
-        self._job.execute_in_process(
+        result = self._job.execute_in_process(
             instance=self._instance,
             asset_selection=[self._selection.key(asset) for asset in assets],
             partition_key=partition_key,
             tags={REFRESH_TAG: self._selection.name, **(tags or {})},
             run_config=self._run_config,
         )
+        self._note_failed_checks(result, partition_key)
         shards = partition_key or "..".join(
             (tags or {}).get(f"dagster/asset_partition_range_{end}", "") for end in ("start", "end")
         )
         self._report.runs.append(f"{'+'.join(assets)}[{shards}]" if shards != ".." else "+".join(assets))
+
+    def _note_failed_checks(self, result: dg.ExecuteInProcessResult, shard: str | None) -> None:
+        for check in result.get_asset_check_evaluations():
+            if not check.passed and check.severity is dg.AssetCheckSeverity.ERROR:
+                place = f"{check.asset_key.path[-1]}[{shard}]" if shard else check.asset_key.path[-1]
+                seen = {name: value.value for name, value in check.metadata.items()}
+                self._report.failed_checks[f"{place}: {check.check_name}"] = str(seen)
 
     def _close_interrupted_runs(self) -> None:
         """A killed refresh leaves its run started for ever; the lock shows that nobody works on it."""
@@ -498,7 +534,11 @@ class Refresh:
             dg.RunsFilter(
                 job_name=self._job.name,
                 tags={REFRESH_TAG: self._selection.name},
-                statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING],
+                statuses=[
+                    dg.DagsterRunStatus.STARTED,
+                    dg.DagsterRunStatus.STARTING,
+                    dg.DagsterRunStatus.CANCELING,
+                ],
             )
         )
         for run in interrupted:
@@ -522,16 +562,24 @@ def contiguous_ranges(order: Sequence[str], wanted: set[str]) -> list[tuple[str,
     return ranges
 
 
+def _is_current(header: Mapping[str, str], tags: Mapping[str, str], expected: str) -> bool:
+    """Whether what is stored, and what Dagster recorded of it, are what would be computed now.
+
+    Both are asked: a store may be driven through several Dagster instances, and a process may be killed
+    between writing a file and recording it.
+    """
+    return header.get("provenance") == tags.get(PROVENANCE_TAG) == expected and header.get(
+        "data_version"
+    ) == tags.get(DATA_VERSION_TAG)
+
+
 def _latest_tags(
-    instance: dg.DagsterInstance,
-    key: dg.AssetKey,
-    event_type: dg.DagsterEventType,
-    shards: Sequence[str] | None = None,
+    instance: dg.DagsterInstance, key: dg.AssetKey, event_type: dg.DagsterEventType, shards: set[str]
 ) -> dict[str, Mapping[str, str]]:
-    """The tags of the latest event by partition, in one query and one more per thousand partitions."""
-    ids = instance.get_latest_storage_id_by_partition(
-        key, event_type, partitions=None if shards is None else set(shards)
-    )
+    """The tags of the latest event by shard, in one query and one more per thousand of them."""
+    # A long list of names makes a slow query; the partitions that are not asked for are few.
+    wanted = shards if len(shards) == 1 else None
+    ids = instance.get_latest_storage_id_by_partition(key, event_type, partitions=wanted)
     fetch = (
         instance.fetch_materializations
         if event_type == dg.DagsterEventType.ASSET_MATERIALIZATION
@@ -547,11 +595,21 @@ def _latest_tags(
     return latest
 
 
-def _root_cause(error: BaseException) -> str:
-    """The message of the exception at the bottom, where Dagster has wrapped it."""
-    while error.__cause__ is not None:
+def _cause(error: BaseException) -> BaseException:
+    """The exception that Dagster has wrapped: the first of ours, else the one at the bottom."""
+    while error.__cause__ is not None and not _is_ours(error):
         error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+    return error
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.startswith(("resources.", "scalselect_assets."))
+
+
+def _message(error: BaseException) -> str:
+    cause = _cause(error)
+    told = _is_ours(cause) or isinstance(cause, ValueError)
+    return str(cause) if told else f"{type(cause).__name__}: {cause}"
 
 
 @contextlib.contextmanager

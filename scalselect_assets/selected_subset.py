@@ -1,13 +1,12 @@
 """Step 6, all shards: the budgeted choice.
 
-Holds: the N samples of highest leverage over the whole pool, ranked, ties by `sample_key`. Refuses scores of
-different bases. Costs: one pass over the scores; memory of N rows and one shard.
+Holds: the N samples of highest leverage over the whole pool, ranked, ties by `sample_key`, then shard.
+Refuses scores of different bases. Costs: one pass over the scores; memory of N rows and one shard.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Mapping
 
 import dagster as dg
 import polars as pl
@@ -25,10 +24,10 @@ CODE_VERSION = "1"
 _SUM_TOLERANCE = 1e-6  # relative to k; float64 sums of a billion scores stay far below it
 
 
-def provenance(selection: Selection, score_versions: Mapping[str, str]) -> str:
-    """What the choice is computed from."""
+def provenance(selection: Selection, score_version: str) -> str:
+    """What the choice is computed from; one version covers the scores of every shard in the basis."""
     return lineage.provenance(
-        NAME, CODE_VERSION, budget=repr(selection.budget), importance_scores=dict(score_versions)
+        NAME, CODE_VERSION, budget=repr(selection.budget), importance_scores=score_version
     )
 
 
@@ -37,7 +36,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
     @dg.asset(
         **selection.asset_options(NAME, by_shard=False),
-        deps=[selection.key(importance_scores.NAME)],
+        deps=[selection.key(importance_scores.NAME), selection.key(subspace_basis.NAME)],
         kinds={"polars", "parquet"},
         code_version=CODE_VERSION,
         metadata={"dagster/column_schema": column_schema(SELECTED_SUBSET)},
@@ -64,11 +63,9 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         scored = sorted(json.loads(basis["shards"]))
         pool = pool_shards(context, selection.partitions)
         size = budget_size(selection.budget, subspace.n)
-        chosen, versions, leverage_sum, n_scored = top_of_shards(
-            artifacts, scored, basis["data_version"], size
-        )
+        chosen, leverage_sum, n_scored = top_of_shards(artifacts, scored, basis["data_version"], size)
         data_version = digest(hashlib.sha256(chosen.write_ndjson().encode()).hexdigest())
-        made_from = provenance(selection, versions)
+        made_from = provenance(selection, importance_scores.provenance(basis["data_version"]))
         path, n_bytes = artifacts.write_frame(
             NAME, chosen, lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
         )
@@ -80,6 +77,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 "embedded": n_scored,
                 "rank": subspace.k,
                 "leverage_sum": leverage_sum,
+                "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
                 "leverage_threshold": float(chosen["leverage"][-1]),
                 "basis_version": basis["data_version"],
                 "seconds": time.monotonic() - start,
@@ -109,14 +107,13 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
 def top_of_shards(
     artifacts: ArtifactStore, shards: list[str], basis_version: str, size: int
-) -> tuple[pl.DataFrame, dict[str, str], float, int]:
-    """The `size` rows of highest leverage, the scores' versions by shard, the sum and number of all scores.
+) -> tuple[pl.DataFrame, float, int]:
+    """The `size` rows of highest leverage over all `shards`, and the sum and number of all scores.
 
     Raises:
         dg.Failure: A shard was scored with another basis than `basis_version`.
     """
     top = pl.DataFrame(schema={**polars_schema(IMPORTANCE_SCORES), "shard": pl.String()})
-    versions: dict[str, str] = {}
     leverage_sum, n_scored = 0.0, 0
     for shard in shards:
         scores, header = artifacts.read_frame(importance_scores.NAME, shard)
@@ -127,7 +124,6 @@ def top_of_shards(
                 f"importance_scores[{shard}] again",
                 allow_retries=False,
             )
-        versions[shard] = header["data_version"]
         leverage_sum += float(scores["leverage"].sum())
         n_scored += scores.height
         top = (
@@ -137,4 +133,4 @@ def top_of_shards(
             .head(size)
         )
     ranked = top.with_row_index("rank", offset=1).cast({"rank": pl.Int64()})
-    return ranked.select(polars_schema(SELECTED_SUBSET).names()), versions, leverage_sum, n_scored
+    return ranked.select(polars_schema(SELECTED_SUBSET).names()), leverage_sum, n_scored

@@ -104,10 +104,11 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
 
         return selection_defs(self)
 
-    def to_yaml(self) -> str:
-        """The declaration that `read_selection` reads back."""
+    def to_yaml(self, *, in_store: bool = False) -> str:
+        """The declaration that `read_selection` reads back; one that lies in its store moves with it."""
+        attributes = {**self.model_dump(), **({"store": "."} if in_store else {})}
         return yaml.safe_dump(
-            {"type": DECLARATION_TYPE, "attributes": self.model_dump()}, sort_keys=False, allow_unicode=True
+            {"type": DECLARATION_TYPE, "attributes": attributes}, sort_keys=False, allow_unicode=True
         )
 
 
@@ -133,6 +134,7 @@ def read_selection(path: Path) -> Selection:
         if name != "target_model" or value.startswith((".", "~")):
             attributes[name] = str((path.parent / Path(value).expanduser()).absolute())
     try:
-        return Selection.from_attributes_dict(attributes=attributes)
-    except (ValueError, dg.DagsterError) as error:
+        # Not through Dagster's templating: it would read a name of digits as a number.
+        return Selection.model_validate(attributes)
+    except ValueError as error:
         raise SelectionFileError(f"the selection {path} is not valid: {error}") from error

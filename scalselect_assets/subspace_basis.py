@@ -6,15 +6,15 @@ shard went in. Costs: d² values per shard, one eigendecomposition of a d × d m
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from resources.artifacts import ArtifactStore
+from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
-from scalselect_assets import embedding_moments, lineage
+from scalselect_assets import attention_embeddings, embedding_moments, lineage
 from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import SPECTRUM, column_schema
@@ -73,7 +73,8 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         artifacts = storage.artifacts(selection.store)
         shards = pool_shards(context, selection.partitions)
         fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
-        moments, inputs = merged_moments(artifacts, shards, fingerprint)
+        inputs = moments_headers(artifacts, shards, fingerprint)
+        moments = merged_moments(artifacts, inputs)
         subspace = fit_subspace(moments, selection.energy)
         version = provenance(selection, {shard: header["data_version"] for shard, header in inputs.items()})
         path, size = artifacts.write_arrays(
@@ -112,13 +113,31 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     return subspace_basis
 
 
-def merged_moments(
+def moments_headers(
     artifacts: ArtifactStore, shards: Sequence[str], fingerprint: str
-) -> tuple["Moments", dict[str, dict[str, str]]]:
-    """The moments of all `shards` that the model embedded, and the header of each one's.
+) -> dict[str, dict[str, str]]:
+    """The headers of the moments that belong into a basis, by shard.
 
-    A shard is left out where it has no moments, or has them from another model because it could not be
-    embedded again; the caller reports it.
+    A shard is left out where it could not be embedded (again): it has no moments, or they are another
+    model's or of other vectors than it has now. The caller reports it.
+    """
+    headers = {}
+    for shard in shards:
+        try:
+            header = artifacts.read_header(embedding_moments.NAME, shard, suffix=".safetensors")
+            _, embeddings = attention_embeddings.recorded_table(artifacts, shard)
+        except (ArtifactMissingError, ArtifactCorruptError):
+            continue
+        if (header["model_fingerprint"], header["attention_embeddings"]) == (
+            fingerprint,
+            embeddings["data_version"],
+        ):
+            headers[shard] = header
+    return headers
+
+
+def merged_moments(artifacts: ArtifactStore, shards: Iterable[str]) -> "Moments":
+    """The moments of all `shards` together.
 
     Raises:
         dg.Failure: No sample is embedded.
@@ -126,15 +145,8 @@ def merged_moments(
     from scalselect_assets.method.moments import Moments
 
     total: Moments | None = None
-    headers: dict[str, dict[str, str]] = {}
     for shard in shards:
-        if not artifacts.exists(embedding_moments.NAME, shard, suffix=".safetensors"):
-            continue
-        arrays, header = artifacts.read_arrays(embedding_moments.NAME, shard)
-        if header["model_fingerprint"] != fingerprint:
-            continue
-        headers[shard] = header
-        moments = Moments.from_arrays(arrays)
+        moments = Moments.from_arrays(artifacts.read_arrays(embedding_moments.NAME, shard)[0])
         total = moments if total is None else total.merge(moments)
     if total is None or total.n == 0:
         raise dg.Failure(
@@ -142,7 +154,7 @@ def merged_moments(
             "and the failed shards' runs say why",
             allow_retries=False,
         )
-    return total, headers
+    return total
 
 
 def _spectrum_head(subspace: "Subspace", n_directions: int = 20) -> list[dg.TableRecord]:

@@ -45,6 +45,7 @@ REJECTED_ROWS: Table = {
     "source_id": _SOURCE_ID,
     "reason": Column(pl.String(), "Typed reason (scalselect_assets.method.rejection.RejectionReason)."),
     "detail": Column(pl.String(), "What was found and what to do."),
+    "text": Column(pl.String(), "The row's JSON, verbatim."),
 }
 
 ATTENTION_EMBEDDINGS: Table = {
@@ -58,6 +59,8 @@ ATTENTION_EMBEDDINGS: Table = {
     "n_instruction_tokens": Column(pl.Int32(), "Tokens that are neither vision nor an answer's content."),
     "vision_attention": Column(pl.Float32(), "Share of the instruction's attention on vision tokens."),
     "image_sha256": Column(pl.List(pl.String()), "SHA-256 of each image's bytes, in order."),
+    "images": Column(pl.List(pl.String()), "Image paths relative to the image root, in order."),
+    "text": Column(pl.String(), "The row's JSON, verbatim."),
 }
 
 IMPORTANCE_SCORES: Table = {

@@ -1,13 +1,14 @@
 """Step 7, all shards: the chosen rows as a trainer reads them, with a manifest of where they come from.
 
-Holds: one JSON or JSON Lines file, in pool order, each row's text as it stood in its shard, and
-`manifest.json`. Costs: one pass over the raw rows of the shards, one shard in memory.
+Holds: one JSON or JSON Lines file, in pool order, each row's text as it stood in its shard when it was
+embedded, and `manifest.json`. Costs: one pass over the texts of the shards, one shard's in memory.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version as package_version
 from typing import Any
 
@@ -15,7 +16,8 @@ import dagster as dg
 import polars as pl
 from upath import UPath
 
-from resources.artifacts import ArtifactMissingError, ArtifactStore
+from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from resources.embedding_store import EmbeddingStore, EmbeddingTable
 from resources.sample_source import SampleSource
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
@@ -29,22 +31,31 @@ from scalselect_assets import (
     subspace_basis,
 )
 from scalselect_assets.method.rejection import RejectionReason
+from scalselect_assets.partitions import pool_shards
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import TRAINING_ROWS, column_schema
 
 NAME = "training_dataset"
 MANIFEST = "manifest"
+_ROWS = pl.Schema({"row": pl.Int64(), "text": pl.String(), "images": pl.List(pl.String())})
 CODE_VERSION = "1"
 
 
-def provenance(selection: Selection, subset_version: str, raw_versions: Mapping[str, str]) -> str:
-    """What the files are computed from."""
+def provenance(
+    selection: Selection,
+    subset_provenance: str,
+    subset_version: str,
+    basis_version: str,
+    left_out: Sequence[str],
+) -> str:
+    """What the files are computed from; the basis version covers the vectors, and with them the texts."""
     return lineage.provenance(
         NAME,
         CODE_VERSION,
-        text_only=selection.text_only,
-        selected_subset=subset_version,
-        raw_samples=dict(raw_versions),
+        settings=selection.model_dump(),
+        selected_subset=[subset_provenance, subset_version],
+        subspace_basis=basis_version,
+        left_out=list(left_out),
     )
 
 
@@ -59,11 +70,14 @@ def read_manifest(artifacts: ArtifactStore) -> dict[str, Any]:
 
 
 def is_complete(artifacts: ArtifactStore) -> bool:
-    """Whether the manifest and the training file that it names are there."""
+    """Whether the manifest is there and the training file has the size that it states."""
     try:
-        return bool((artifacts.root / NAME / read_manifest(artifacts)["training_file"]).exists())
-    except ArtifactMissingError:
+        manifest = read_manifest(artifacts)
+        name = manifest["training_file"]
+        size = (artifacts.root / NAME / name).stat().st_size
+    except (ArtifactMissingError, ArtifactCorruptError, FileNotFoundError):
         return False
+    return bool(size == manifest["files"][name]["bytes"])
 
 
 def build(selection: Selection) -> dg.AssetsDefinition:
@@ -71,7 +85,10 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
     @dg.asset(
         **selection.asset_options(NAME, by_shard=False),
-        deps=[selection.key(selected_subset.NAME), selection.key(raw_samples.NAME)],
+        deps=[
+            selection.key(name)
+            for name in (selected_subset.NAME, subspace_basis.NAME, attention_embeddings.NAME)
+        ],
         kinds={"json"},
         code_version=CODE_VERSION,
         metadata={"dagster/column_schema": column_schema(TRAINING_ROWS)},
@@ -83,18 +100,37 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             )
         ],
     )
-    def training_dataset(storage: StorageResource, vlm: VlmResource) -> dg.MaterializeResult:
+    def training_dataset(
+        context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
+    ) -> dg.MaterializeResult:
         """The selected rows in the pool's own format, with a manifest that leads back to every input."""
         start = time.monotonic()
         artifacts = storage.artifacts(selection.store)
         source = storage.samples(selection.source, selection.image_root, selection.store)
         subset, subset_header = artifacts.read_frame(selected_subset.NAME)
         _, basis = subspace_basis.read_basis(artifacts)
-        shards = sorted(json.loads(basis["shards"]))
-        writer = _DatasetWriter(artifacts, source, shards, keep_text_only=selection.text_only == "keep")
+        writer = _DatasetWriter(
+            artifacts,
+            storage.embeddings(selection.store),
+            source,
+            sorted(json.loads(basis["shards"])),
+            keep_text_only=selection.text_only == "keep",
+        )
         path, n_bytes = writer.write(subset)
-        made_from = provenance(selection, subset_header["data_version"], writer.raw_versions)
-        manifest = _manifest(selection, artifacts, vlm, source, writer, subset, path)
+        pool = pool_shards(context, selection.partitions)
+        left_out = [shard for shard in pool if shard not in writer.tables]
+        made_from = provenance(
+            selection,
+            subset_header["provenance"],
+            subset_header["data_version"],
+            basis["data_version"],
+            left_out,
+        )
+        manifest = {
+            **lineage.header(writer.sha256, made_from),
+            "shards_left_out": left_out,
+            **_manifest(selection, artifacts, vlm, source, writer, subset, path),
+        }
         manifest_path, _ = artifacts.write_json(NAME, manifest, MANIFEST)
         return lineage.result(
             writer.sha256,
@@ -112,7 +148,8 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             [
                 dg.AssetCheckResult(
                     check_name="every_selected_row_is_written",
-                    passed=writer.n_rows == subset.height + writer.n_text_only,
+                    passed=writer.n_selected == subset.height
+                    and writer.n_rows == writer.n_selected + writer.n_text_only,
                     metadata={"written": writer.n_rows, "selected": subset.height},
                 )
             ],
@@ -125,14 +162,31 @@ class _DatasetWriter:
     """Streams the chosen rows of all shards into one file and keeps count."""
 
     def __init__(
-        self, artifacts: ArtifactStore, source: SampleSource, shards: list[str], *, keep_text_only: bool
+        self,
+        artifacts: ArtifactStore,
+        embeddings: EmbeddingStore,
+        source: SampleSource,
+        shards: list[str],
+        *,
+        keep_text_only: bool,
     ) -> None:
-        self._artifacts, self._source, self._shards = artifacts, source, shards
+        self._artifacts, self._embeddings, self._source = artifacts, embeddings, source
+        self._tables = {shard: attention_embeddings.recorded_table(artifacts, shard) for shard in shards}
         self._keep_text_only = keep_text_only
         self._digest = hashlib.sha256()
-        self.raw_versions: dict[str, str] = {}
+        self.rejected: dict[str, dict[str, int]] = {}
         self.row_formats: dict[str, int] = {}
-        self.n_raw_rows = self.n_rows = self.n_text_only = 0
+        self.n_rows = self.n_selected = self.n_text_only = 0
+
+    @property
+    def tables(self) -> dict[str, EmbeddingTable]:
+        """The tables that are read."""
+        return {shard: table for shard, (table, _) in self._tables.items()}
+
+    @property
+    def headers(self) -> dict[str, dict[str, str]]:
+        """What each shard's vectors were made from."""
+        return {shard: header for shard, (_, header) in self._tables.items()}
 
     @property
     def sha256(self) -> str:
@@ -141,7 +195,10 @@ class _DatasetWriter:
 
     def write(self, subset: pl.DataFrame) -> tuple[UPath, int]:
         """Replace the file: a JSON array, or JSON Lines if all shards are; path and size in bytes."""
-        lines = all(self._header(shard)["container"] == "lines" for shard in self._shards)
+        # A shard without rows has no say in the format.
+        lines = all(
+            header["container"] == "lines" for header in self.headers.values() if header["raw_rows"] != "0"
+        )
         path, other = (
             self._artifacts.path(NAME, "train", suffix=suffix)
             for suffix in ((".jsonl", ".json") if lines else (".json", ".jsonl"))
@@ -150,9 +207,6 @@ class _DatasetWriter:
         size = self._artifacts.write_text(path, self._hashed(pieces))
         other.unlink(missing_ok=True)  # of an earlier pool in the other format
         return path, size
-
-    def _header(self, shard: str) -> dict[str, str]:
-        return self._artifacts.read_header(raw_samples.NAME, shard)
 
     def _lines(self, subset: pl.DataFrame) -> Iterator[str]:
         return (f"{text}\n" for text in self._texts(subset))
@@ -170,24 +224,50 @@ class _DatasetWriter:
             yield piece
 
     def _texts(self, subset: pl.DataFrame) -> Iterator[str]:
-        """The chosen rows' texts in pool order."""
-        chosen = {str(shard): rows["row"] for (shard,), rows in subset.group_by("shard")}
-        for shard in self._shards:
-            raw, header = self._artifacts.read_frame(raw_samples.NAME, shard)
-            self.raw_versions[shard] = header["data_version"]
-            self.n_raw_rows += raw.height
-            is_text_only = pl.col("reason").eq(RejectionReason.TEXT_ONLY.value).fill_null(value=False)
-            keep = pl.col("row").is_in(chosen.get(shard, pl.Series(dtype=pl.Int64())).to_list())
-            if self._keep_text_only:
-                self.n_text_only += raw.filter(is_text_only).height
-                keep |= is_text_only
-            for text, row_format, images in (
-                raw.filter(keep).select("text", "row_format", "images").iter_rows()
-            ):
+        """The chosen rows' texts in pool order, as they were when they were embedded."""
+        chosen = {str(shard): rows for (shard,), rows in subset.group_by("shard")}
+        for shard in self._tables:
+            rows = self._chosen_rows(shard, chosen[shard]) if shard in chosen else pl.DataFrame(schema=_ROWS)
+            self.n_selected += rows.height
+            text_only = self._text_only_rows(shard)
+            self.n_text_only += text_only.height
+            for _, text, images in pl.concat([rows, text_only]).sort("row").iter_rows():
                 self.n_rows += 1
-                name = row_format or "text_only"
-                self.row_formats[name] = self.row_formats.get(name, 0) + 1
+                row_format = "llava" if "conversations" in json.loads(text) else "sharegpt"
+                self.row_formats[row_format] = self.row_formats.get(row_format, 0) + 1
                 yield self._source.export_text(shard, text, images)
+
+    def _chosen_rows(self, shard: str, chosen: pl.DataFrame) -> pl.DataFrame:
+        """Rows of the shard's table by sample key.
+
+        Raises:
+            dg.Failure: The table is not the one that was scored: a chosen key is not in it.
+        """
+        table, _ = self._tables[shard]
+        held = pl.DataFrame(self._embeddings.read_rows(table, ["sample_key", "text", "images"]))
+        rows = held.join(chosen, on=["sample_key", "row"], how="semi")
+        if rows.height != chosen.height:
+            raise dg.Failure(
+                f"{chosen.height - rows.height} selected samples of shard {shard!r} are not in its table "
+                f"{table.table!r} version {table.version}; run the refresh again",
+                allow_retries=False,
+            )
+        return rows.select(_ROWS.names()).cast(_ROWS)
+
+    def _text_only_rows(self, shard: str) -> pl.DataFrame:
+        """The shard's rows without an image where they are kept, else none; counts all rejected rows."""
+        rejected, header = self._artifacts.read_frame(attention_embeddings.REJECTED, shard)
+        if header["data_version"] != self.headers[shard]["data_version"]:
+            raise dg.Failure(
+                f"rejected_rows[{shard}] is of version {header['data_version']}, its vectors of "
+                f"{self.headers[shard]['data_version']}; materialize attention_embeddings[{shard}] again",
+                allow_retries=False,
+            )
+        self.rejected[shard] = raw_samples.reason_counts(rejected)
+        if not self._keep_text_only:
+            return pl.DataFrame(schema=_ROWS)
+        kept = rejected.filter(pl.col("reason") == RejectionReason.TEXT_ONLY.value)
+        return kept.with_columns(images=pl.lit([], _ROWS["images"])).select(_ROWS.names()).cast(_ROWS)
 
 
 def _manifest(
@@ -203,13 +283,14 @@ def _manifest(
     subspace, basis = subspace_basis.read_basis(artifacts)
     inputs = json.loads(basis["shards"])
     subset_path = artifacts.path(selected_subset.NAME, suffix=".parquet")
-    rejected = {shard: artifacts.read_frame(attention_embeddings.REJECTED, shard)[0] for shard in inputs}
-    by_reason = raw_samples.reason_counts(pl.concat(rejected.values()))
+    by_reason = Counter[str]()
+    for counts in writer.rejected.values():
+        by_reason.update(counts)
     return {
         "selection": selection.name,
-        "rows": writer.n_raw_rows,
+        "rows": sum(int(header["raw_rows"]) for header in writer.headers.values()),
         "embedded": subspace.n,
-        "rejected": by_reason,
+        "rejected": dict(sorted(by_reason.items())),
         "selected": subset.height,
         "text_only_kept": writer.n_text_only,
         "written": writer.n_rows,
@@ -234,12 +315,12 @@ def _manifest(
         "basis_version": basis["data_version"],
         "shards": {
             shard: {
-                "raw_samples": writer.raw_versions[shard],
+                "raw_samples": writer.headers[shard]["raw_samples"],
                 "attention_embeddings": versions["attention_embeddings"],
                 "embedding_moments": versions["data_version"],
-                "lance_table": versions["lance_table"],
-                "lance_version": int(versions["lance_version"]),
-                "rejected": rejected[shard].height,
+                "lance_table": writer.tables[shard].table,
+                "lance_version": writer.tables[shard].version,
+                "rejected": sum(writer.rejected[shard].values()),
             }
             for shard, versions in inputs.items()
         },
@@ -247,10 +328,11 @@ def _manifest(
         "images_relative_to": str(source.images_folder()),
         "training_file": path.name,
         "files": {
-            path.name: {"sha256": writer.sha256, "rows": writer.n_rows},
+            path.name: {"sha256": writer.sha256, "rows": writer.n_rows, "bytes": path.stat().st_size},
             f"../{selected_subset.NAME}/{subset_path.name}": {
                 "sha256": hashlib.sha256(subset_path.read_bytes()).hexdigest(),
                 "rows": subset.height,
+                "bytes": subset_path.stat().st_size,
             },
         },
     }

@@ -60,9 +60,15 @@ def test_the_demo_accounts_for_every_row_and_does_nothing_twice(scalselect: Comm
     assert second.returncode == 0
     assert "Nothing to do" in second.stdout
     status = scalselect("status", "--store", ".scalselect/demo")
-    assert "All 8 shards are up to date" in status.stdout
+    assert "All 8 shards and what follows from them are up to date" in " ".join(status.stdout.split())
     state = summary_of(scalselect("status", "--store", ".scalselect/demo", "--json"))
-    assert (state["shards"], state["shards_stale"], state["embedded"]) == (8, [], 463)
+    assert (state["shards"], state["pending"], state["embedded"]) == (8, [], 463)
+
+    moved = (tmp_path / ".scalselect" / "demo").rename(tmp_path / "moved")
+    assert summary_of(scalselect("status", "--store", "moved", "--json"))["manifest"].startswith(str(moved))
+    (moved / "training_dataset" / "train.jsonl").unlink()
+    assert summary_of(scalselect("status", "--store", "moved", "--json"))["pending"] == ["training_dataset"]
+    assert not (tmp_path / ".scalselect" / "demo").exists()
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the sample data is not beside this checkout")
@@ -157,6 +163,20 @@ def test_split_makes_shards_that_run(scalselect: Command, tmp_path: Path, demo_v
     )
     assert (result["embedded"], len(result["shards_embedded"])) == (5, 3)
     assert json.loads(Path(result["training_dataset"]).read_text()) == rows
+
+
+def test_options_that_failed_are_not_remembered(scalselect: Command, tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "2024", "a.jsonl", 4, seed=0)
+    assert scalselect("run", "2024", "--model", demo_vlm, "--budget", "1000").returncode == 1
+    assert not (tmp_path / ".scalselect" / "2024" / "selection.yaml").exists()
+    assert scalselect("run", "2024", "--model", demo_vlm, "--budget", "2").returncode == 0
+    assert scalselect("run", "2024", "--budget", "1000").returncode == 1
+    assert summary_of(scalselect("run", tmp_path / "x" / ".." / "2024", "--json"))["selected"] == 2
+
+
+def test_a_split_into_the_files_own_folder_is_refused(scalselect: Command, tmp_path: Path) -> None:
+    write_lines(tmp_path / "all.jsonl", [sharegpt_row("a.png")])
+    assert scalselect("split", "all.jsonl", "--rows", 1, "--out", ".").returncode == 2
 
 
 def test_help_lists_the_commands(scalselect: Command) -> None:

@@ -93,8 +93,8 @@ def test_the_graph_is_the_documented_path() -> None:
         "embedding_moments": ["attention_embeddings"],
         "subspace_basis": ["embedding_moments", "shard_manifest"],
         "importance_scores": ["attention_embeddings", "subspace_basis"],
-        "selected_subset": ["importance_scores"],
-        "training_dataset": ["raw_samples", "selected_subset"],
+        "selected_subset": ["importance_scores", "subspace_basis"],
+        "training_dataset": ["attention_embeddings", "selected_subset", "subspace_basis"],
     }
     partitioned = {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).is_partitioned}
     assert partitioned == {
@@ -130,10 +130,12 @@ def test_several_selections_share_a_deployment() -> None:
 
 
 def test_a_declaration_survives_its_file(tmp_path: Path) -> None:
-    declared = selection("한".encode().hex(), budget=100, text_only="keep", image_root="/images")
+    declared = selection("2024", budget=100, text_only="keep", image_root="/a{{b}}", model_revision="1.0")
     (tmp_path / "selection.yaml").write_text(declared.to_yaml())
     assert read_selection(tmp_path / "selection.yaml") == declared
     assert isinstance(read_selection(tmp_path / "selection.yaml").budget, int)
+    (tmp_path / "selection.yaml").write_text(declared.to_yaml(in_store=True))
+    assert read_selection(tmp_path / "selection.yaml").store == str(tmp_path)
 
 
 def test_relative_paths_of_a_declaration_start_at_its_file(tmp_path: Path) -> None:

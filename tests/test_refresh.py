@@ -424,6 +424,74 @@ def test_what_is_deleted_by_hand_is_made_again(bench: Bench, path: str, reruns: 
     assert bench.refresh().runs == []
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "raw_samples/a_2ejsonl.parquet",
+        "attention_embeddings/a_2ejsonl.json",
+        "embedding_moments/a_2ejsonl.safetensors",
+        "subspace_basis/subspace_basis.safetensors",
+        "importance_scores/a_2ejsonl.parquet",
+        "training_dataset/manifest.json",
+        "training_dataset/train.jsonl",
+    ],
+)
+def test_what_is_cut_short_is_made_again(bench: Bench, path: str) -> None:
+    bench.refresh()
+    before = (bench.store / "training_dataset" / "train.jsonl").read_text()
+    (bench.store / path).write_bytes((bench.store / path).read_bytes()[:40])
+    assert bench.refresh().runs != []
+    assert (bench.store / "training_dataset" / "train.jsonl").read_text() == before
+    assert bench.refresh().runs == []
+
+
+def test_vectors_that_are_gone_are_said_to_be_and_made_again_by_the_next_run(bench: Bench) -> None:
+    bench.refresh()
+    for data in bench.store.glob("lance/*a_2ejsonl.lance/data"):
+        shutil.rmtree(data)
+    bench.options["energy"] = 0.5
+    with pytest.raises(RefreshError, match="run again, which embeds the shard anew"):
+        bench.refresh()
+    assert bench.refresh().embedded == ["a.jsonl"]
+
+
+def test_results_that_another_dagster_instance_made_are_not_taken_for_ones_own(bench: Bench) -> None:
+    bench.refresh()
+    mine = bench.store / "dagster"
+    mine.rename(bench.store / "dagster-of-the-first")
+    bench.options["budget"] = 2
+    bench.refresh()
+    mine.rename(bench.store / "dagster-of-the-second")
+    (bench.store / "dagster-of-the-first").rename(mine)
+    bench.options["budget"] = 0.5
+    assert bench.refresh().runs != []
+    assert summary(bench.artifacts)["selected"] == 5
+
+
+def test_a_failed_check_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        attention_embeddings,
+        "_accounting",
+        lambda *_: dg.AssetCheckResult(
+            check_name="every_row_is_embedded_or_rejected", passed=False, metadata={"raw": 9}
+        ),
+    )
+    report = bench.refresh()
+    assert report.failed_checks == {
+        f"attention_embeddings[{shard}]: every_row_is_embedded_or_rejected": "{'raw': 9}"
+        for shard in ("a.jsonl", "b.jsonl")
+    }
+
+
+def test_a_store_below_the_pool_is_not_part_of_it(bench: Bench, demo_vlm: Path) -> None:
+    for name in ("out", "other"):
+        inside = Bench(bench.pool, bench.pool / name, demo_vlm)
+        inside.store.mkdir()
+        (inside.store / "selection.yaml").write_text(inside.selection.to_yaml(in_store=True))
+        inside.refresh()
+        assert summary(inside.artifacts)["rows"] == 9
+
+
 def test_scores_of_another_basis_are_refused(bench: Bench) -> None:
     bench.refresh()
     frame, header = bench.artifacts.read_frame("importance_scores", "b.jsonl")

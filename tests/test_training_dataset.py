@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from scalselect_assets.method.encoder import VlmEncoder
 from scalselect_assets.refresh import summary
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
 from tests.test_refresh import Bench, _one_thread  # noqa: F401 - the fixture applies to this module too
@@ -96,6 +97,79 @@ def test_a_pool_that_changes_its_kind_leaves_no_old_file(tmp_path: Path, demo_vl
     (bench.pool / "a.jsonl").write_text(json.dumps(rows))
     bench.refresh()
     assert sorted(path.name for path in written(bench).parent.iterdir()) == ["manifest.json", "train.json"]
+
+
+def test_a_shard_without_rows_does_not_change_the_kind(tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 3, seed=0)
+    (tmp_path / "pool" / "b.json").write_text("[]")
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.refresh()
+    assert written(bench).name == "train.jsonl"
+
+
+def test_rows_that_move_within_their_shard_are_still_the_chosen_ones(tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 6, seed=0)
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.options["budget"] = 2
+    bench.refresh()
+    before = written(bench).read_text()
+    rows = (bench.pool / "a.jsonl").read_text().splitlines()
+    write_lines(bench.pool / "a.jsonl", [sharegpt_row(None, "Text alone."), *rows])
+    bench.refresh()
+    assert written(bench).read_text() == before
+    chosen = set(bench.artifacts.read_frame("selected_subset")[0]["source_id"])
+    assert {str(json.loads(line)["id"]) for line in written(bench).read_text().splitlines()} == chosen
+    assert summary(bench.artifacts)["rows"] == 7
+
+
+def test_a_changed_shard_that_cannot_be_embedded_leaves_its_last_good_rows(
+    tmp_path: Path, demo_vlm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 6, seed=0)
+    write_pool_shard(tmp_path / "pool", "b.jsonl", 2, seed=50)
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.refresh()
+    before = written(bench).read_text()
+    rows = (bench.pool / "a.jsonl").read_text().splitlines()
+    write_lines(bench.pool / "a.jsonl", [rows[-1], *rows[:-1]])
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VlmEncoder, "encode", out_of_memory)
+        assert list(bench.refresh().failed) == ["a.jsonl"]
+    bench.options["budget"] = 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr(VlmEncoder, "encode", out_of_memory)
+        bench.refresh()
+    assert len(written(bench).read_text().splitlines()) == 8
+    bench.options["budget"] = 0.5
+    bench.refresh()
+    assert sorted(written(bench).read_text().splitlines()) == sorted(before.splitlines())
+
+
+def test_the_manifest_follows_the_settings(tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 6, seed=0)
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.refresh()
+    for option, value in (("budget", 3), ("energy", 0.9000001)):  # the same rows are chosen
+        bench.options[option] = value
+        bench.refresh()
+    manifest = bench.artifacts.read_json("training_dataset", "manifest")
+    assert (manifest["budget"], manifest["energy_threshold"]) == (3, 0.9000001)
+    assert manifest["basis_version"] == bench.artifacts.read_arrays("subspace_basis")[1]["data_version"]
+
+
+def test_the_manifest_names_the_shards_that_are_left_out(tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 3, seed=0)
+    (tmp_path / "pool" / "picture.json").write_bytes(png_bytes(1))
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.refresh()
+    assert bench.artifacts.read_json("training_dataset", "manifest")["shards_left_out"] == ["picture.json"]
+    (tmp_path / "pool" / "picture.json").unlink()
+    bench.refresh()
+    assert bench.artifacts.read_json("training_dataset", "manifest")["shards_left_out"] == []
 
 
 def test_the_manifest_tells_what_the_files_are(

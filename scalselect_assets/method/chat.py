@@ -100,5 +100,6 @@ def _render(processor: Any, conversation: Conversation, answers: list[str]) -> s
     ]
     try:
         return str(processor.apply_chat_template(messages, tokenize=False))
-    except jinja2.TemplateError as error:
+    # A template is a program: one that expects another form of content fails with Python's own errors.
+    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise ChatTemplateError(f"the chat template refuses this conversation: {error}") from error

@@ -160,7 +160,7 @@ class VlmEncoder:
             try:
                 data = read()
                 images.append(decode_image(data, self.max_pixels))
-            except FileNotFoundError as error:
+            except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {position}: {error}")
             except ImageTooLargeError as error:
                 return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {position}: {error}")
@@ -209,6 +209,8 @@ class VlmEncoder:
         (replacements,) = inputs["text_replacement_offsets"]
         answer = torch.zeros_like(input_ids, dtype=torch.bool)
         for begin, end in _expanded_spans(chat.answer_spans, replacements):
+            if begin == end:
+                continue  # an empty answer has no content that a token around it could carry
             # A token that spans the border belongs to the answer: it carries part of its content.
             answer |= (starts < end) & (ends > begin)
         vision = input_ids == self._image_token_id
@@ -400,7 +402,7 @@ def _supported_config(model: str, revision: str | None) -> tuple[Any, Family]:
         raise UnsupportedModelError(
             f"{model!r} is of type {config.model_type!r}, which is not an image-text-to-text model"
         )
-    return config, family_of(config.model_type)
+    return config, family_of(config)
 
 
 def _check_processor(model: str, processor: Any) -> None:
@@ -429,6 +431,9 @@ def _model_card(
         "processor_sha256": _sha256_json(
             [
                 processor.to_json_string(),
+                # The same settings give other pixels on another backend (Pillow or torchvision).
+                type(processor.image_processor).__name__,
+                processor.tokenizer.special_tokens_map,
                 processor.tokenizer.backend_tokenizer.to_str(),
                 processor.chat_template or processor.tokenizer.chat_template,
             ]

@@ -2,8 +2,9 @@
 
 import io
 import warnings
+from functools import cache
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 DEFAULT_MAX_PIXELS = 50_000_000
 """Larger images are refused before their pixels are read: 50 megapixels decode to 150 MB."""
@@ -17,30 +18,53 @@ class ImageTooLargeError(ValueError):
     """The image has more pixels than the limit; nothing of it was decoded."""
 
 
+MAX_ASPECT_RATIO = 200
+"""A longer strip is refused: processors enlarge its short side first, which takes gigabytes."""
+
+# Formats that pools contain and that Pillow reads by itself; others would start other programs or plugins.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+@cache
+def _installed_formats() -> tuple[str, ...]:
+    """Those of the formats that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
 def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Decode to RGB in the orientation that its EXIF tag asks for, as Transformers' ``load_image`` does.
 
     Raises:
-        UndecodableImageError: Not an image, or a truncated or damaged one.
-        ImageTooLargeError: More than ``max_pixels`` pixels; read from the header only.
+        UndecodableImageError: Not an image of a known format, or a truncated or damaged one.
+        ImageTooLargeError: More than ``max_pixels`` pixels or too long a strip; read from the header only.
     """
     try:
         # Pillow's own warning about large images is superseded by the explicit limit.
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            image = Image.open(io.BytesIO(data))
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageTooLargeError(
-                    f"{width} × {height} pixels; at most {max_pixels:,} are decoded: resize the image"
-                )
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(io.BytesIO(data), formats=_installed_formats())
+            _check_size(*image.size, max_pixels)
             return ImageOps.exif_transpose(image).convert("RGB")
+    except (ImageTooLargeError, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(f"{error}; at most {max_pixels:,} pixels are decoded") from error
-    except UnidentifiedImageError as error:
-        start = data[:8]
-        raise UndecodableImageError(f"not an image that can be read; it starts with {start!r}") from error
-    # Pillow's decoders raise these on damaged data, depending on the format.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        if isinstance(error, ImageTooLargeError):
-            raise
-        raise UndecodableImageError(f"damaged image: {error}") from error
+        raise ImageTooLargeError(
+            f"far more than {max_pixels:,} pixels, which are decoded at most: resize the image"
+        ) from error
+    # On damaged data Pillow's decoders raise whatever the format's library happens to: over a dozen types.
+    except Exception as error:
+        raise UndecodableImageError(
+            f"not an image that can be read ({type(error).__name__}: {str(error)[:200]}); it starts with "
+            f"{data[:8]!r}"
+        ) from error
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"{width} × {height} pixels; at most {max_pixels:,} are decoded: resize the image"
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageTooLargeError(
+            f"{width} × {height} pixels; the longer side may be {MAX_ASPECT_RATIO} times the shorter one"
+        )

@@ -1,18 +1,9 @@
-"""The budgeted choice: how many rows, and which.
-
-ScalSelect's step 6 (arXiv 2602.11636): the rows of largest leverage, ties broken by sample key.
-"""
+"""The budget of the choice: how many rows; the rows of largest leverage are then taken by the asset."""
 
 import math
 import re
-from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
-
-import numpy as np
-from numpy.typing import NDArray
-
-from scalselect_assets.method.moments import NonFiniteError
 
 _COUNT = re.compile(r"[0-9]+(_[0-9]+)*")
 _FRACTION = re.compile(r"[0-9]+\.[0-9]*|\.[0-9]+")
@@ -76,46 +67,6 @@ def budget_size(budget: int | float, n_embedded: int) -> int:
         return budget
     # str() gives back the decimal that was written: 0.145 is meant, not the binary number just below it.
     return max(1, math.floor(Fraction(str(budget)) * n_embedded + Fraction(1, 2)))
-
-
-def select_top(sample_keys: Sequence[str], leverage: NDArray[np.floating], size: int) -> NDArray[np.intp]:
-    """The indices of the ``size`` largest scores, largest first, ties by ascending sample key.
-
-    The order of the input carries no meaning. Costs O(n log n).
-
-    Args:
-        sample_keys: n unique keys, ordered by code point.
-        leverage: (n,) finite scores.
-        size: Number of rows, 1 to n.
-
-    Returns:
-        (size,) intp.
-
-    Raises:
-        NonFiniteError: A score is NaN or infinite.
-        ValueError: Keys and scores differ in number, a key occurs twice, or ``size`` is out of range.
-    """
-    n = len(sample_keys)
-    if leverage.shape != (n,):
-        raise ValueError(
-            f"Got scores of shape {leverage.shape} for {n} sample keys; expected ({n},). Score the same rows."
-        )
-    if not 1 <= size <= n:
-        raise ValueError(f"Got size {size}; allowed is 1 to {n}. Use budget_size to derive it.")
-    finite = np.isfinite(leverage)
-    if not finite.all():
-        row = int(finite.argmin())
-        raise NonFiniteError(
-            f"Got leverage {leverage[row]} for sample {sample_keys[row]!r} (row {row}, counted from 0); only "
-            "finite scores are allowed. Score its shard again."
-        )
-    if len(set(sample_keys)) != n:
-        raise ValueError(
-            f"Got {n} sample keys of which {len(set(sample_keys))} are distinct; every key may occur once. "
-            "Remove the shard that is in the pool twice."
-        )
-    order = sorted(range(n), key=lambda row: (-leverage[row], sample_keys[row]))
-    return np.array(order[:size], dtype=np.intp)
 
 
 def _check_budget(budget: int | float, written: object) -> None:

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -45,6 +46,34 @@ def test_the_exif_orientation_is_applied() -> None:
 def test_what_is_no_whole_image_is_undecodable(data: bytes) -> None:
     with pytest.raises(UndecodableImageError):
         decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "TIFF", "WEBP", "GIF", "JPEG", "JPEG2000"])
+def test_damaged_files_of_every_kind_are_undecodable_or_decoded(kind: str) -> None:
+    whole = encoded(Image.new("RGB", (40, 30), "red"), kind)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for position in rng.integers(0, len(data), 6):
+            data[position] = rng.integers(256)
+        try:
+            decode_image(bytes(data))
+        except (UndecodableImageError, ImageTooLargeError):
+            refused += 1
+    assert refused > 0
+
+
+def test_a_format_that_starts_another_program_is_not_tried() -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(UndecodableImageError, match="cannot identify"):
+        decode_image(postscript)
+
+
+def test_a_very_long_strip_is_refused() -> None:
+    assert decode_image(encoded(Image.new("L", (200, 1)), "PNG")).size == (200, 1)
+    with pytest.raises(ImageTooLargeError, match="the longer side"):
+        decode_image(encoded(Image.new("L", (1, 201)), "PNG"))
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (100_000, 100_000), (11, 10)])

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalselect_assets.method.moments import NonFiniteError
-from scalselect_assets.method.selection import budget_size, parse_budget, select_top
+from scalselect_assets.method.selection import budget_size, parse_budget
 
 
 @pytest.mark.parametrize(
@@ -118,54 +117,3 @@ def test_any_other_text_is_refused_and_quoted(text: str):
 @given(per_mille=st.integers(1, 1000))
 def test_a_percentage_and_its_fraction_are_the_same_budget(per_mille):
     assert parse_budget(f"{per_mille / 10}%") == parse_budget(f"{per_mille / 1000:.3f}") == per_mille / 1000
-
-
-def test_the_largest_scores_come_first():
-    got = select_top(["a", "b", "c", "d"], np.array([0.1, 0.4, 0.2, 0.3]), 3)
-    assert got.tolist() == [1, 3, 2]
-    assert got.dtype == np.intp
-
-
-def test_ties_go_to_the_smaller_key():
-    keys = ["d", "b", "Z", "a", "é", "b0"]
-    assert select_top(keys, np.full(6, 0.5), 6).tolist() == [2, 3, 1, 5, 0, 4]
-    assert select_top(keys, np.array([0.5, 0.5, 0.5, 0.5, 0.9, 0.5]), 2).tolist() == [4, 2]
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    levels=st.lists(st.integers(0, 3), min_size=1, max_size=30),
-    data=st.data(),
-)
-def test_the_order_of_the_input_does_not_change_the_choice(levels, data):
-    keys = [f"k{i}" for i in range(len(levels))]
-    leverage = np.array(levels) / 4
-    size = data.draw(st.integers(1, len(levels)))
-    order = data.draw(st.permutations(range(len(levels))))
-    chosen = [keys[i] for i in select_top(keys, leverage, size)]
-    shuffled = [keys[i] for i in order]
-    assert [shuffled[i] for i in select_top(shuffled, leverage[list(order)], size)] == chosen
-    left = set(keys) - set(chosen)
-    assert len(chosen) == len(set(chosen)) == size
-    assert all(leverage[keys.index(c)] >= leverage[keys.index(o)] for c in chosen for o in left)
-
-
-@pytest.mark.parametrize("size", [0, -1, 3])
-def test_a_size_outside_the_pool_is_refused(size: int):
-    with pytest.raises(ValueError, match=rf"size {size}; allowed is 1 to 2"):
-        select_top(["a", "b"], np.array([0.1, 0.2]), size)
-
-
-def test_scores_that_do_not_fit_the_keys_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(3,\) for 2 sample keys"):
-        select_top(["a", "b"], np.zeros(3), 1)
-
-
-def test_a_non_finite_score_is_refused_by_its_sample():
-    with pytest.raises(NonFiniteError, match=r"nan for sample 'b' \(row 1"):
-        select_top(["a", "b"], np.array([0.1, np.nan]), 1)
-
-
-def test_a_key_that_occurs_twice_is_refused():
-    with pytest.raises(ValueError, match="3 sample keys of which 2 are distinct"):
-        select_top(["a", "b", "a"], np.array([0.1, 0.2, 0.3]), 1)

@@ -44,8 +44,10 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def load(model: str, **options: Any) -> SimpleNamespace:
         calls.append({"model": model, **options})
-        card = {"fingerprint": f"{len(calls):016}", "model": model}
-        return SimpleNamespace(card=SimpleNamespace(to_json=lambda: card))
+        weights = Path(model, "weights").read_text() if Path(model).is_dir() else model
+        fingerprint = f"{weights}, {options['dtype']}, {options['attention_mass']}"
+        card = {"fingerprint": fingerprint, "model": model, "commit": "c0ffee"}
+        return SimpleNamespace(card=SimpleNamespace(to_json=lambda: card, fingerprint=fingerprint))
 
     monkeypatch.setattr(encoder_module, "load_encoder", load)
     return calls
@@ -197,6 +199,27 @@ def test_a_model_whose_files_changed_is_loaded_anew(
     (model / "weights").write_text("01")
 
     assert CPU.encoder(artifacts, **target(model)) is not first
+
+
+def test_a_store_stays_with_the_commit_that_it_began_with(
+    artifacts: ArtifactStore, loads: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        forget_models(monkeypatch)
+        CPU.encoder(artifacts, **target("org/name", revision="main"))
+
+    assert [call["revision"] for call in loads] == ["main", "c0ffee"]
+
+
+def test_a_model_that_is_not_the_one_that_the_store_knows_is_refused(
+    artifacts: ArtifactStore, loads: list
+) -> None:
+    CPU.encoder(artifacts, **target("org/name"))
+    (signature,) = (path.stem for path in (artifacts.root / vlm.CARDS).iterdir())
+    artifacts.write_json(vlm.CARDS, {"fingerprint": "another", "commit": None}, signature)
+
+    with pytest.raises(encoder_module.ModelLoadError, match="the store knows it as another"):
+        CPU.encoder(artifacts, **target("org/name"))
 
 
 # The signature
