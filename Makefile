@@ -26,7 +26,7 @@ dev: install  ## Open the Dagster UI (http://127.0.0.1:3000) on the demo's store
 	$(BIN)/scalselect ui --store $(DEMO)/demo
 
 test: install  ## Run the tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check

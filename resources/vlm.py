@@ -5,6 +5,7 @@ vision tower, the projector, the token embeddings and one decoder layer. Importi
 torch.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +49,9 @@ class VlmResource(dg.ConfigurableResource):
             ModelLoadError: See ``scalselect_assets.method.encoder.load_encoder``.
             UnsupportedModelError: Likewise.
         """
+        # Threads that wait by spinning take the processor from those that compute; read when torch is
+        # first imported, so what the environment says, or a process that has imported torch, prevails.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from scalselect_assets.method.encoder import ModelLoadError, load_encoder
 
         signature = model_signature(model, revision, dtype, attention_mass)

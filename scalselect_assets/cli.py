@@ -251,12 +251,13 @@ def ui(
             deployment.SELECTIONS_VARIABLE: str(declaration.absolute()),
         }
         _err.print(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)")
-        # By path and without the current folder on the path: another project's `definitions` may be there.
+        # By path, and from its own folder: the current one may have `definitions` or `resources` of its own.
         located = importlib.util.find_spec("definitions")
         if located is None or located.origin is None:
             raise RuntimeError("the module `definitions` of this package is not installed; install it again")
         environment["PYTHONSAFEPATH"] = "1"
-        command = [sys.executable, "-m", "dagster", "dev", "-f", located.origin]
+        folder = str(Path(located.origin).parent)
+        command = [sys.executable, "-m", "dagster", "dev", "-f", located.origin, "-d", folder]
         finished = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
             [*command, "-h", host, "-p", str(port)], env=environment, check=False
         )
