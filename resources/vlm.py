@@ -7,7 +7,7 @@ torch.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import dagster as dg
 from pydantic import Field
@@ -23,6 +23,15 @@ CARDS = "model_cards"
 _LOADED: dict[tuple[str, str, int], "VlmEncoder"] = {}
 
 
+class TargetModel(TypedDict):
+    """What a selection says of its model; see ``scalselect_assets.method.encoder.load_encoder``."""
+
+    model: str
+    revision: str | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    attention_mass: float
+
+
 class VlmResource(dg.ConfigurableResource):
     """Device and batching for the target models of this deployment."""
 
@@ -34,15 +43,7 @@ class VlmResource(dg.ConfigurableResource):
         default=50_000_000, ge=1, description="Images with more pixels are rejected, not decoded."
     )
 
-    def encoder(
-        self,
-        artifacts: ArtifactStore,
-        *,
-        model: str,
-        revision: str | None,
-        dtype: Literal["float32", "bfloat16", "float16"],
-        attention_mass: float,
-    ) -> "VlmEncoder":
+    def encoder(self, artifacts: ArtifactStore, **target: Unpack[TargetModel]) -> "VlmEncoder":
         """The loaded model; its card is kept in the store.
 
         Raises:
@@ -54,18 +55,18 @@ class VlmResource(dg.ConfigurableResource):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from scalselect_assets.method.encoder import ModelLoadError, load_encoder
 
-        signature = model_signature(model, revision, dtype, attention_mass)
+        signature = model_signature(**target)
         key = (signature, self.device, self.max_image_pixels)
         known = _known_card(artifacts, signature)
         if key not in _LOADED:
             _LOADED.clear()  # one model at a time: two would not fit where one just does
             _LOADED[key] = load_encoder(
-                model,
+                target["model"],
                 # A branch moves; a store stays with the commit that it began with.
-                revision=(known or {}).get("commit") or revision,
+                revision=(known or {}).get("commit") or target["revision"],
                 device=self.device,
-                dtype=dtype,
-                attention_mass=attention_mass,
+                dtype=target["dtype"],
+                attention_mass=target["attention_mass"],
                 max_pixels=self.max_image_pixels,
             )
         encoder = _LOADED[key]
@@ -73,32 +74,19 @@ class VlmResource(dg.ConfigurableResource):
             artifacts.write_json(CARDS, encoder.card.to_json(), signature)
         elif known["fingerprint"] != encoder.card.fingerprint:
             raise ModelLoadError(
-                f"{model!r} has fingerprint {encoder.card.fingerprint}, the store knows it as "
+                f"{target['model']!r} has fingerprint {encoder.card.fingerprint}, the store knows it as "
                 f"{known['fingerprint']}; name another --revision, or delete {CARDS} in the store to embed "
                 "everything again"
             )
         return encoder
 
-    def card(
-        self,
-        artifacts: ArtifactStore,
-        *,
-        model: str,
-        revision: str | None,
-        dtype: Literal["float32", "bfloat16", "float16"],
-        attention_mass: float,
-    ) -> dict[str, Any]:
+    def card(self, artifacts: ArtifactStore, **target: Unpack[TargetModel]) -> dict[str, Any]:
         """The model's card, with its fingerprint: from the store if its files have not changed since.
 
         Loads the model, and raises as ``encoder``, only where the store does not know it yet.
         """
-        known = _known_card(artifacts, model_signature(model, revision, dtype, attention_mass))
-        if known is not None:
-            return known
-        encoder = self.encoder(
-            artifacts, model=model, revision=revision, dtype=dtype, attention_mass=attention_mass
-        )
-        return encoder.card.to_json()
+        known = _known_card(artifacts, model_signature(**target))
+        return known if known is not None else self.encoder(artifacts, **target).card.to_json()
 
 
 def _known_card(artifacts: ArtifactStore, signature: str) -> dict[str, Any] | None:

@@ -12,8 +12,8 @@ step  asset (module)          partition   what it holds                         
 7     `training_dataset`      all shards  their rows as a trainer reads them, a manifest   JSON
 ====  ======================  ==========  ===============================================  ===============
 
-`selection` declares one such path (a pool and a target model) and builds it; `refresh` discovers shards and
-materializes exactly what is stale; `method` is the paper, without Dagster or storage.
+`selection` declares one such path (a pool and a target model) and `graph` builds it; `refresh` discovers
+shards and materializes exactly what is stale; `method` is the paper, without Dagster or storage.
 
 This package itself imports nothing, so that `scalselect_assets.method` runs where Dagster is not installed.
 """

@@ -135,7 +135,6 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 "model_fingerprint": table.fingerprint,
             },
             [_accounting(raw, rejected, table)],
-            model=table.fingerprint,
         )
 
     return attention_embeddings

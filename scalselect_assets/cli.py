@@ -38,6 +38,7 @@ from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import deployment
 from scalselect_assets.method.selection import parse_budget
+from scalselect_assets.partitions import shards_name
 from scalselect_assets.refresh import Refresh, RefreshReport, discover, summary
 from scalselect_assets.selection import Selection, read_selection
 from scalselect_assets.training_dataset import is_complete
@@ -186,7 +187,7 @@ def status(
         with deployment.open_instance(selection) as instance:
             refresh = _make_refresh(selection, instance, VlmResource(), _Bars(), verbose=verbose)
             pending = refresh.pending(discovery)
-            known = set(instance.get_dynamic_partitions(f"{selection.name}_shards"))
+            known = set(instance.get_dynamic_partitions(shards_name(selection.name)))
         result = summary(artifacts) if is_complete(artifacts) else {}
         state = {
             **result,
@@ -359,11 +360,9 @@ def _refresh_and_tell(
     else:
         _print_summary(selection, result)
         _print_work(report)
-    for shard, message in report.failed.items():
-        _err.print(f"[red]shard {escape(shard)} failed:[/red] {escape(message)}", **_PLAIN)
-    for check, seen in report.failed_checks.items():
-        _err.print(f"[red]check failed:[/red] {escape(check)} {escape(seen)}", **_PLAIN)
-    if report.failed or report.failed_checks:
+    for problem in (problems := report.problems()):
+        _err.print(f"[red]{escape(problem)}[/red]", **_PLAIN)
+    if problems:
         raise typer.Exit(1)
 
 

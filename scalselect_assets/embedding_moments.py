@@ -76,7 +76,6 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 "lance_table": table.table,
                 "lance_version": table.version,
             },
-            model=table.fingerprint,
         )
 
     return embedding_moments

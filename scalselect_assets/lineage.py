@@ -2,9 +2,10 @@
 
 Every materialization carries two versions. Its *data version* (Dagster's own) says what came out; its
 *provenance* (a tag) hashes the asset's code version, the settings that matter to it and the data versions
-that it read. An asset is stale where the provenance that it would have now differs from the recorded one, so
-a changed input that leaves an output as it was stops there. Dagster's own staleness is not used for the
-decision: it skips fan-ins of 100 partitions or more and ignores deleted ones.
+that it read. An asset is stale where the provenance that it would have now differs from the one that Dagster
+recorded, or from the one in the file itself, so a changed input that leaves an output as it was stops there.
+Dagster's own staleness is not used for the decision: it skips fan-ins of 100 partitions or more and ignores
+deleted ones.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,6 @@ from resources.identity import digest
 
 DATA_VERSION_TAG = "dagster/data_version"  # Dagster's own, on materializations and observations
 PROVENANCE_TAG = "scalselect/provenance"
-MODEL_TAG = "scalselect/model"
 
 
 def header(data_version: str, provenance: str, **more: str) -> dict[str, str]:
@@ -29,13 +29,11 @@ def result(
     provenance: str,
     metadata: Mapping[str, Any],
     check_results: list[dg.AssetCheckResult] | None = None,
-    *,
-    model: str | None = None,
 ) -> dg.MaterializeResult:
-    """A materialization that carries its data version, its provenance and, for vectors, its model."""
+    """A materialization that carries its data version and its provenance."""
     return dg.MaterializeResult(
         data_version=dg.DataVersion(data_version),
-        tags={PROVENANCE_TAG: provenance, **({MODEL_TAG: model} if model else {})},
+        tags={PROVENANCE_TAG: provenance},
         metadata=metadata,
         check_results=check_results or [],
     )

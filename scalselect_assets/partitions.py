@@ -9,9 +9,14 @@ from collections.abc import Sequence
 import dagster as dg
 
 
+def shards_name(selection_name: str) -> str:
+    """What Dagster calls the shards of one selection."""
+    return f"{selection_name}_shards"
+
+
 def shard_partitions(selection_name: str) -> dg.DynamicPartitionsDefinition:
     """The shards of one selection."""
-    return dg.DynamicPartitionsDefinition(name=f"{selection_name}_shards")
+    return dg.DynamicPartitionsDefinition(name=shards_name(selection_name))
 
 
 def pool_shards(context: dg.AssetExecutionContext, partitions: dg.DynamicPartitionsDefinition) -> list[str]:

@@ -1,8 +1,8 @@
 """Step 1, by shard: every row of the shard file, read and judged.
 
 Holds: all rows, rejected ones too, each with its verbatim text. Decides what can be told from the row and the
-presence of its images; pixels are looked at in step 2. Costs: one pass over the file, one stat per image,
-memory of one shard.
+presence of its images; pixels are looked at in step 2. Costs: the file is read for its rows and hashed before
+and after, so that a change meanwhile shows; one stat per image; memory of one shard.
 """
 
 import hashlib

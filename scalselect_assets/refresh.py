@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import dagster as dg
 
@@ -41,6 +41,7 @@ from scalselect_assets import (
     training_dataset,
 )
 from scalselect_assets.lineage import DATA_VERSION_TAG, PROVENANCE_TAG
+from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection
 
 SHARD_FILES = "shard_files"
@@ -55,6 +56,9 @@ _WHOLE_ASSETS = (
     selected_subset.NAME,
     training_dataset.NAME,
 )
+
+
+_Headers: TypeAlias = Mapping[str, Mapping[str, str]]  # by shard, what its output says of itself
 
 
 class RefreshError(RuntimeError):
@@ -103,6 +107,13 @@ class RefreshReport:
     failed_checks: dict[str, str] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
 
+    def problems(self) -> list[str]:
+        """One line for each shard and each check that failed; empty if all is well."""
+        return [
+            *(f"shard {shard} failed: {message}" for shard, message in self.failed.items()),
+            *(f"check failed: {check} {seen}" for check, seen in self.failed_checks.items()),
+        ]
+
 
 def discover(source: SampleSource, artifacts: ArtifactStore) -> Discovery:
     """Find the shards and their versions; unchanged files are not read again.
@@ -133,7 +144,7 @@ def report_discovery(
     selection: Selection, instance: dg.DagsterInstance, discovery: Discovery
 ) -> tuple[list[str], list[str]]:
     """Tell Dagster of added, changed and removed shards; returns the added and the removed ones."""
-    partitions = f"{selection.name}_shards"
+    partitions = shards_name(selection.name)
     known = set(instance.get_dynamic_partitions(partitions))
     added = sorted(set(discovery.versions) - known)
     removed = sorted(known - set(discovery.versions))
@@ -227,11 +238,8 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
         context.log.info(
             f"{len(report.runs)} runs, {len(report.embedded)} shards embedded, {len(report.failed)} failed"
         )
-        if report.failed:
-            raise dg.Failure(
-                "\n".join(f"{shard}: {message}" for shard, message in report.failed.items()),
-                allow_retries=False,
-            )
+        if problems := report.problems():
+            raise dg.Failure("\n".join(problems), allow_retries=False)
 
     @dg.job(
         name=selection.job_name("refresh"),
@@ -314,13 +322,18 @@ class Refresh:
         """
         if shards := list(self._stale_shards(discovery)):
             return shards
-        pool = self._instance.get_dynamic_partitions(f"{self._selection.name}_shards")
+        pool = self._pool()
         if set(pool) != set(discovery.versions):
             return list(_WHOLE_ASSETS)
+        inputs = self._basis_inputs(pool)
         for position, asset in enumerate(_WHOLE_ASSETS):
-            if self._is_stale(asset, pool):
+            if self._is_stale(asset, pool, inputs):
                 return list(_WHOLE_ASSETS[position:])
         return []
+
+    def _pool(self) -> Sequence[str]:
+        """The shards that Dagster knows, in its order."""
+        return self._instance.get_dynamic_partitions(shards_name(self._selection.name))
 
     def _model_fingerprint(self) -> str:
         return str(self._vlm.card(self._artifacts, **self._selection.target)["fingerprint"])
@@ -402,24 +415,24 @@ class Refresh:
     # All shards
 
     def _refresh_whole(self) -> None:
-        pool = self._instance.get_dynamic_partitions(f"{self._selection.name}_shards")
-        if not self._basis_inputs(pool):
-            raise RefreshError(f"no shard could be embedded: {self._failures()}")
+        pool = self._pool()
+        inputs = self._basis_inputs(pool)
+        if not inputs:
+            raise RefreshError(f"no shard could be embedded: {'; '.join(self._report.problems())}")
         for asset in _WHOLE_ASSETS:
             if asset == importance_scores.NAME:
-                for shard_range in contiguous_ranges(pool, self._unscored_shards(pool)):
+                for shard_range in contiguous_ranges(pool, self._unscored_shards(inputs)):
                     self._materialize_or_raise([asset], shard_range)
-            elif self._is_stale(asset, pool):
+            elif self._is_stale(asset, pool, inputs):
                 self._materialize_or_raise([asset])
 
-    def _is_stale(self, asset: str, pool: Sequence[str]) -> bool:
+    def _is_stale(self, asset: str, pool: Sequence[str], inputs: _Headers) -> bool:
         """Whether an asset over all shards has to be computed, given those before it."""
-        basis, subset = (self._whole_header(name) for name in (subspace_basis.NAME, selected_subset.NAME))
-        basis_version = basis.get("data_version", "")
         if asset == importance_scores.NAME:
-            return bool(self._unscored_shards(pool))
+            return bool(self._unscored_shards(inputs))
+        basis = self._whole_header(subspace_basis.NAME)
+        basis_version = basis.get("data_version", "")
         if asset == subspace_basis.NAME:
-            inputs = self._basis_inputs(pool)
             expected = subspace_basis.provenance(
                 self._selection, {shard: moments["data_version"] for shard, moments in inputs.items()}
             )
@@ -428,13 +441,13 @@ class Refresh:
                 self._selection, importance_scores.provenance(basis_version)
             )
         else:
-            inputs = json.loads(basis.get("shards", "{}"))
+            subset = self._whole_header(selected_subset.NAME)
             expected = training_dataset.provenance(
                 self._selection,
                 subset.get("provenance", ""),
                 subset.get("data_version", ""),
                 basis_version,
-                sorted(set(pool) - set(inputs)),
+                sorted(set(pool) - set(json.loads(basis.get("shards", "{}")))),
             )
         event = self._instance.get_latest_materialization_event(self._selection.key(asset))
         materialization = event.asset_materialization if event else None
@@ -452,14 +465,13 @@ class Refresh:
         except (ArtifactMissingError, ArtifactCorruptError):
             return {}
 
-    def _basis_inputs(self, pool: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+    def _basis_inputs(self, pool: Sequence[str]) -> _Headers:
         return subspace_basis.moments_headers(self._artifacts, pool, self._fingerprint)
 
-    def _unscored_shards(self, pool: Sequence[str]) -> set[str]:
+    def _unscored_shards(self, inputs: _Headers) -> set[str]:
         """The shards of the basis whose scores are not of it."""
         basis_version = self._whole_header(subspace_basis.NAME).get("data_version", "")
         expected = importance_scores.provenance(basis_version)
-        inputs = self._basis_inputs(pool)
         tags = self._latest_tags(importance_scores.NAME, set(inputs))
         unscored = set()
         for shard in inputs:
@@ -543,9 +555,6 @@ class Refresh:
         )
         for run in interrupted:
             self._instance.report_run_failed(run, "The refresh that made this run was killed.")
-
-    def _failures(self) -> str:
-        return "; ".join(f"{shard}: {message}" for shard, message in self._report.failed.items())
 
 
 def contiguous_ranges(order: Sequence[str], wanted: set[str]) -> list[tuple[str, str]]:

@@ -60,10 +60,10 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         start = time.monotonic()
         artifacts = storage.artifacts(selection.store)
         subspace, basis = subspace_basis.read_basis(artifacts)
-        scored = sorted(json.loads(basis["shards"]))
+        scored = json.loads(basis["shards"])
         pool = pool_shards(context, selection.partitions)
         size = budget_size(selection.budget, subspace.n)
-        chosen, leverage_sum, n_scored = top_of_shards(artifacts, scored, basis["data_version"], size)
+        chosen, leverage_sum, n_scored = top_of_shards(artifacts, sorted(scored), basis["data_version"], size)
         data_version = digest(hashlib.sha256(chosen.write_ndjson().encode()).hexdigest())
         made_from = provenance(selection, importance_scores.provenance(basis["data_version"]))
         path, n_bytes = artifacts.write_frame(
@@ -97,7 +97,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     },
                 ),
                 missing_shards_check(
-                    "selection_covers_every_shard", [shard for shard in pool if shard not in set(scored)]
+                    "selection_covers_every_shard", [shard for shard in pool if shard not in scored]
                 ),
             ],
         )

@@ -5,12 +5,13 @@ store. Declarations are YAML files that `definitions.py` finds and that ``scalse
 """
 
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import dagster as dg
 import yaml
 from pydantic import Field, field_validator
 
+from resources.vlm import TargetModel
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import shard_partitions
 
@@ -73,7 +74,7 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         return shard_partitions(self.name)
 
     @property
-    def target(self) -> dict[str, Any]:
+    def target(self) -> TargetModel:
         """What identifies the target model to `resources.vlm.VlmResource`."""
         return {
             "model": self.target_model,

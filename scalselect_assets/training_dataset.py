@@ -8,9 +8,9 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version as package_version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
@@ -34,6 +34,9 @@ from scalselect_assets.method.rejection import RejectionReason
 from scalselect_assets.partitions import pool_shards
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import TRAINING_ROWS, column_schema
+
+if TYPE_CHECKING:
+    from scalselect_assets.method.subspace import Subspace
 
 NAME = "training_dataset"
 MANIFEST = "manifest"
@@ -108,17 +111,18 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         artifacts = storage.artifacts(selection.store)
         source = storage.samples(selection.source, selection.image_root, selection.store)
         subset, subset_header = artifacts.read_frame(selected_subset.NAME)
-        _, basis = subspace_basis.read_basis(artifacts)
+        subspace, basis = subspace_basis.read_basis(artifacts)
+        inputs = json.loads(basis["shards"])
         writer = _DatasetWriter(
             artifacts,
             storage.embeddings(selection.store),
             source,
-            sorted(json.loads(basis["shards"])),
+            sorted(inputs),
             keep_text_only=selection.text_only == "keep",
         )
         path, n_bytes = writer.write(subset)
         pool = pool_shards(context, selection.partitions)
-        left_out = [shard for shard in pool if shard not in writer.tables]
+        left_out = [shard for shard in pool if shard not in inputs]
         made_from = provenance(
             selection,
             subset_header["provenance"],
@@ -129,7 +133,14 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         manifest = {
             **lineage.header(writer.sha256, made_from),
             "shards_left_out": left_out,
-            **_manifest(selection, artifacts, vlm, source, writer, subset, path),
+            "model": vlm.card(artifacts, **selection.target),
+            "basis_version": basis["data_version"],
+            "images_relative_to": str(source.images_folder()),
+            "training_file": path.name,
+            **_settings(selection),
+            **_counts(subspace, subset, writer),
+            "shards": {shard: _shard_lineage(writer, shard, moments) for shard, moments in inputs.items()},
+            "files": _files(artifacts, subset, writer, path, n_bytes),
         }
         manifest_path, _ = artifacts.write_json(NAME, manifest, MANIFEST)
         return lineage.result(
@@ -171,22 +182,15 @@ class _DatasetWriter:
         keep_text_only: bool,
     ) -> None:
         self._artifacts, self._embeddings, self._source = artifacts, embeddings, source
-        self._tables = {shard: attention_embeddings.recorded_table(artifacts, shard) for shard in shards}
+        self.tables: dict[str, EmbeddingTable] = {}
+        self.headers: dict[str, dict[str, str]] = {}
+        for shard in shards:
+            self.tables[shard], self.headers[shard] = attention_embeddings.recorded_table(artifacts, shard)
         self._keep_text_only = keep_text_only
         self._digest = hashlib.sha256()
         self.rejected: dict[str, dict[str, int]] = {}
         self.row_formats: dict[str, int] = {}
         self.n_rows = self.n_selected = self.n_text_only = 0
-
-    @property
-    def tables(self) -> dict[str, EmbeddingTable]:
-        """The tables that are read."""
-        return {shard: table for shard, (table, _) in self._tables.items()}
-
-    @property
-    def headers(self) -> dict[str, dict[str, str]]:
-        """What each shard's vectors were made from."""
-        return {shard: header for shard, (_, header) in self._tables.items()}
 
     @property
     def sha256(self) -> str:
@@ -226,7 +230,7 @@ class _DatasetWriter:
     def _texts(self, subset: pl.DataFrame) -> Iterator[str]:
         """The chosen rows' texts in pool order, as they were when they were embedded."""
         chosen = {str(shard): rows for (shard,), rows in subset.group_by("shard")}
-        for shard in self._tables:
+        for shard in self.tables:
             rows = self._chosen_rows(shard, chosen[shard]) if shard in chosen else pl.DataFrame(schema=_ROWS)
             self.n_selected += rows.height
             text_only = self._text_only_rows(shard)
@@ -243,7 +247,7 @@ class _DatasetWriter:
         Raises:
             dg.Failure: The table is not the one that was scored: a chosen key is not in it.
         """
-        table, _ = self._tables[shard]
+        table = self.tables[shard]
         held = pl.DataFrame(self._embeddings.read_rows(table, ["sample_key", "text", "images"]))
         rows = held.join(chosen, on=["sample_key", "row"], how="semi")
         if rows.height != chosen.height:
@@ -270,38 +274,14 @@ class _DatasetWriter:
         return kept.with_columns(images=pl.lit([], _ROWS["images"])).select(_ROWS.names()).cast(_ROWS)
 
 
-def _manifest(
-    selection: Selection,
-    artifacts: ArtifactStore,
-    vlm: VlmResource,
-    source: SampleSource,
-    writer: _DatasetWriter,
-    subset: pl.DataFrame,
-    path: UPath,
-) -> dict[str, Any]:
-    """Everything needed to say what the files are and to make them again."""
-    subspace, basis = subspace_basis.read_basis(artifacts)
-    inputs = json.loads(basis["shards"])
-    subset_path = artifacts.path(selected_subset.NAME, suffix=".parquet")
-    by_reason = Counter[str]()
-    for counts in writer.rejected.values():
-        by_reason.update(counts)
+def _settings(selection: Selection) -> dict[str, Any]:
+    """What was asked for, and the code that answered."""
     return {
         "selection": selection.name,
-        "rows": sum(int(header["raw_rows"]) for header in writer.headers.values()),
-        "embedded": subspace.n,
-        "rejected": dict(sorted(by_reason.items())),
-        "selected": subset.height,
-        "text_only_kept": writer.n_text_only,
-        "written": writer.n_rows,
-        "row_formats": writer.row_formats,
+        "source": selection.source,
         "budget": selection.budget,
         "attention_mass": selection.attention_mass,
         "energy_threshold": selection.energy,
-        "rank": subspace.k,
-        "energy": subspace.energy,
-        "leverage_threshold": float(subset["leverage"][-1]),
-        "model": vlm.card(artifacts, **selection.target),
         "code": {
             "scalselect-dagster": package_version("scalselect-dagster"),
             raw_samples.NAME: raw_samples.CODE_VERSION,
@@ -312,27 +292,51 @@ def _manifest(
             selected_subset.NAME: selected_subset.CODE_VERSION,
             NAME: CODE_VERSION,
         },
-        "basis_version": basis["data_version"],
-        "shards": {
-            shard: {
-                "raw_samples": writer.headers[shard]["raw_samples"],
-                "attention_embeddings": versions["attention_embeddings"],
-                "embedding_moments": versions["data_version"],
-                "lance_table": writer.tables[shard].table,
-                "lance_version": writer.tables[shard].version,
-                "rejected": sum(writer.rejected[shard].values()),
-            }
-            for shard, versions in inputs.items()
-        },
-        "source": selection.source,
-        "images_relative_to": str(source.images_folder()),
-        "training_file": path.name,
-        "files": {
-            path.name: {"sha256": writer.sha256, "rows": writer.n_rows, "bytes": path.stat().st_size},
-            f"../{selected_subset.NAME}/{subset_path.name}": {
-                "sha256": hashlib.sha256(subset_path.read_bytes()).hexdigest(),
-                "rows": subset.height,
-                "bytes": subset_path.stat().st_size,
-            },
+    }
+
+
+def _counts(subspace: "Subspace", subset: pl.DataFrame, writer: _DatasetWriter) -> dict[str, Any]:
+    """Where every row of the pool went, and what the choice rests on."""
+    by_reason = Counter[str]()
+    for counts in writer.rejected.values():
+        by_reason.update(counts)
+    return {
+        "rows": sum(int(header["raw_rows"]) for header in writer.headers.values()),
+        "embedded": subspace.n,
+        "rejected": dict(sorted(by_reason.items())),
+        "selected": subset.height,
+        "text_only_kept": writer.n_text_only,
+        "written": writer.n_rows,
+        "row_formats": writer.row_formats,
+        "rank": subspace.k,
+        "energy": subspace.energy,
+        "leverage_threshold": float(subset["leverage"][-1]),
+    }
+
+
+def _shard_lineage(writer: _DatasetWriter, shard: str, moments: Mapping[str, str]) -> dict[str, Any]:
+    """The versions that one shard went in with."""
+    return {
+        "raw_samples": writer.headers[shard]["raw_samples"],
+        "attention_embeddings": moments["attention_embeddings"],
+        "embedding_moments": moments["data_version"],
+        "lance_table": writer.tables[shard].table,
+        "lance_version": writer.tables[shard].version,
+        "rejected": sum(writer.rejected[shard].values()),
+    }
+
+
+def _files(
+    artifacts: ArtifactStore, subset: pl.DataFrame, writer: _DatasetWriter, path: UPath, n_bytes: int
+) -> dict[str, Any]:
+    """Hash, rows and size of each file, by its path from the manifest."""
+    subset_path = artifacts.path(selected_subset.NAME, suffix=".parquet")
+    subset_bytes = subset_path.read_bytes()
+    return {
+        path.name: {"sha256": writer.sha256, "rows": writer.n_rows, "bytes": n_bytes},
+        f"../{selected_subset.NAME}/{subset_path.name}": {
+            "sha256": hashlib.sha256(subset_bytes).hexdigest(),
+            "rows": subset.height,
+            "bytes": len(subset_bytes),
         },
     }

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
-import torch
 
 from resources.progress import LogProgress
 from resources.storage import StorageResource
@@ -32,14 +31,7 @@ from scalselect_assets.refresh import (
 from scalselect_assets.selection import Selection
 from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Tiny products on several threads mostly wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 class Bench:

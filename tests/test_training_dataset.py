@@ -12,7 +12,9 @@ from PIL import Image
 from scalselect_assets.method.encoder import VlmEncoder
 from scalselect_assets.refresh import summary
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
-from tests.test_refresh import Bench, _one_thread  # noqa: F401 - the fixture applies to this module too
+from tests.test_refresh import Bench
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def written(bench: Bench) -> Path:

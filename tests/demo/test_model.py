@@ -11,14 +11,7 @@ from scalselect_assets.demo.architecture import MAX_POSITIONS, N_IMAGE_TOKENS
 from scalselect_assets.demo.model import RECIPE_FILE, write_demo_vlm
 from scalselect_assets.demo.pool import write_demo_pool
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine, threads that wait for each other cost a model of this size many times its work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
