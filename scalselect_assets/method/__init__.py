@@ -1,8 +1,11 @@
-"""The method of ScalSelect (arXiv 2602.11636): numpy, torch, transformers and Pillow, nothing else.
+"""The method of ScalSelect (arXiv 2602.11636), without Dagster, storage or network.
 
-Representation: `conversation` → `chat` (whose text is it?) → `encoder` (with `attention`, `families`,
-`images`) → one vector per sample, or a `rejection`. Scores: `moments` → `subspace` → `leverage` →
-`selection`.
+Representation (numpy, torch, transformers, Pillow): `conversation` → `chat` (whose text is it?) → `encoder`
+(with `attention`, `families`, `images`) → one vector per sample, or a `rejection`.
+
+Scores (numpy, scipy, threadpoolctl; torch on a GPU): `preprocessing` → `moments`, kept by shard and as
+`running` totals → `subspace` of the `rank` that a rule chooses → `leverage` → `selection` of the `top_n`.
+Beside the path: `drift` of a basis, `sensitivity` to its rank.
 """
 
 REPRESENTATION_VERSION = "1"

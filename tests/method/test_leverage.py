@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scalselect_assets.method.leverage import leverage_scores
+from scalselect_assets.method.leverage import LeverageScorer, leverage_scores, projection_dtype
 from scalselect_assets.method.moments import Moments, NonFiniteError, accumulate
-from scalselect_assets.method.subspace import DEFAULT_ENERGY_THRESHOLD, fit_subspace
+from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, EnergyThreshold, FixedRank
+from scalselect_assets.method.subspace import fit_subspace
 
 
 def rows(n: int, d: int, seed: int = 0) -> NDArray[np.float64]:
@@ -35,7 +36,7 @@ def published(x: NDArray[Any], threshold: float) -> tuple[NDArray[np.float64], i
 
 
 def scores(x: NDArray[Any], threshold: float = DEFAULT_ENERGY_THRESHOLD) -> NDArray[np.float64]:
-    return leverage_scores(x, fit_subspace(Moments.of(x), threshold))
+    return leverage_scores(x, fit_subspace(Moments.of(x), EnergyThreshold(threshold)))
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 0.999])
@@ -43,9 +44,9 @@ def scores(x: NDArray[Any], threshold: float = DEFAULT_ENERGY_THRESHOLD) -> NDAr
 def test_scores_equal_the_svd(n: int, d: int, threshold: float):
     x = rows(n, d)
     want, k = published(x, threshold)
-    subspace = fit_subspace(accumulate(np.array_split(x, 4), d), threshold)
+    subspace = fit_subspace(accumulate(np.array_split(x, 4), d), EnergyThreshold(threshold))
     assert subspace.k == k
-    np.testing.assert_allclose(leverage_scores(x, subspace), want, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(leverage_scores(x, subspace), want, rtol=1e-5, atol=1e-14)
 
 
 @pytest.mark.parametrize("threshold", [0.9, 0.999999, 0.99999999])
@@ -53,7 +54,7 @@ def test_scores_equal_the_svd(n: int, d: int, threshold: float):
 def test_scores_equal_the_svd_beside_outlier_dimensions(seed: int, threshold: float):
     x = with_outlier_dimensions(rows(900, 48, seed))
     want, k = published(x, threshold)
-    subspace = fit_subspace(accumulate(np.array_split(x, 7), 48), threshold)
+    subspace = fit_subspace(accumulate(np.array_split(x, 7), 48), EnergyThreshold(threshold))
     assert subspace.k == k
     # Relative to each score, but a score of nearly zero is compared with the mean score.
     np.testing.assert_allclose(leverage_scores(x, subspace), want, rtol=1e-6, atol=1e-6 * k / 900)
@@ -71,7 +72,7 @@ def test_scores_lie_between_zero_and_one_and_sum_to_k(n, d, seed, threshold, out
     x = rows(n, d + 3, seed)
     if outliers:
         x = with_outlier_dimensions(x)
-    subspace = fit_subspace(Moments.of(x), threshold)
+    subspace = fit_subspace(Moments.of(x), EnergyThreshold(threshold))
     got = leverage_scores(x, subspace)
     assert got.shape == (n,)
     assert got.dtype == np.float64
@@ -84,19 +85,65 @@ def test_scores_lie_between_zero_and_one_and_sum_to_k(n, d, seed, threshold, out
 def test_neither_shards_nor_order_change_a_score(cuts, order):
     x = with_outlier_dimensions(rows(90, 6))
     shards = np.split(x[list(order)], cuts)
-    subspace = fit_subspace(accumulate(shards, 6), 0.99999)
+    subspace = fit_subspace(accumulate(shards, 6), EnergyThreshold(0.99999))
     got = np.concatenate([leverage_scores(shard, subspace) for shard in shards])
-    np.testing.assert_allclose(got, scores(x, 0.99999)[list(order)], rtol=1e-8)
+    np.testing.assert_allclose(got, scores(x, 0.99999)[list(order)], rtol=1e-6)
 
 
-def test_duplicates_score_equally_to_the_last_bit_whatever_stands_beside_them():
-    # Wide enough that BLAS takes another kernel for another number of rows.
+def test_duplicates_score_alike_whatever_stands_beside_them_and_a_batch_scores_the_same_again():
     x = rows(1200, 300)
     x[[256, 700, 1199]] = x[3]
     subspace = fit_subspace(Moments.of(x))
     whole = leverage_scores(x, subspace)
     alone = [leverage_scores(x[3:end], subspace)[0] for end in (4, 5, 10, 67, 259, 260, 1000)]
-    assert {*whole[[3, 256, 700, 1199]], *alone} == {whole[3]}
+    np.testing.assert_allclose([*whole[[3, 256, 700, 1199]], *alone], whole[3], rtol=1e-6)
+    np.testing.assert_array_equal(leverage_scores(x, subspace), whole)
+
+
+@pytest.mark.parametrize("decay", [0.3, 1.0, 1.3])
+def test_float32_projections_are_within_1e_5_of_float64_in_every_row(decay: float):
+    rng = np.random.default_rng(4)
+    axes, _ = np.linalg.qr(rng.normal(size=(400, 400)))
+    x = ((rng.normal(size=(3000, 400)) * np.arange(1, 401.0) ** -decay) @ axes).astype(np.float32)
+    x[:, 5] += 1e4
+    subspace = fit_subspace(Moments.of(x))
+    assert projection_dtype(subspace) is np.float32
+    exact = np.square((x.astype(np.float64) - subspace.mean) @ subspace.whitening).sum(axis=1)
+    np.testing.assert_allclose(leverage_scores(x, subspace), exact, rtol=1e-5)
+
+
+def test_directions_too_far_apart_for_float32_are_projected_in_float64():
+    rng = np.random.default_rng(4)
+    axes, _ = np.linalg.qr(rng.normal(size=(200, 200)))
+    x = (rng.normal(size=(2000, 200)) * np.r_[1e5, np.ones(199)]) @ axes
+    subspace = fit_subspace(Moments.of(x), FixedRank(50))
+    assert projection_dtype(subspace) is np.float64
+    exact = np.square((x - subspace.mean) @ subspace.whitening).sum(axis=1)
+    np.testing.assert_allclose(leverage_scores(x, subspace), exact, rtol=1e-9)
+
+
+def test_the_papers_threshold_never_needs_float64_up_to_6500_dimensions():
+    # The last kept direction holds at least (1 - 0.9)/d of the energy, so the ratio is at most √(10·d).
+    assert (10 * 6500) ** 0.5 < 256
+
+
+def test_a_torch_device_gives_the_same_scores():
+    x = rows(700, 60).astype(np.float32)
+    subspace = fit_subspace(Moments.of(x))
+    on_torch = LeverageScorer(subspace, device="cpu:0").scores(x)  # any name but cpu is torch's
+    np.testing.assert_allclose(on_torch, leverage_scores(x, subspace), rtol=1e-5)
+
+
+def test_normalised_scores_average_one_and_stay_comparable_as_the_pool_grows():
+    x = rows(4000, 12)
+    means = []
+    for pool in (x[:1000], x):
+        scorer = LeverageScorer(fit_subspace(Moments.of(pool)))
+        normalised = scorer.scores(pool) * scorer.normalisation
+        assert normalised.mean() == pytest.approx(1, rel=1e-6)
+        means.append(normalised[:1000].mean())
+    assert means[1] == pytest.approx(1, abs=0.1)
+    assert LeverageScorer(fit_subspace(Moments.of(np.ones((5, 3))))).normalisation == 0.0
 
 
 def test_a_rare_direction_scores_highest():
@@ -109,7 +156,7 @@ def test_a_rare_direction_scores_highest():
 def test_dependent_and_constant_columns_change_no_score():
     x = rows(100, 3)
     isometric = np.column_stack([x[:, :2], x[:, 2] * 0.6, x[:, 2] * 0.8, np.full(100, 0.1)])
-    np.testing.assert_allclose(scores(isometric, 1.0), scores(x, 1.0), rtol=1e-9)
+    np.testing.assert_allclose(scores(isometric, 1.0), scores(x, 1.0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 300])
@@ -118,14 +165,14 @@ def test_rows_without_any_difference_score_zero(n: int):
 
 
 def test_two_rows_share_the_only_direction():
-    np.testing.assert_allclose(scores(np.array([[0.0, 1.0], [4.0, 4.0]])), [0.5, 0.5])
+    np.testing.assert_allclose(scores(np.array([[0.0, 1.0], [4.0, 4.0]])), [0.5, 0.5], rtol=1e-6)
 
 
 def test_with_the_whole_rank_kept_scores_are_the_diagonal_of_the_hat_matrix():
     x = rows(60, 5)
     centred = x - x.mean(axis=0)
     got = scores(x, 1.0)
-    np.testing.assert_allclose(got, np.diag(centred @ np.linalg.pinv(centred)), rtol=1e-8)
+    np.testing.assert_allclose(got, np.diag(centred @ np.linalg.pinv(centred)), rtol=1e-5)
     assert got.sum() == pytest.approx(5)
 
 
@@ -135,9 +182,9 @@ def test_no_rows_have_no_scores():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_narrow_rows_are_scored_in_float64(dtype: type[np.floating[Any]]):
+def test_narrow_rows_are_centred_in_float64(dtype: type[np.floating[Any]]):
     x = (rows(300, 10) + 50).astype(dtype)
-    np.testing.assert_allclose(scores(x), published(x.astype(np.float64), 0.9)[0], rtol=1e-9)
+    np.testing.assert_allclose(scores(x), published(x.astype(np.float64), 0.9)[0], rtol=1e-5)
 
 
 def test_a_row_outside_the_fitted_pool_is_refused_by_its_number():
@@ -152,10 +199,10 @@ def test_rounding_above_one_is_clipped():
     x = rows(50, 3)
     subspace = fit_subspace(Moments.of(x))
     direction = subspace.directions[:, 0] * subspace.singular_values[0]
-    edge = subspace.mean + direction * np.array([[1 + 1e-8], [1 - 1e-8]])
+    edge = subspace.mean + direction * np.array([[1 + 1e-5], [1 - 1e-5]])
     got = leverage_scores(edge, subspace)
     assert got[0] == 1.0
-    assert 1 - 1e-7 < got[1] < 1.0
+    assert 1 - 1e-4 < got[1] < 1.0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -1,0 +1,41 @@
+"""What another rank would choose."""
+
+import numpy as np
+import pytest
+
+from scalselect_assets.method.leverage import leverage_scores
+from scalselect_assets.method.moments import Moments
+from scalselect_assets.method.sensitivity import rank_alternatives
+from scalselect_assets.method.subspace import principal_axes
+
+
+def pool(n: int = 400) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(n, 12)) * np.geomspace(1, 0.1, 12)
+
+
+def test_overlaps_are_those_of_choosing_by_the_scores_of_each_rank():
+    x = pool()
+    axes = principal_axes(Moments.of(x))
+    got = rank_alternatives(x, axes.subspace(9), 4, {"fewer": 2, "same": 4, "more": 9}, 0.16)
+    chosen = {
+        k: set(np.argsort(-leverage_scores(x, axes.subspace(k)), kind="stable")[:64]) for k in (2, 4, 9)
+    }
+    assert [(one.rule, one.k) for one in got] == [("fewer", 2), ("same", 4), ("more", 9)]
+    for one in got:
+        assert one.overlap == len(chosen[4] & chosen[one.k]) / 64
+        assert one.energy == pytest.approx(axes.subspace(one.k).energy)
+    assert got[1].overlap == 1.0
+    assert 0 < got[0].overlap < 1
+
+
+def test_rows_without_any_difference_choose_alike_at_rank_zero():
+    x = np.ones((10, 3))
+    (only,) = rank_alternatives(x, principal_axes(Moments.of(x)).subspace(0), 0, {"energy": 0}, 0.2)
+    assert (only.k, only.energy, only.overlap) == (0, 0.0, 1.0)
+
+
+def test_no_rows_are_refused():
+    axes = principal_axes(Moments.of(pool()))
+    with pytest.raises(ValueError, match="Got 0 rows"):
+        rank_alternatives(np.empty((0, 12)), axes.subspace(3), 3, {}, 0.5)
