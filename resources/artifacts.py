@@ -59,8 +59,10 @@ class ArtifactStore:
         frame.write_parquet(buffer, metadata=dict(header))
         return self._replace(self.path(asset, shard, suffix=".parquet"), buffer.getvalue())
 
-    def read_frame(self, asset: str, shard: str | None = None) -> tuple[pl.DataFrame, dict[str, str]]:
-        """A Parquet file and its header.
+    def read_frame(
+        self, asset: str, shard: str | None = None, *, columns: list[str] | None = None
+    ) -> tuple[pl.DataFrame, dict[str, str]]:
+        """A Parquet file, or some of its columns, and its header.
 
         Raises:
             ArtifactMissingError: Not materialized.
@@ -69,7 +71,9 @@ class ArtifactStore:
         path = self.path(asset, shard, suffix=".parquet")
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
-            return pl.read_parquet(io.BytesIO(data)), pl.read_parquet_metadata(io.BytesIO(data))
+            return pl.read_parquet(io.BytesIO(data), columns=columns), pl.read_parquet_metadata(
+                io.BytesIO(data)
+            )
 
     def read_header(
         self, asset: str, shard: str | None = None, *, suffix: str = ".parquet"
@@ -124,6 +128,20 @@ class ArtifactStore:
             for piece in pieces:
                 target.write(piece.encode())
             return int(target.tell())
+
+    def rename(self, asset: str, shard: str, to_asset: str, to_shard: str, *, suffix: str) -> None:
+        """Give an output another name, replacing what has it; atomic on a local disk."""
+        source, target = self.path(asset, shard, suffix=suffix), self.path(to_asset, to_shard, suffix=suffix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_local(source):
+            Path(source.path).replace(target.path)
+        else:
+            source.fs.mv(source.path, target.path)
+
+    def paths(self, asset: str, *, suffix: str) -> list[UPath]:
+        """The files of all shards of ``asset``, in no promised order."""
+        folder = self.root / asset
+        return [path for path in folder.iterdir() if path.suffix == suffix] if folder.exists() else []
 
     def exists(self, asset: str, shard: str | None = None, *, suffix: str) -> bool:
         """Whether the output is there."""

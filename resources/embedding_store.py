@@ -166,6 +166,14 @@ class EmbeddingStore:
             rows = self._open(table).search().select(["row", *columns]).limit(None).to_arrow()
         return rows.sort_by("row")
 
+    def take(self, table: EmbeddingTable, offsets: Sequence[int]) -> NDArray[np.float32]:
+        """The vectors at some positions of the recorded version, (m, d); raises as ``read``."""
+        with self._readable(table):
+            rows = self._open(table).take_offsets(list(offsets)).select(["vector"]).to_arrow()
+        vectors = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        taken: NDArray[np.float32] = vectors.reshape(len(offsets), table.dimension)
+        return taken
+
     def table_names(self) -> set[str]:
         """The tables that exist, of all shards and models; LanceDB keeps each as the folder ``<name>.lance``.
 

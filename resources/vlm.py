@@ -43,6 +43,14 @@ class VlmResource(dg.ConfigurableResource):
         default=50_000_000, ge=1, description="Images with more pixels are rejected, not decoded."
     )
 
+    def array_device(self) -> str:
+        """Where the large matrix products run: ``cuda`` or ``cpu``."""
+        if self.device != "auto":
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
     def encoder(self, artifacts: ArtifactStore, **target: Unpack[TargetModel]) -> "VlmEncoder":
         """The loaded model; its card is kept in the store.
 

@@ -1,4 +1,4 @@
-"""The command line: `scalselect run`, `demo`, `status`, `split`, `ui`.
+"""The command line: `scalselect run`, `demo`, `status`, `verify`, `split`, `ui`.
 
 What a run computes, Dagster computes; this module turns options into a declared selection, opens the store's
 Dagster instance, shows progress and says what came out. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -41,6 +41,7 @@ from scalselect_assets.method.selection import parse_budget
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.refresh import Refresh, RefreshReport, discover, summary
 from scalselect_assets.selection import Selection, read_selection
+from scalselect_assets.subspace_basis import REBUILD_TOLERANCE, rebuild_difference
 from scalselect_assets.training_dataset import is_complete
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -114,6 +115,37 @@ def run(
         float | None, typer.Option(help="Attention share of the kept vision tokens. (default: 0.9)")
     ] = None,
     energy: Annotated[float | None, typer.Option(help="Energy share of the subspace. (default: 0.9)")] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="How many directions: energy, gavish_donoho, effective_rank or a number. (default: energy)"
+        ),
+    ] = None,
+    standardise: Annotated[
+        bool | None,
+        typer.Option(
+            "--standardise/--no-standardise",
+            help="Divide columns by their standard deviation? (default: no)",
+            show_default=False,
+        ),
+    ] = None,
+    unit_rows: Annotated[
+        bool | None,
+        typer.Option(
+            "--unit-rows/--no-unit-rows",
+            help="Scale embeddings to length 1? (default: no)",
+            show_default=False,
+        ),
+    ] = None,
+    max_drift: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep earlier scores while their mean error is at most this; 0 rescores all. (default: 0)"
+        ),
+    ] = None,
+    rebuild_basis: Annotated[
+        bool, typer.Option("--rebuild-basis", help="Add up the moments of all shards anew.")
+    ] = False,
     text_only: Annotated[
         TextOnly | None, typer.Option(help="Add rows without an image to the dataset? (default: drop)")
     ] = None,
@@ -139,10 +171,21 @@ def run(
             "budget": _budget(budget),
             "attention_mass": attention_mass,
             "energy": energy,
+            "rank": _rank(rank),
+            "standardise": standardise,
+            "unit_rows": unit_rows,
+            "max_drift": max_drift,
             "text_only": text_only and text_only.value,
         }
         with _declared(source, store, name, options) as selection:
-            _refresh_and_tell(selection, device, batch_size, as_json=as_json, verbose=verbose)
+            _refresh_and_tell(
+                selection,
+                device,
+                batch_size,
+                as_json=as_json,
+                verbose=verbose,
+                rebuild_basis=rebuild_basis,
+            )
 
 
 @app.command()
@@ -206,6 +249,29 @@ def status(
             _out.print(f"Out of date: {', '.join(pending[:20])}; `scalselect run` brings it up to date.")
         else:
             _out.print(f"All {len(discovery.versions)} shards and what follows from them are up to date.")
+
+
+@app.command()
+def verify(
+    store: Annotated[str, typer.Option(help="The store to look at.")],
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compute the basis anew from the moments of all shards and compare; changes nothing."""
+    with _user_errors(verbose=verbose):
+        selection = read_selection(_declaration(store))
+        difference = rebuild_difference(StorageResource().artifacts(selection.store), selection)
+        equal = max(difference.values()) <= REBUILD_TOLERANCE
+        if as_json:
+            _print_json({**difference, "equal": equal})
+        else:
+            for name, value in difference.items():
+                _out.print(f"{name:<24}{value:.2e}", **_PLAIN)
+            told = "equals" if equal else "differs from"
+            _out.print(f"The basis {told} its rebuild (tolerance {REBUILD_TOLERANCE:g}).", **_PLAIN)
+        if not equal:
+            _err.print("[red]`scalselect run --rebuild-basis` makes it anew[/red]", **_PLAIN)
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -332,6 +398,10 @@ def _name_of(location: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "_", Path(location).stem).strip("_") or "pool"
 
 
+def _rank(text: str | None) -> str | int | None:
+    return int(text) if text is not None and text.isascii() and text.isdigit() else text
+
+
 def _budget(text: str | None) -> int | float | None:
     try:
         return None if text is None else parse_budget(text)
@@ -343,12 +413,20 @@ def _budget(text: str | None) -> int | float | None:
 
 
 def _refresh_and_tell(
-    selection: Selection, device: Device, batch_size: int, *, as_json: bool, verbose: bool
+    selection: Selection,
+    device: Device,
+    batch_size: int,
+    *,
+    as_json: bool,
+    verbose: bool,
+    rebuild_basis: bool = False,
 ) -> None:
     """Refresh, print the summary, and exit with 1 if a shard failed."""
     vlm = VlmResource(device=device.value, batch_size=batch_size)
     with deployment.open_instance(selection) as instance, _Bars() as bars:
-        report = _make_refresh(selection, instance, vlm, bars, verbose=verbose).run()
+        report = _make_refresh(
+            selection, instance, vlm, bars, verbose=verbose, rebuild_basis=rebuild_basis
+        ).run()
     result = {
         **summary(StorageResource().artifacts(selection.store)),
         "shards_embedded": report.embedded,
@@ -367,7 +445,13 @@ def _refresh_and_tell(
 
 
 def _make_refresh(
-    selection: Selection, instance: dg.DagsterInstance, vlm: VlmResource, bars: "_Bars", *, verbose: bool
+    selection: Selection,
+    instance: dg.DagsterInstance,
+    vlm: VlmResource,
+    bars: "_Bars",
+    *,
+    verbose: bool,
+    rebuild_basis: bool = False,
 ) -> Refresh:
     storage = StorageResource()
     overrides = {"storage": storage, "vlm": vlm, "progress": bars}
@@ -382,6 +466,7 @@ def _make_refresh(
         progress=bars,
         log=log,
         log_level="INFO" if verbose else "CRITICAL",
+        rebuild_basis=rebuild_basis,
     )
 
 

@@ -4,7 +4,7 @@ from importlib import import_module
 
 import dagster as dg
 
-from scalselect_assets import ASSET_MODULES
+from scalselect_assets import ASSET_MODULES, subspace_basis
 from scalselect_assets.refresh import refresh_job, source_assets
 from scalselect_assets.selection import Selection
 
@@ -24,5 +24,6 @@ def selection_defs(selection: Selection) -> dg.Definitions:
                 executor_def=dg.in_process_executor,
             ),
             refresh_job(selection),
+            subspace_basis.verify_job(selection),
         ],
     )

@@ -6,25 +6,28 @@ shards. Costs: one pass over the shard's vectors, n·d·k multiplications, one b
 
 import json
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import dagster as dg
 import polars as pl
 
 from resources.storage import StorageResource
+from resources.vlm import VlmResource
 from scalselect_assets import attention_embeddings, lineage, subspace_basis
+from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import IMPORTANCE_SCORES, column_schema, polars_schema
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.method.leverage import LeverageScorer
 
 NAME = "importance_scores"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 def provenance(basis_version: str) -> str:
-    """What the scores are computed from; the basis version covers the vectors of every shard."""
+    """What the scores of a shard are computed from; the basis version covers the vectors of every shard."""
     return lineage.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
 
 
@@ -39,18 +42,24 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         metadata={"dagster/column_schema": column_schema(IMPORTANCE_SCORES)},
     )
     def importance_scores(
-        context: dg.AssetExecutionContext, storage: StorageResource
+        context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
     ) -> dg.MaterializeResult:
         """The rank-k leverage score of each sample: how much the dominant subspace rests on it."""
+        from scalselect_assets.method.leverage import LeverageScorer
+
         artifacts = storage.artifacts(selection.store)
-        subspace, basis = subspace_basis.read_basis(artifacts)
+        basis = artifacts.read_header(subspace_basis.NAME, suffix=".safetensors")
+        plan = ScorePlan.from_header(basis)
+        basis_version = _one_version(plan, context.partition_keys)
+        subspace = read_scoring_basis(artifacts, plan, basis_version)
+        scorer = LeverageScorer(subspace, device=vlm.array_device())
         fitted_on = json.loads(basis["shards"])
-        made_from = provenance(basis["data_version"])
+        made_from = provenance(basis_version)
         for shard in context.partition_keys:
             start = time.monotonic()
-            frame = _score(storage, selection, shard, subspace, fitted_on.get(shard, {}))
+            frame = _score(storage, selection, shard, scorer, fitted_on.get(shard, {}))
             path, size = artifacts.write_frame(
-                NAME, frame, lineage.header(made_from, made_from, subspace_basis=basis["data_version"]), shard
+                NAME, frame, lineage.header(made_from, made_from, subspace_basis=basis_version), shard
             )
             context.add_asset_metadata(
                 {
@@ -65,16 +74,32 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 partition_key=shard,
             )
         # One version for a whole range is right: the basis version covers every shard's vectors.
-        return lineage.result(made_from, made_from, {"basis_version": basis["data_version"]})
+        return lineage.result(made_from, made_from, {"basis_version": basis_version})
 
     return importance_scores
+
+
+def _one_version(plan: ScorePlan, shards: Sequence[str]) -> str:
+    """The version of the basis that these shards are to be scored with.
+
+    Raises:
+        dg.Failure: There are several, and a run over a range has one data version.
+    """
+    versions = {plan.of_shard(shard) for shard in shards}
+    if len(versions) > 1:
+        raise dg.Failure(
+            f"these {len(shards)} shards are to be scored with {len(versions)} different bases, since some "
+            "keep their scores (max_drift); use the refresh job, or materialize them shard by shard",
+            allow_retries=False,
+        )
+    return versions.pop()
 
 
 def _score(
     storage: StorageResource,
     selection: Selection,
     shard: str,
-    subspace: "Subspace",
+    scorer: "LeverageScorer",
     fitted_on: dict[str, str],
 ) -> pl.DataFrame:
     """Scores of one shard, in row order.
@@ -82,7 +107,7 @@ def _score(
     Raises:
         dg.Failure: The basis was not fitted on the shard's present vectors.
     """
-    from scalselect_assets.method.leverage import leverage_scores
+    from scalselect_assets.method.preprocessing import unit_rows
 
     table, embeddings = attention_embeddings.recorded_table(storage.artifacts(selection.store), shard)
     fitted_version = fitted_on.get("attention_embeddings")
@@ -92,16 +117,16 @@ def _score(
             f"{embeddings['data_version']}; materialize embedding_moments[{shard}] and subspace_basis first",
             allow_retries=False,
         )
-    frames = [
-        pl.DataFrame(
-            {
-                "row": batch.row,
-                "sample_key": batch.sample_key,
-                "source_id": batch.source_id,
-                "leverage": leverage_scores(batch.vector, subspace),
-            },
-            schema=polars_schema(IMPORTANCE_SCORES),
-        )
-        for batch in storage.embeddings(selection.store).read(table)
-    ]
+    frames = []
+    for batch in storage.embeddings(selection.store).read(table):
+        x = unit_rows(batch.vector) if selection.unit_rows else batch.vector
+        leverage = scorer.scores(x, names=batch.sample_key)
+        columns = {
+            "row": batch.row,
+            "sample_key": batch.sample_key,
+            "source_id": batch.source_id,
+            "leverage": leverage,
+            "normalised_leverage": leverage * scorer.normalisation,
+        }
+        frames.append(pl.DataFrame(columns, schema=polars_schema(IMPORTANCE_SCORES)))
     return pl.concat([pl.DataFrame(schema=polars_schema(IMPORTANCE_SCORES)), *frames]).sort("row")

@@ -40,6 +40,7 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
+from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.lineage import DATA_VERSION_TAG, PROVENANCE_TAG
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection
@@ -266,6 +267,7 @@ class Refresh:
         progress: Progress,
         log: logging.Logger,
         log_level: str = "INFO",
+        rebuild_basis: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Prepare a refresh.
@@ -279,11 +281,13 @@ class Refresh:
             progress: Told of the embedding work.
             log: For what the refresh itself has to say.
             log_level: Of the runs' console output.
+            rebuild_basis: Add up the moments of all shards anew, even if nothing is stale.
             should_stop: Asked before every run.
         """
         self._selection, self._job, self._instance = selection, job, instance
         self._storage, self._vlm, self._progress, self._log = storage, vlm, progress, log
         self._run_config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
+        self._rebuild_basis = rebuild_basis
         self._should_stop = should_stop
         self._artifacts = storage.artifacts(selection.store)
         self._source = storage.samples(selection.source, selection.image_root, selection.store)
@@ -397,7 +401,7 @@ class Refresh:
         """What the asset after `asset` would be computed from."""
         if asset == raw_samples.NAME:
             return attention_embeddings.provenance(self._fingerprint, self._vlm.max_image_pixels, version)
-        return embedding_moments.provenance(version)
+        return embedding_moments.provenance(self._selection, version)
 
     def _materialize_shard(self, assets: Sequence[str], shard: str) -> bool:
         """Whether it succeeded; a shard that cannot be computed does not stop the others."""
@@ -421,9 +425,12 @@ class Refresh:
             raise RefreshError(f"no shard could be embedded: {'; '.join(self._report.problems())}")
         for asset in _WHOLE_ASSETS:
             if asset == importance_scores.NAME:
-                for shard_range in contiguous_ranges(pool, self._unscored_shards(inputs)):
-                    self._materialize_or_raise([asset], shard_range)
-            elif self._is_stale(asset, pool, inputs):
+                for unscored in self._unscored_shards(inputs).values():
+                    for shard_range in contiguous_ranges(pool, unscored):
+                        self._materialize_or_raise([asset], shard_range)
+            elif self._is_stale(asset, pool, inputs) or (
+                self._rebuild_basis and asset == subspace_basis.NAME
+            ):
                 self._materialize_or_raise([asset])
 
     def _is_stale(self, asset: str, pool: Sequence[str], inputs: _Headers) -> bool:
@@ -437,9 +444,7 @@ class Refresh:
                 self._selection, {shard: moments["data_version"] for shard, moments in inputs.items()}
             )
         elif asset == selected_subset.NAME:
-            expected = selected_subset.provenance(
-                self._selection, importance_scores.provenance(basis_version)
-            )
+            expected = selected_subset.provenance(self._selection, self._plan().version)
         else:
             subset = self._whole_header(selected_subset.NAME)
             expected = training_dataset.provenance(
@@ -468,19 +473,24 @@ class Refresh:
     def _basis_inputs(self, pool: Sequence[str]) -> _Headers:
         return subspace_basis.moments_headers(self._artifacts, pool, self._fingerprint)
 
-    def _unscored_shards(self, inputs: _Headers) -> set[str]:
-        """The shards of the basis whose scores are not of it."""
-        basis_version = self._whole_header(subspace_basis.NAME).get("data_version", "")
-        expected = importance_scores.provenance(basis_version)
+    def _plan(self) -> ScorePlan:
+        """Which basis the shards' scores are to be of; one that nothing is of where there is no basis."""
+        header = self._whole_header(subspace_basis.NAME)
+        return ScorePlan.from_header(header) if header else ScorePlan("", {}, {})
+
+    def _unscored_shards(self, inputs: _Headers) -> dict[str, set[str]]:
+        """The shards of the basis without the scores that they are to have, by the basis to score with."""
+        plan = self._plan()
         tags = self._latest_tags(importance_scores.NAME, set(inputs))
-        unscored = set()
+        unscored: dict[str, set[str]] = {}
         for shard in inputs:
             try:
                 header = self._artifacts.read_header(importance_scores.NAME, shard)
             except (ArtifactMissingError, ArtifactCorruptError):
                 header = {}
-            if not _is_current(header, tags.get(shard, {}), expected):
-                unscored.add(shard)
+            wanted = plan.of_shard(shard)
+            if not _is_current(header, tags.get(shard, {}), importance_scores.provenance(wanted)):
+                unscored.setdefault(wanted, set()).add(shard)
         return unscored
 
     def _latest_tags(self, asset: str, shards: set[str]) -> dict[str, Mapping[str, str]]:
@@ -525,13 +535,19 @@ class Refresh:
             asset_selection=[self._selection.key(asset) for asset in assets],
             partition_key=partition_key,
             tags={REFRESH_TAG: self._selection.name, **(tags or {})},
-            run_config=self._run_config,
+            run_config=self._configuration(assets),
         )
         self._note_failed_checks(result, partition_key)
         shards = partition_key or "..".join(
             (tags or {}).get(f"dagster/asset_partition_range_{end}", "") for end in ("start", "end")
         )
         self._report.runs.append(f"{'+'.join(assets)}[{shards}]" if shards != ".." else "+".join(assets))
+
+    def _configuration(self, assets: Sequence[str]) -> dict[str, Any]:
+        if not (self._rebuild_basis and subspace_basis.NAME in assets):
+            return self._run_config
+        op = self._selection.key(subspace_basis.NAME).to_python_identifier()
+        return {**self._run_config, "ops": {op: {"config": {"rebuild": True}}}}
 
     def _note_failed_checks(self, result: dg.ExecuteInProcessResult, shard: str | None) -> None:
         for check in result.get_asset_check_evaluations():

@@ -1,31 +1,37 @@
 """Step 6, all shards: the budgeted choice.
 
 Holds: the N samples of highest leverage over the whole pool, ranked, ties by `sample_key`, then shard.
-Refuses scores of different bases. Costs: one pass over the scores; memory of N rows and one shard.
+Refuses scores of other bases than the basis says. Costs: two or three passes over a column of the scores and
+one over the rest; memory of N rows, one shard, and a few megabytes.
 """
 
 import hashlib
 import json
 import time
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from resources.artifacts import ArtifactStore
 from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import importance_scores, lineage, subspace_basis
+from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.method.top_n import nth_largest
 from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.selection import Selection
-from scalselect_assets.tables import IMPORTANCE_SCORES, SELECTED_SUBSET, column_schema, polars_schema
+from scalselect_assets.tables import SELECTED_SUBSET, column_schema, polars_schema
 
 NAME = "selected_subset"
-CODE_VERSION = "1"
-_SUM_TOLERANCE = 1e-6  # relative to k; float64 sums of a billion scores stay far below it
+CODE_VERSION = "2"
+_SUM_TOLERANCE = 1e-5  # relative; the scores are within this of float64, and their errors do not add up
 
 
 def provenance(selection: Selection, score_version: str) -> str:
-    """What the choice is computed from; one version covers the scores of every shard in the basis."""
+    """What the choice is computed from; `ScorePlan.version` covers the scores of every shard in the basis."""
     return lineage.provenance(
         NAME, CODE_VERSION, budget=repr(selection.budget), importance_scores=score_version
     )
@@ -60,25 +66,31 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         start = time.monotonic()
         artifacts = storage.artifacts(selection.store)
         subspace, basis = subspace_basis.read_basis(artifacts)
-        scored = json.loads(basis["shards"])
+        plan = ScorePlan.from_header(basis)
+        scored = sorted(json.loads(basis["shards"]))
         pool = pool_shards(context, selection.partitions)
-        size = budget_size(selection.budget, subspace.n)
-        chosen, leverage_sum, n_scored = top_of_shards(artifacts, sorted(scored), basis["data_version"], size)
+        scores = PoolScores(artifacts, plan, scored)
+        chosen = scores.top(budget_size(selection.budget, subspace.n))
         data_version = digest(hashlib.sha256(chosen.write_ndjson().encode()).hexdigest())
-        made_from = provenance(selection, importance_scores.provenance(basis["data_version"]))
+        made_from = provenance(selection, plan.version)
         path, n_bytes = artifacts.write_frame(
             NAME, chosen, lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
         )
+        # Where shards keep scores of earlier bases, the sum is off by the bound on their errors at most.
+        tolerance = _SUM_TOLERANCE + plan.error_bound
         return lineage.result(
             data_version,
             made_from,
             {
                 "dagster/row_count": chosen.height,
-                "embedded": n_scored,
+                "embedded": scores.n,
                 "rank": subspace.k,
-                "leverage_sum": leverage_sum,
+                "leverage_sum": scores.leverage_sum,
                 "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
                 "leverage_threshold": float(chosen["leverage"][-1]),
+                "normalised_leverage_threshold": float(chosen["normalised_leverage"][-1]),
+                "shards_keeping_scores": len(plan.kept),
+                "score_error_bound": plan.error_bound,
                 "basis_version": basis["data_version"],
                 "seconds": time.monotonic() - start,
                 "bytes": n_bytes,
@@ -87,17 +99,23 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             [
                 dg.AssetCheckResult(
                     check_name="leverage_scores_sum_to_rank",
-                    passed=abs(leverage_sum - subspace.k) <= _SUM_TOLERANCE * max(1, subspace.k)
-                    and n_scored == subspace.n,
+                    passed=scores.n == subspace.n
+                    and (
+                        abs(scores.normalised_sum - subspace.n) <= tolerance * subspace.n
+                        if subspace.k
+                        else scores.leverage_sum == 0
+                    ),
                     metadata={
-                        "leverage_sum": leverage_sum,
+                        "leverage_sum": scores.leverage_sum,
+                        "normalised_mean": scores.normalised_sum / scores.n,
                         "rank": subspace.k,
-                        "scored": n_scored,
+                        "scored": scores.n,
                         "samples_in_basis": subspace.n,
+                        "tolerance": tolerance,
                     },
                 ),
                 missing_shards_check(
-                    "selection_covers_every_shard", [shard for shard in pool if shard not in scored]
+                    "selection_covers_every_shard", [shard for shard in pool if shard not in set(scored)]
                 ),
             ],
         )
@@ -105,32 +123,62 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     return selected_subset
 
 
-def top_of_shards(
-    artifacts: ArtifactStore, shards: list[str], basis_version: str, size: int
-) -> tuple[pl.DataFrame, float, int]:
-    """The `size` rows of highest leverage over all `shards`, and the sum and number of all scores.
+class PoolScores:
+    """The scores of all shards, read shard by shard and never held.
 
-    Raises:
-        dg.Failure: A shard was scored with another basis than `basis_version`.
+    Attributes:
+        n: Number of scores, known after ``top``, like the sums.
+        leverage_sum: Of all scores.
+        normalised_sum: Of all normalised scores.
     """
-    top = pl.DataFrame(schema={**polars_schema(IMPORTANCE_SCORES), "shard": pl.String()})
-    leverage_sum, n_scored = 0.0, 0
-    for shard in shards:
-        scores, header = artifacts.read_frame(importance_scores.NAME, shard)
-        if header["subspace_basis"] != basis_version:
-            raise dg.Failure(
-                f"shard {shard!r} was scored with basis {header['subspace_basis']}, the basis is now "
-                f"{basis_version}; scores of different bases cannot be compared: materialize "
-                f"importance_scores[{shard}] again",
-                allow_retries=False,
-            )
-        leverage_sum += float(scores["leverage"].sum())
-        n_scored += scores.height
-        top = (
-            pl.concat([top, scores.with_columns(shard=pl.lit(shard))])
-            # Exact repeats of a sample in two shards share key and score; the shard makes the order total.
-            .sort(["leverage", "sample_key", "shard"], descending=[True, False, False])
-            .head(size)
+
+    def __init__(self, artifacts: ArtifactStore, plan: ScorePlan, shards: Sequence[str]) -> None:
+        """The scores of ``shards``, which are to be of the bases that ``plan`` says."""
+        self._artifacts, self._plan, self._shards = artifacts, plan, shards
+        self.n, self.leverage_sum, self.normalised_sum = 0, 0.0, 0.0
+
+    def top(self, size: int) -> pl.DataFrame:
+        """The ``size`` rows of highest normalised leverage, in order; memory of these rows and one shard.
+
+        Raises:
+            dg.Failure: A shard was scored with another basis than the plan says.
+        """
+        threshold = nth_largest(self._normalised, size)
+        self.n, self.leverage_sum, self.normalised_sum = threshold.n, 0.0, 0.0
+        above, at = [self._none()], [self._none()]
+        for shard, scores in self._frames():
+            self.leverage_sum += float(scores["leverage"].sum())
+            self.normalised_sum += float(scores["normalised_leverage"].sum())
+            rows = scores.with_columns(shard=pl.lit(shard)).select(self._none().columns)
+            above.append(rows.filter(pl.col("normalised_leverage") > threshold.value))
+            at.append(rows.filter(pl.col("normalised_leverage") == threshold.value))
+        # Exact repeats of a sample in two shards share key and score; the shard makes the order total.
+        tied = pl.concat(at).sort(["sample_key", "shard"]).head(threshold.n_ties_taken)
+        return (
+            pl.concat([*above, tied])
+            .sort(["normalised_leverage", "sample_key", "shard"], descending=[True, False, False])
+            .with_row_index("rank", offset=1)
+            .cast(polars_schema(SELECTED_SUBSET))
+            .select(polars_schema(SELECTED_SUBSET).names())
         )
-    ranked = top.with_row_index("rank", offset=1).cast({"rank": pl.Int64()})
-    return ranked.select(polars_schema(SELECTED_SUBSET).names()), leverage_sum, n_scored
+
+    def _normalised(self) -> Iterator[NDArray[np.float64]]:
+        for _, scores in self._frames(["normalised_leverage"]):
+            yield scores["normalised_leverage"].to_numpy()
+
+    def _frames(self, columns: list[str] | None = None) -> Iterator[tuple[str, pl.DataFrame]]:
+        for shard in self._shards:
+            scores, header = self._artifacts.read_frame(importance_scores.NAME, shard, columns=columns)
+            if header["subspace_basis"] != (wanted := self._plan.of_shard(shard)):
+                raise dg.Failure(
+                    f"shard {shard!r} was scored with basis {header['subspace_basis']}, it is to be scored "
+                    f"with {wanted}; scores of any other basis cannot be compared: materialize "
+                    f"importance_scores[{shard}] again",
+                    allow_retries=False,
+                )
+            yield shard, scores
+
+    @staticmethod
+    def _none() -> pl.DataFrame:
+        schema = polars_schema(SELECTED_SUBSET)
+        return pl.DataFrame(schema={name: dtype for name, dtype in schema.items() if name != "rank"})

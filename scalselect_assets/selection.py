@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from resources.vlm import TargetModel
+from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import shard_partitions
 
@@ -52,7 +53,27 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."
     )
     energy: float = Field(
-        default=0.9, gt=0, le=1, description="Share of the energy that the subspace's directions hold."
+        default=DEFAULT_ENERGY_THRESHOLD,
+        gt=0,
+        le=1,
+        description="Share of the energy that the subspace's directions hold.",
+    )
+    rank: int | Literal["energy", "gavish_donoho", "effective_rank"] = Field(
+        default="energy",
+        description="How the subspace's rank k is chosen: by the energy threshold, by a rule of the "
+        "literature (see scalselect_assets.method.rank), or a number of directions.",
+    )
+    standardise: bool = Field(
+        default=False, description="Divide each column by its standard deviation; the paper does not."
+    )
+    unit_rows: bool = Field(
+        default=False, description="Scale each embedding to length 1 first; the paper does not."
+    )
+    max_drift: float = Field(
+        default=0.0,
+        ge=0,
+        description="Shards keep scores of an earlier basis while the bound on the mean absolute error of "
+        "the normalised scores (mean 1) is at most this; 0 rescores everything whenever the basis moves.",
     )
     budget: int | float = Field(
         default=0.16, description="Fraction of the embedded samples if a float in (0, 1], else their number."
@@ -67,6 +88,17 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         # The pool's size is not known here; any size that a count fits in shows the other mistakes.
         budget_size(budget, budget if isinstance(budget, int) and budget > 0 else 1)
         return budget
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_is_possible(cls, rank: int | str) -> int | str:
+        parse_rank_rule(rank, DEFAULT_ENERGY_THRESHOLD)
+        return rank
+
+    @property
+    def rank_rule(self) -> RankRule:
+        """The rule that chooses k."""
+        return parse_rank_rule(self.rank, self.energy)
 
     @property
     def partitions(self) -> dg.DynamicPartitionsDefinition:

@@ -1,36 +1,75 @@
-"""Step 4, all shards: the directions that hold the energy threshold of the centred embeddings.
+"""Step 4, all shards: the directions that the rank rule keeps of the centred embeddings.
 
-Holds: mean, the k kept directions with their singular values, the whole spectrum, and which version of which
-shard went in. Costs: d² values per shard, one eigendecomposition of a d × d matrix (d³).
+Holds: mean, the k kept directions with their singular values, the whole spectrum, which version of which
+shard went in, and which basis each shard's scores are to be of (`basis_history`). Costs: d² values and d²
+operations per changed shard, one eigendecomposition of a d × d matrix (d³), and a bounded sample of vectors.
 """
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
 
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from resources.embedding_store import EmbeddingTable
+from resources.identity import digest
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
-from scalselect_assets import attention_embeddings, embedding_moments, lineage
+from scalselect_assets import (
+    attention_embeddings,
+    basis_history,
+    embedding_moments,
+    lineage,
+    plots,
+    pool_moments,
+)
 from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.selection import Selection
-from scalselect_assets.tables import SPECTRUM, column_schema
+from scalselect_assets.tables import RANK_ALTERNATIVES, SPECTRUM, column_schema
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.moments import Moments
-    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.method.subspace import PrincipalAxes, Subspace
 
-NAME = "subspace_basis"
-CODE_VERSION = "1"
+NAME = basis_history.BASIS
+CODE_VERSION = "2"
+
+REBUILD_TOLERANCE = 1e-9
+
+# Comparing ranks reads at most this many vectors, of at most so many shards: a fraction of a second.
+_SAMPLE_ROWS = 16_384
+_SAMPLE_SHARDS = 64
+_NEIGHBOURING_THRESHOLDS = (0.8, 0.85, 0.9, 0.95)
+
+
+class BasisConfig(dg.Config):
+    """How to come to the basis; what it is does not depend on it."""
+
+    rebuild: bool = Field(
+        default=False,
+        description="Add up the moments of all shards anew instead of updating the stored totals.",
+    )
+
+
+def version(selection: Selection, moments_versions: Mapping[str, str]) -> str:
+    """The basis version: the hash of all that determines the basis. The moments' versions cover the model."""
+    return digest(
+        NAME,
+        CODE_VERSION,
+        selection.rank_rule.describe(),
+        {"centred": True, "standardise": selection.standardise, "unit_rows": selection.unit_rows},
+        dict(moments_versions),
+    )
 
 
 def provenance(selection: Selection, moments_versions: Mapping[str, str]) -> str:
-    """What the basis is computed from, which is also its version; the moments' versions cover the model."""
+    """What the asset is computed from: the basis, and the drift up to which scores of earlier ones stand."""
     return lineage.provenance(
-        NAME, CODE_VERSION, energy=selection.energy, centred=True, embedding_moments=dict(moments_versions)
+        NAME, CODE_VERSION, basis=version(selection, moments_versions), max_drift=selection.max_drift
     )
 
 
@@ -51,8 +90,11 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
     @dg.asset(
         **selection.asset_options(NAME, by_shard=False),
-        deps=[selection.key(embedding_moments.NAME), selection.key("shard_manifest")],
-        kinds={"numpy"},
+        deps=[
+            selection.key(name)
+            for name in (embedding_moments.NAME, attention_embeddings.NAME, "shard_manifest")
+        ],
+        kinds={"numpy", "scipy"},
         code_version=CODE_VERSION,
         metadata={"dagster/column_schema": column_schema(SPECTRUM)},
         check_specs=[
@@ -64,40 +106,67 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         ],
     )
     def subspace_basis(
-        context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
+        context: dg.AssetExecutionContext, config: BasisConfig, storage: StorageResource, vlm: VlmResource
     ) -> dg.MaterializeResult:
-        """The directions that together hold the energy threshold of all embeddings, centred."""
-        from scalselect_assets.method.subspace import fit_subspace
+        """The directions of all embeddings, centred, that the rank rule keeps."""
+        from scalselect_assets.method.subspace import principal_axes
 
         start = time.monotonic()
         artifacts = storage.artifacts(selection.store)
         shards = pool_shards(context, selection.partitions)
         fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
         inputs = moments_headers(artifacts, shards, fingerprint)
-        moments = merged_moments(artifacts, inputs)
-        subspace = fit_subspace(moments, selection.energy)
-        version = provenance(selection, {shard: header["data_version"] for shard, header in inputs.items()})
-        path, size = artifacts.write_arrays(
-            NAME,
+        versions = {shard: header["data_version"] for shard, header in inputs.items()}
+        pool = pool_moments.update(artifacts, versions, rebuild=config.rebuild)
+        if pool is None or pool.moments.n == 0:
+            raise dg.Failure(
+                "no sample of the pool is embedded, so there is nothing to select from; the rejected_rows "
+                "files and the failed shards' runs say why",
+                allow_retries=False,
+            )
+        axes = principal_axes(pool.moments, standardise=selection.standardise)
+        k = selection.rank_rule.rank(axes.spectrum, axes.n, axes.d)
+        subspace = axes.subspace(k)
+        basis_version = version(selection, versions)
+        history = basis_history.compare(
+            artifacts,
+            subspace,
+            pool.moments,
+            basis_version,
+            inputs,
+            max_drift=selection.max_drift,
+            unit_rows=selection.unit_rows,
+        )
+        path, size = basis_history.replace_basis(
+            artifacts,
             subspace.to_arrays(),
             lineage.header(
-                version,
-                version,
+                basis_version,
+                provenance(selection, versions),
                 model_fingerprint=fingerprint,
-                energy_threshold=repr(selection.energy),
+                rank_rule=json.dumps(selection.rank_rule.describe()),
+                unit_rows=json.dumps(selection.unit_rows),
                 shards=json.dumps(inputs, sort_keys=True),
             ),
+            history.plan,
         )
         return lineage.result(
-            version,
-            version,
+            basis_version,
+            provenance(selection, versions),
             {
                 "rank": subspace.k,
                 "numerical_rank": subspace.rank,
                 "energy": subspace.energy,
                 "samples": subspace.n,
                 "shards": len(inputs),
-                "dimension": moments.d,
+                "dimension": subspace.d,
+                "moments_read": pool.n_read,
+                "rebuilt": pool.rebuilt,
+                "shards_added": len(pool.added),
+                "shards_removed": len(pool.removed),
+                **history.metadata(),
+                "energy_curve": plots.energy_curve(subspace, _told(selection.rank_rule.describe())),
+                "rank_alternatives": _rank_alternatives(storage, selection, axes, k, list(inputs)),
                 "spectrum": dg.MetadataValue.table(_spectrum_head(subspace), schema=column_schema(SPECTRUM)),
                 "seconds": time.monotonic() - start,
                 "bytes": size,
@@ -111,6 +180,61 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         )
 
     return subspace_basis
+
+
+def verify_job(selection: Selection) -> dg.JobDefinition:
+    """The comparison with a rebuild, which reads every shard's moments; for when somebody asks.
+
+    A job and not an asset check, since Dagster runs an asset's checks whenever it materializes the asset.
+    """
+
+    @dg.op(name=selection.job_name("verify_basis_op"), description="Compare the basis with its rebuild.")
+    def verify_basis_op(context: dg.OpExecutionContext, storage: StorageResource) -> None:
+        difference = rebuild_difference(storage.artifacts(selection.store), selection)
+        context.log_event(dg.AssetObservation(selection.key(NAME), metadata=difference))
+        if max(difference.values()) > REBUILD_TOLERANCE:
+            raise dg.Failure(
+                f"the basis differs from the one of all shards' moments by {difference}, allowed is "
+                f"{REBUILD_TOLERANCE}; materialize {NAME} with rebuild: true",
+                allow_retries=False,
+            )
+
+    @dg.job(
+        name=selection.job_name("verify_basis"),
+        executor_def=dg.in_process_executor,
+        description="Compute the basis anew from the moments of all shards and compare; changes nothing.",
+    )
+    def verify_basis() -> None:
+        verify_basis_op()
+
+    return verify_basis
+
+
+def rebuild_difference(artifacts: ArtifactStore, selection: Selection) -> dict[str, float]:
+    """How far the stored basis is from one that is computed from all shards' moments anew.
+
+    Returns:
+        ``energies``: largest difference of the kept energies, relative to the largest;
+        ``score_change``: bound on the mean absolute change of normalised scores.
+
+    Raises:
+        ArtifactMissingError: There is no basis, or moments that it was made of are gone.
+    """
+    from scalselect_assets.method.drift import basis_drift
+    from scalselect_assets.method.subspace import principal_axes
+
+    stored, header = read_basis(artifacts)
+    versions = {shard: moments["data_version"] for shard, moments in json.loads(header["shards"]).items()}
+    moments = pool_moments.rebuilt_totals(artifacts, versions).moments()
+    axes = principal_axes(moments, standardise=selection.standardise)
+    rebuilt = axes.subspace(selection.rank_rule.rank(axes.spectrum, axes.n, axes.d))
+    width = max(stored.rank, rebuilt.rank)
+    energies = [np.pad(one.spectrum, (0, width - one.rank)) for one in (stored, rebuilt)]
+    largest = max(float(energies[1].max(initial=0.0)), np.finfo(np.float64).tiny)
+    return {
+        "energies": float(np.abs(energies[0] - energies[1]).max(initial=0.0)) / largest,
+        "score_change": float(basis_drift(stored, rebuilt, moments).score_change),
+    }
 
 
 def moments_headers(
@@ -136,25 +260,67 @@ def moments_headers(
     return headers
 
 
-def merged_moments(artifacts: ArtifactStore, shards: Iterable[str]) -> "Moments":
-    """The moments of all `shards` together.
+def _rank_alternatives(
+    storage: StorageResource, selection: Selection, axes: "PrincipalAxes", k: int, shards: list[str]
+) -> dg.TableMetadataValue:
+    """What neighbouring thresholds and the other rules would choose, on a sample of the pool."""
+    from scalselect_assets.method.rank import EffectiveRank, EnergyThreshold, GavishDonoho, RankRule
+    from scalselect_assets.method.sensitivity import rank_alternatives
 
-    Raises:
-        dg.Failure: No sample is embedded.
-    """
-    from scalselect_assets.method.moments import Moments
+    budget = selection.budget
+    fraction = min(1.0, budget / axes.n) if isinstance(budget, int) else budget
+    rules: list[RankRule] = [*(EnergyThreshold(share) for share in _NEIGHBOURING_THRESHOLDS), EffectiveRank()]
+    ranks = {_told(rule.describe()): rule.rank(axes.spectrum, axes.n, axes.d) for rule in rules}
+    if 2 * axes.rank > min(axes.n - 1, axes.d):  # else the rule has no noise to measure
+        ranks["gavish_donoho"] = GavishDonoho().rank(axes.spectrum, axes.n, axes.d)
+    x = _sample(storage, selection, shards)
+    alternatives = rank_alternatives(x, axes.subspace(max(k, *ranks.values())), k, ranks, fraction)
+    rows: list[dict[str, Any]] = [
+        {
+            "rule": one.rule,
+            "k": one.k,
+            "energy": one.energy,
+            "overlap": one.overlap,
+            "compared_samples": len(x),
+        }
+        for one in alternatives
+    ]
+    return dg.MetadataValue.table(
+        [dg.TableRecord(row) for row in rows], schema=column_schema(RANK_ALTERNATIVES)
+    )
 
-    total: Moments | None = None
-    for shard in shards:
-        moments = Moments.from_arrays(artifacts.read_arrays(embedding_moments.NAME, shard)[0])
-        total = moments if total is None else total.merge(moments)
-    if total is None or total.n == 0:
-        raise dg.Failure(
-            "no sample of the pool is embedded, so there is nothing to select from; the rejected_rows files "
-            "and the failed shards' runs say why",
-            allow_retries=False,
+
+def _sample(storage: StorageResource, selection: Selection, shards: list[str]) -> NDArray[Any]:
+    """Vectors of the pool, (m, d): all of a small one, else a bounded number, the same at every call."""
+    from scalselect_assets.method.preprocessing import unit_rows
+
+    generator = np.random.default_rng(0)
+    artifacts, embeddings = storage.artifacts(selection.store), storage.embeddings(selection.store)
+    tables: list[EmbeddingTable] = []
+    for shard in generator.permutation(np.array(shards, dtype=object)):
+        table, _ = attention_embeddings.recorded_table(artifacts, shard)
+        if table.n_rows:
+            tables.append(table)
+        if len(tables) == _SAMPLE_SHARDS:
+            break
+    share = min(1.0, _SAMPLE_ROWS / sum(table.n_rows for table in tables))
+    vectors = [
+        embeddings.take(
+            table,
+            np.sort(
+                generator.choice(table.n_rows, max(1, int(share * table.n_rows)), replace=False)
+            ).tolist(),
         )
-    return total
+        for table in tables
+    ]
+    x = np.concatenate(vectors)
+    return unit_rows(x) if selection.unit_rows else x
+
+
+def _told(rule: Mapping[str, Any]) -> str:
+    """A rank rule in words."""
+    name, *rest = rule.values()
+    return " ".join([str(name), *(f"{value:g}" for value in rest)])
 
 
 def _spectrum_head(subspace: "Subspace", n_directions: int = 20) -> list[dg.TableRecord]:

@@ -68,15 +68,19 @@ IMPORTANCE_SCORES: Table = {
     "sample_key": _KEY,
     "source_id": _SOURCE_ID,
     "leverage": Column(pl.Float64(), "Rank-k leverage score in [0, 1]; sums to k over all shards."),
+    "normalised_leverage": Column(
+        pl.Float64(), "n·leverage/k: 1 on average, whatever the size of the pool; what is ranked."
+    ),
 }
 
 SELECTED_SUBSET: Table = {
-    "rank": Column(pl.Int64(), "Place by leverage over the whole pool, from 1."),
+    "rank": Column(pl.Int64(), "Place by normalised leverage over the whole pool, from 1."),
     "sample_key": _KEY,
     "source_id": _SOURCE_ID,
     "shard": _SHARD,
     "row": _ROW,
     "leverage": IMPORTANCE_SCORES["leverage"],
+    "normalised_leverage": IMPORTANCE_SCORES["normalised_leverage"],
 }
 
 MOMENTS: Table = {
@@ -93,6 +97,14 @@ SPECTRUM: Table = {
     "singular_value": Column(pl.Float64(), "Of the centred embedding matrix."),
     "energy": Column(pl.Float64(), "Share of the total energy up to and including this direction."),
     "kept": Column(pl.Boolean(), "Whether the direction belongs to the subspace."),
+}
+
+RANK_ALTERNATIVES: Table = {
+    "rule": Column(pl.String(), "Another way to choose the rank."),
+    "k": Column(pl.Int64(), "The rank that it gives."),
+    "energy": Column(pl.Float64(), "Share of the energy that these directions hold."),
+    "overlap": Column(pl.Float64(), "Share of the present choice that it would choose, too."),
+    "compared_samples": Column(pl.Int64(), "Samples that the overlap was computed on; all of a small pool."),
 }
 
 TRAINING_ROWS: Table = {

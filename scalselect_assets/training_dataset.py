@@ -30,6 +30,7 @@ from scalselect_assets import (
     selected_subset,
     subspace_basis,
 )
+from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.method.rejection import RejectionReason
 from scalselect_assets.partitions import pool_shards
 from scalselect_assets.selection import Selection
@@ -112,6 +113,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         source = storage.samples(selection.source, selection.image_root, selection.store)
         subset, subset_header = artifacts.read_frame(selected_subset.NAME)
         subspace, basis = subspace_basis.read_basis(artifacts)
+        plan = ScorePlan.from_header(basis)
         inputs = json.loads(basis["shards"])
         writer = _DatasetWriter(
             artifacts,
@@ -135,11 +137,14 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             "shards_left_out": left_out,
             "model": vlm.card(artifacts, **selection.target),
             "basis_version": basis["data_version"],
+            "score_error_bound": plan.error_bound,
             "images_relative_to": str(source.images_folder()),
             "training_file": path.name,
             **_settings(selection),
             **_counts(subspace, subset, writer),
-            "shards": {shard: _shard_lineage(writer, shard, moments) for shard, moments in inputs.items()},
+            "shards": {
+                shard: _shard_lineage(writer, shard, moments, plan) for shard, moments in inputs.items()
+            },
             "files": _files(artifacts, subset, writer, path, n_bytes),
         }
         manifest_path, _ = artifacts.write_json(NAME, manifest, MANIFEST)
@@ -281,7 +286,13 @@ def _settings(selection: Selection) -> dict[str, Any]:
         "source": selection.source,
         "budget": selection.budget,
         "attention_mass": selection.attention_mass,
-        "energy_threshold": selection.energy,
+        "rank_rule": selection.rank_rule.describe(),
+        "preprocessing": {
+            "centred": True,
+            "standardise": selection.standardise,
+            "unit_rows": selection.unit_rows,
+        },
+        "max_drift": selection.max_drift,
         "code": {
             "scalselect-dagster": package_version("scalselect-dagster"),
             raw_samples.NAME: raw_samples.CODE_VERSION,
@@ -314,12 +325,15 @@ def _counts(subspace: "Subspace", subset: pl.DataFrame, writer: _DatasetWriter) 
     }
 
 
-def _shard_lineage(writer: _DatasetWriter, shard: str, moments: Mapping[str, str]) -> dict[str, Any]:
+def _shard_lineage(
+    writer: _DatasetWriter, shard: str, moments: Mapping[str, str], plan: ScorePlan
+) -> dict[str, Any]:
     """The versions that one shard went in with."""
     return {
         "raw_samples": writer.headers[shard]["raw_samples"],
         "attention_embeddings": moments["attention_embeddings"],
         "embedding_moments": moments["data_version"],
+        "scored_with_basis": plan.of_shard(shard),
         "lance_table": writer.tables[shard].table,
         "lance_version": writer.tables[shard].version,
         "rejected": sum(writer.rejected[shard].values()),

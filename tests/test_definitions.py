@@ -91,7 +91,7 @@ def test_the_graph_is_the_documented_path() -> None:
         "raw_samples": ["shard_files"],
         "attention_embeddings": ["raw_samples"],
         "embedding_moments": ["attention_embeddings"],
-        "subspace_basis": ["embedding_moments", "shard_manifest"],
+        "subspace_basis": ["attention_embeddings", "embedding_moments", "shard_manifest"],
         "importance_scores": ["attention_embeddings", "subspace_basis"],
         "selected_subset": ["importance_scores", "subspace_basis"],
         "training_dataset": ["attention_embeddings", "selected_subset", "subspace_basis"],

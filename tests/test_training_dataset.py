@@ -159,7 +159,7 @@ def test_the_manifest_follows_the_settings(tmp_path: Path, demo_vlm: Path) -> No
         bench.options[option] = value
         bench.refresh()
     manifest = bench.artifacts.read_json("training_dataset", "manifest")
-    assert (manifest["budget"], manifest["energy_threshold"]) == (3, 0.9000001)
+    assert (manifest["budget"], manifest["rank_rule"]) == (3, {"rule": "energy", "threshold": 0.9000001})
     assert manifest["basis_version"] == bench.artifacts.read_arrays("subspace_basis")[1]["data_version"]
 
 
