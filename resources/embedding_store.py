@@ -167,7 +167,10 @@ class EmbeddingStore:
         return rows.sort_by("row")
 
     def take(self, table: EmbeddingTable, offsets: Sequence[int]) -> NDArray[np.float32]:
-        """The vectors at some positions of the recorded version, (m, d); raises as ``read``."""
+        """The vectors at ``offsets``, one or more, of the recorded version, (m, d), in no promised order.
+
+        Raises as ``read``.
+        """
         with self._readable(table):
             rows = self._open(table).take_offsets(list(offsets)).select(["vector"]).to_arrow()
         vectors = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)

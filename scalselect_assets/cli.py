@@ -37,6 +37,7 @@ from resources.shard_reader import ShardFormatError, split_shard
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import deployment
+from scalselect_assets.method.rank import FixedRank, parse_rank_rule
 from scalselect_assets.method.selection import parse_budget
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.refresh import Refresh, RefreshReport, discover, summary
@@ -399,7 +400,13 @@ def _name_of(location: str) -> str:
 
 
 def _rank(text: str | None) -> str | int | None:
-    return int(text) if text is not None and text.isascii() and text.isdigit() else text
+    if text is None:
+        return None
+    try:
+        rule = parse_rank_rule(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--rank: {error}") from error
+    return rule.k if isinstance(rule, FixedRank) else text
 
 
 def _budget(text: str | None) -> int | float | None:

@@ -113,7 +113,11 @@ def test_a_failing_shard_is_named_and_the_exit_code_is_1(
         (("run", "pool", "--model", "./no/model"), 1, "no folder './no/model'"),
         (("run", "pool", "--budget", "lots"), 2, "--budget"),
         (("run", "pool", "--energy", "1.5"), 2, "energy"),
+        (("run", "pool", "--rank", "scree"), 2, "gavish_donoho"),
+        (("run", "pool", "--rank", "0"), 2, "fixed rank of 0"),
+        (("run", "pool", "--max-drift", "-1"), 2, "max_drift"),
         (("run", "pool", "--device", "tpu"), 2, "tpu"),
+        (("verify", "--store", "nowhere"), 2, "is not a store"),
         (("run", "pool", "--name", "a-b"), 2, "name"),
         (("run", "empty", "--model", "MODEL"), 1, "no shard files"),
         (("run", "pool", "--model", "MODEL", "--budget", "1000"), 1, "1000"),
@@ -151,6 +155,31 @@ def test_a_store_belongs_to_one_pool(scalselect: Command, tmp_path: Path, demo_v
     assert "belongs to the pool" in " ".join(finished.stderr.replace("│", " ").split())
 
 
+def test_a_basis_is_verified_rebuilt_and_told_apart_from_a_wrong_one(
+    scalselect: Command, tmp_path: Path, demo_vlm: Path
+) -> None:
+    for name in "abc":
+        write_pool_shard(tmp_path / "pool", f"{name}.jsonl", 3, seed=1000 * ord(name))
+    options = ("--model", demo_vlm, "--rank", "2", "--standardise", "--store", "s")
+    assert summary_of(scalselect("run", "pool", *options, "--json"))["rank"] == 2
+    assert summary_of(scalselect("verify", "--store", "s", "--json"))["equal"] is True
+    rebuilt = scalselect("run", "pool", "--store", "s", "--rebuild-basis")
+    assert "1 Dagster runs" in rebuilt.stdout
+
+    (basis,) = (tmp_path / "s" / "subspace_basis").glob("*.safetensors")
+    other = scalselect("run", "pool", "--store", "other", "--model", demo_vlm, "--rank", "2")
+    assert other.returncode == 0, other.stderr
+    stored = next((tmp_path / "other" / "subspace_basis").glob("*.safetensors"))
+    declared = (tmp_path / "other" / "selection.yaml").read_text()
+    (tmp_path / "other" / "selection.yaml").write_text(declared.replace("rank: 2", "rank: 3"))
+    assert stored.exists()
+    assert basis.exists()
+    different = scalselect("verify", "--store", "other")
+    assert different.returncode == 1
+    assert "differs from its rebuild" in different.stdout
+    assert "--rebuild-basis" in different.stderr
+
+
 def test_split_makes_shards_that_run(scalselect: Command, tmp_path: Path, demo_vlm: Path) -> None:
     write_pool_shard(tmp_path / "big", "all.jsonl", 5, seed=0)
     rows = [json.loads(line) for line in (tmp_path / "big" / "all.jsonl").read_text().splitlines()]
@@ -182,5 +211,5 @@ def test_a_split_into_the_files_own_folder_is_refused(scalselect: Command, tmp_p
 def test_help_lists_the_commands(scalselect: Command) -> None:
     finished = scalselect("--help")
     assert finished.returncode == 0
-    for command in ("run", "demo", "status", "split", "ui"):
+    for command in ("run", "demo", "status", "verify", "split", "ui"):
         assert f" {command} " in finished.stdout

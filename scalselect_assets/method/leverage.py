@@ -42,6 +42,9 @@ class LeverageScorer:
         self._subspace, self._device = subspace, device
         self._dtype = projection_dtype(subspace)
         self._whitening: NDArray[Any] = np.ascontiguousarray(subspace.whitening, dtype=self._dtype)
+        # The mean as a sum of two float32 numbers: the first difference is rounded like one of float64.
+        self._mean_high = subspace.mean.astype(np.float32)
+        self._mean_low = (subspace.mean - self._mean_high).astype(np.float32)
 
     @property
     def normalisation(self) -> float:
@@ -89,15 +92,21 @@ class LeverageScorer:
 
         def score(start: int) -> None:
             rows = x[start : start + _BLOCK_ROWS]
-            block: NDArray[Any] = np.empty(rows.shape, dtype=self._dtype)
-            np.subtract(rows, self._subspace.mean, out=block, dtype=np.float64)
-            projected = block @ self._whitening
+            projected = self._centred(rows) @ self._whitening
             scores[start : start + len(rows)] = np.square(projected, dtype=np.float64).sum(axis=1)
 
         # What is not finite is reported by the caller, with its row.
         with one_blas_thread_per_core() as run, np.errstate(invalid="ignore", over="ignore"):
             list(run(score, range(0, len(x), _BLOCK_ROWS)))
         return scores
+
+    def _centred(self, rows: NDArray[Any]) -> NDArray[Any]:
+        if rows.dtype == self._dtype == np.float32:
+            centred: NDArray[Any] = rows - self._mean_high
+            centred -= self._mean_low
+            return centred
+        exact: NDArray[np.float64] = np.subtract(rows, self._subspace.mean, dtype=np.float64)
+        return exact.astype(self._dtype, copy=False)
 
     def _on_device(self, x: NDArray[Any]) -> NDArray[np.float64]:
         import torch

@@ -315,8 +315,8 @@ def check_same_dimension(a: Moments, b: Moments) -> None:
 @contextmanager
 def one_blas_thread_per_core() -> Iterator[Callable[..., Iterator[Any]]]:
     """A ``map`` over the cores of this process, while BLAS uses one thread in each call."""
-    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(n_cores()) as cores:
-        yield cores.map
+    with _blas().limit(limits=1, user_api="blas"):
+        yield _threads(n_cores()).map
 
 
 def n_cores() -> int:
@@ -324,6 +324,12 @@ def n_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@cache
+def _threads(n: int) -> ThreadPoolExecutor:
+    """Kept, since starting threads takes longer than a small batch; they end with the process."""
+    return ThreadPoolExecutor(n, thread_name_prefix="scalselect")
 
 
 @cache

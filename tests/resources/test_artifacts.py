@@ -444,3 +444,28 @@ def test_a_store_may_lie_under_a_hostile_name(tmp_path: Path) -> None:
 def _only(store: ArtifactStore, suffix: str) -> bytes:
     (data,) = (data for name, data in contents(store).items() if name.endswith(suffix))
     return data
+
+
+def test_an_output_that_is_renamed_is_found_under_its_new_name_only(store: ArtifactStore) -> None:
+    for n, shard in enumerate(("a/b", "x" * 300)):
+        store.write_arrays("asset", {"n": np.array(n)}, {"n": str(n)}, shard)
+        store.rename("asset", shard, "aside", f"{shard}@1", suffix=".safetensors")
+        assert not store.exists("asset", shard, suffix=".safetensors")
+        assert store.read_arrays("aside", f"{shard}@1")[0]["n"] == n
+    assert len(store.paths("aside", suffix=".safetensors")) == 2
+    assert store.paths("asset", suffix=".safetensors") == []
+    assert store.paths("never", suffix=".safetensors") == []
+
+
+def test_renaming_replaces_what_has_the_name(store: ArtifactStore) -> None:
+    for n in (1, 2):
+        store.write_arrays("asset", {"n": np.array(n)}, {}, str(n))
+    store.rename("asset", "1", "asset", "2", suffix=".safetensors")
+    assert store.read_arrays("asset", "2")[0]["n"] == 1
+
+
+def test_some_columns_are_read_with_the_header(store: ArtifactStore) -> None:
+    store.write_frame("asset", FRAME, HEADER)
+    frame, header = store.read_frame("asset", columns=["leverage"])
+    assert frame.columns == ["leverage"]
+    assert header.items() >= HEADER.items()

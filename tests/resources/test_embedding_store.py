@@ -533,3 +533,12 @@ def test_a_first_write_that_was_cut_off_before_its_commit_does_not_stand_in_the_
 
     assert len(rows_of(store, again)) == 3
     assert opened(store, again.table).count_rows() == 3
+
+
+def test_vectors_are_taken_by_position_from_the_recorded_version(store: EmbeddingStore) -> None:
+    table = put(store, n_rows=10)
+    put(store, n_rows=3, seed=5)
+    taken = store.take(table, [9, 0, 4])
+    assert sorted(map(tuple, taken)) == sorted(map(tuple, vectors_of(10)[[9, 0, 4]]))
+    with pytest.raises(EmbeddingTableError, match=r"materialize attention_embeddings\[s\.jsonl\] again"):
+        store.take(replace(table, version=99), [0])
