@@ -279,8 +279,8 @@ def _rank_alternatives(
         {
             "rule": one.rule,
             "k": one.k,
-            "energy": one.energy,
-            "overlap": one.overlap,
+            "energy": round(one.energy, 4),
+            "overlap": round(one.overlap, 4),
             "compared_samples": len(x),
         }
         for one in alternatives
@@ -328,8 +328,8 @@ def _spectrum_head(subspace: "Subspace", n_directions: int = 20) -> list[dg.Tabl
     rows: list[dict[str, Any]] = [
         {
             "direction": index + 1,
-            "singular_value": float(value) ** 0.5,
-            "energy": float(energy),
+            "singular_value": float(f"{value**0.5:.6g}"),
+            "energy": round(float(energy), 4),
             "kept": index < subspace.k,
         }
         for index, (value, energy) in enumerate(
