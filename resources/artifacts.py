@@ -69,11 +69,14 @@ class ArtifactStore:
             ArtifactCorruptError: Truncated or damaged.
         """
         path = self.path(asset, shard, suffix=".parquet")
-        data = self._read(asset, shard, path)
-        with self._readable(asset, shard, path):
-            return pl.read_parquet(io.BytesIO(data), columns=columns), pl.read_parquet_metadata(
-                io.BytesIO(data)
-            )
+        with (
+            self._present(asset, shard, path),
+            self._readable(asset, shard, path),
+            path.open("rb") as file,
+        ):
+            header = pl.read_parquet_metadata(file)
+            file.seek(0)
+            return pl.read_parquet(file, columns=columns), header
 
     def read_header(
         self, asset: str, shard: str | None = None, *, suffix: str = ".parquet"
@@ -90,7 +93,11 @@ class ArtifactStore:
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_SAFETENSORS_HEADER:
                 raise ValueError(f"a header of {length} bytes")
-            header: dict[str, str] = json.loads(file.read(length)).get("__metadata__", {})
+            described = json.loads(file.read(length))
+            header: dict[str, str] = described.pop("__metadata__", {})
+            size = 8 + length + max((array["data_offsets"][1] for array in described.values()), default=0)
+            if file.seek(0, os.SEEK_END) != size:
+                raise ValueError(f"{file.tell()} bytes where the header says {size}")
             return header
 
     def write_arrays(

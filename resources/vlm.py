@@ -6,6 +6,7 @@ torch.
 """
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -47,6 +48,8 @@ class VlmResource(dg.ConfigurableResource):
         """Where the large matrix products run: ``cuda`` or ``cpu``."""
         if self.device != "auto":
             return self.device
+        if version("torch").endswith("+cpu"):
+            return "cpu"  # and spares a process without a model the seconds that importing torch takes
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,8 +113,6 @@ def model_signature(model: str, revision: str | None, dtype: str, attention_mass
 
     For a local folder: size and modification time of each file. A hub id keeps the commit of its first use.
     """
-    from importlib.metadata import version
-
     folder = Path(model).expanduser()
     files = (
         sorted(

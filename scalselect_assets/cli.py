@@ -261,7 +261,7 @@ def verify(
     """Compute the basis anew from the moments of all shards and compare; changes nothing."""
     with _user_errors(verbose=verbose):
         selection = read_selection(_declaration(store))
-        difference = rebuild_difference(StorageResource().artifacts(selection.store), selection)
+        difference = rebuild_difference(StorageResource().artifacts(selection.store))
         equal = max(difference.values()) <= REBUILD_TOLERANCE
         if as_json:
             _print_json({**difference, "equal": equal})
@@ -271,7 +271,8 @@ def verify(
             told = "equals" if equal else "differs from"
             _out.print(f"The basis {told} its rebuild (tolerance {REBUILD_TOLERANCE:g}).", **_PLAIN)
         if not equal:
-            _err.print("[red]`scalselect run --rebuild-basis` makes it anew[/red]", **_PLAIN)
+            remedy = f"scalselect run {selection.source} --store {store} --rebuild-basis"
+            _err.print(f"[red]made anew by: {escape(remedy)}[/red]", **_PLAIN)
             raise typer.Exit(1)
 
 
@@ -489,6 +490,16 @@ def _print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
         ("rejected", f"{sum(rejected.values()):,}"),
         *((f"  {reason}", f"{count:,}") for reason, count in rejected.items()),
         ("rank k", f"{result['rank']} ({result['energy']:.1%} of the energy)"),
+        *(
+            [("basis moved", f"{moved['score_change']:.2g} (bound on the mean change of a score)")]
+            if (moved := result["basis_drift"])
+            else []
+        ),
+        *(
+            [("score error", f"{bound:.2g} at most on average, in shards with earlier scores")]
+            if (bound := result["score_error_bound"])
+            else []
+        ),
         ("selected", f"{result['selected']:,} (budget {selection.budget})"),
         ("subset", result["selected_subset"]),
         ("dataset", result["training_dataset"]),

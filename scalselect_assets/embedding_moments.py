@@ -67,6 +67,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 made_from,
                 attention_embeddings=embeddings["data_version"],
                 model_fingerprint=table.fingerprint,
+                rows=str(moments.n),
                 lance_table=table.table,
                 lance_version=str(table.version),
             ),

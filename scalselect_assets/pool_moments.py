@@ -43,12 +43,13 @@ class PoolMoments:
 
 
 def retire(artifacts: ArtifactStore, shard: str, new_version: str) -> None:
-    """Set a shard's moments aside before others replace them; the totals may hold them."""
+    """Set a shard's moments aside before others replace them, where the totals hold them."""
     try:
         version = _version(artifacts, _SHARD_MOMENTS, shard)
+        held = _held(artifacts).get(shard)
     except (ArtifactMissingError, ArtifactCorruptError):
         return
-    if version != new_version:
+    if version == held != new_version:
         artifacts.rename(_SHARD_MOMENTS, shard, RETIRED, _retired(shard, version), suffix=".safetensors")
 
 
@@ -65,6 +66,7 @@ def update(artifacts: ArtifactStore, wanted: Mapping[str, str], *, rebuild: bool
 
     Raises:
         ArtifactMissingError: A wanted shard's moments are not there in that version.
+        ArtifactCorruptError: They are damaged.
     """
     if not wanted:
         return None
@@ -89,7 +91,7 @@ def rebuilt_totals(artifacts: ArtifactStore, wanted: Mapping[str, str]) -> "Runn
     totals: RunningMoments | None = None
     for shard, version in sorted(wanted.items()):
         moments = _shard_moments(artifacts, shard, version)
-        if totals is None:
+        if totals is None or totals.n == 0:
             totals = RunningMoments(moments.mean)
         totals.add(moments)
     if totals is None:
@@ -104,7 +106,7 @@ def _updated(
     from scalselect_assets.method.running import RunningMoments
 
     try:
-        held: dict[str, str] = json.loads(artifacts.read_header(NAME, suffix=".safetensors")["shards"])
+        held = _held(artifacts)
         removed = tuple(sorted(shard for shard, version in held.items() if wanted.get(shard) != version))
         added = tuple(sorted(shard for shard, version in wanted.items() if held.get(shard) != version))
         if len(removed) + len(added) >= len(wanted):
@@ -133,6 +135,12 @@ def _shard_moments(artifacts: ArtifactStore, shard: str, version: str) -> "Momen
     raise ArtifactMissingError(
         f"{_SHARD_MOMENTS}[{shard}] of version {version} is not in the store; materialize it again"
     )
+
+
+def _held(artifacts: ArtifactStore) -> dict[str, str]:
+    """The version of each shard's moments that the stored totals hold."""
+    held: dict[str, str] = json.loads(artifacts.read_header(NAME, suffix=".safetensors")["shards"])
+    return held
 
 
 def _version(artifacts: ArtifactStore, asset: str, name: str) -> str:

@@ -40,7 +40,7 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
-from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.basis_history import ScorePlan, is_whole
 from scalselect_assets.lineage import DATA_VERSION_TAG, PROVENANCE_TAG
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection
@@ -411,6 +411,7 @@ class Refresh:
             self._report.failed[shard] = failure.description or "failed"
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this shard's, and it is reported
             self._report.failed[shard] = _message(error)
+            self._forget_unreadable_table(error)
         else:
             return True
         self._log.error(f"shard {shard}: {self._report.failed[shard]}")
@@ -454,6 +455,12 @@ class Refresh:
                 basis_version,
                 sorted(set(pool) - set(json.loads(basis.get("shards", "{}")))),
             )
+        if (
+            asset == subspace_basis.NAME
+            and basis
+            and not is_whole(self._artifacts, ScorePlan.from_header(basis))
+        ):
+            return True
         event = self._instance.get_latest_materialization_event(self._selection.key(asset))
         materialization = event.asset_materialization if event else None
         tags = (materialization.tags or {}) if materialization else {}
@@ -471,7 +478,7 @@ class Refresh:
             return {}
 
     def _basis_inputs(self, pool: Sequence[str]) -> _Headers:
-        return subspace_basis.moments_headers(self._artifacts, pool, self._fingerprint)
+        return subspace_basis.moments_headers(self._selection, self._artifacts, pool, self._fingerprint)
 
     def _plan(self) -> ScorePlan:
         """Which basis the shards' scores are to be of; one that nothing is of where there is no basis."""
@@ -512,11 +519,17 @@ class Refresh:
         except dg.Failure as failure:
             raise RefreshError(failure.description or f"{assets[0]} failed") from failure
         except Exception as error:
-            if isinstance(cause := _cause(error), EmbeddingTableError):
-                # Without its receipt the shard is stale, and the next refresh embeds it again.
-                self._artifacts.path(attention_embeddings.NAME, cause.shard, suffix=".json").unlink()
-                raise RefreshError(f"{cause}: run again, which embeds the shard anew") from error
+            if self._forget_unreadable_table(error):
+                raise RefreshError(f"{_cause(error)}: run again, which embeds the shard anew") from error
             raise RefreshError(f"{', '.join(assets)}: {_message(error)}") from error
+
+    def _forget_unreadable_table(self, error: Exception) -> bool:
+        """Whether vectors could not be read; without its receipt their shard is embedded again next time."""
+        cause = _cause(error)
+        if not isinstance(cause, EmbeddingTableError):
+            return False
+        self._artifacts.path(attention_embeddings.NAME, cause.shard, suffix=".json").unlink(missing_ok=True)
+        return True
 
     # Runs
 
@@ -666,6 +679,7 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
     folder = artifacts.root / training_dataset.NAME
     return {
         **{name: manifest[name] for name in ("rows", "embedded", "rejected", "rank", "energy", "selected")},
+        **{name: manifest[name] for name in ("basis_drift", "score_error_bound")},
         "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=".parquet")),
         "training_dataset": str(folder / manifest["training_file"]),
         "manifest": str(artifacts.path(training_dataset.NAME, training_dataset.MANIFEST, suffix=".json")),

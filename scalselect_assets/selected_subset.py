@@ -71,7 +71,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         pool = pool_shards(context, selection.partitions)
         scores = PoolScores(artifacts, plan, scored)
         chosen = scores.top(budget_size(selection.budget, subspace.n))
-        data_version = digest(hashlib.sha256(chosen.write_ndjson().encode()).hexdigest())
+        data_version = _content_version(chosen)
         made_from = provenance(selection, plan.version)
         path, n_bytes = artifacts.write_frame(
             NAME, chosen, lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
@@ -103,7 +103,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     and (
                         abs(scores.normalised_sum - subspace.n) <= tolerance * subspace.n
                         if subspace.k
-                        else scores.leverage_sum == 0
+                        else scores.normalised_sum <= tolerance * subspace.n
                     ),
                     metadata={
                         "leverage_sum": scores.leverage_sum,
@@ -121,6 +121,13 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         )
 
     return selected_subset
+
+
+def _content_version(chosen: pl.DataFrame) -> str:
+    content = hashlib.sha256()
+    for part in chosen.iter_slices(100_000):  # as text, a row takes some hundred bytes
+        content.update(part.write_ndjson().encode())
+    return digest(content.hexdigest())
 
 
 class PoolScores:
@@ -145,15 +152,16 @@ class PoolScores:
         """
         threshold = nth_largest(self._normalised, size)
         self.n, self.leverage_sum, self.normalised_sum = threshold.n, 0.0, 0.0
-        above, at = [self._none()], [self._none()]
+        above, tied = [self._none()], self._none()
         for shard, scores in self._frames():
             self.leverage_sum += float(scores["leverage"].sum())
             self.normalised_sum += float(scores["normalised_leverage"].sum())
             rows = scores.with_columns(shard=pl.lit(shard)).select(self._none().columns)
             above.append(rows.filter(pl.col("normalised_leverage") > threshold.value))
-            at.append(rows.filter(pl.col("normalised_leverage") == threshold.value))
-        # Exact repeats of a sample in two shards share key and score; the shard makes the order total.
-        tied = pl.concat(at).sort(["sample_key", "shard"]).head(threshold.n_ties_taken)
+            at = rows.filter(pl.col("normalised_leverage") == threshold.value)
+            if at.height:
+                # A sample that two shards repeat has one key; the shard makes the order total.
+                tied = pl.concat([tied, at]).sort(["sample_key", "shard"]).head(threshold.n_ties_taken)
         return (
             pl.concat([*above, tied])
             .sort(["normalised_leverage", "sample_key", "shard"], descending=[True, False, False])

@@ -72,6 +72,7 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     max_drift: float = Field(
         default=0.0,
         ge=0,
+        allow_inf_nan=False,
         description="Shards keep scores of an earlier basis while the bound on the mean absolute error of "
         "the normalised scores (mean 1) is at most this; 0 rescores everything whenever the basis moves.",
     )

@@ -28,6 +28,7 @@ from scalselect_assets import (
     plots,
     pool_moments,
 )
+from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import RANK_ALTERNATIVES, SPECTRUM, column_schema
@@ -40,10 +41,11 @@ CODE_VERSION = "2"
 
 REBUILD_TOLERANCE = 1e-9
 
-# Comparing ranks reads at most this many vectors, of at most so many shards: a fraction of a second.
-_SAMPLE_ROWS = 16_384
+# Comparing ranks reads at most this many vectors, of at most so many shards, and projects them on at most so
+# many directions: some seconds at d = 4096.
+_SAMPLE_ROWS = 8192
 _SAMPLE_SHARDS = 64
-_NEIGHBOURING_THRESHOLDS = (0.8, 0.85, 0.9, 0.95)
+_COMPARED_RANK = 1024
 
 
 class BasisConfig(dg.Config):
@@ -115,7 +117,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         artifacts = storage.artifacts(selection.store)
         shards = pool_shards(context, selection.partitions)
         fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
-        inputs = moments_headers(artifacts, shards, fingerprint)
+        inputs = moments_headers(selection, artifacts, shards, fingerprint)
         versions = {shard: header["data_version"] for shard, header in inputs.items()}
         pool = pool_moments.update(artifacts, versions, rebuild=config.rebuild)
         if pool is None or pool.moments.n == 0:
@@ -127,29 +129,21 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         axes = principal_axes(pool.moments, standardise=selection.standardise)
         k = selection.rank_rule.rank(axes.spectrum, axes.n, axes.d)
         subspace = axes.subspace(k)
+        alternatives = _rank_alternatives(storage, selection, axes, k, list(inputs))
         basis_version = version(selection, versions)
-        history = basis_history.compare(
-            artifacts,
-            subspace,
-            pool.moments,
+        header = lineage.header(
             basis_version,
-            inputs,
-            max_drift=selection.max_drift,
-            unit_rows=selection.unit_rows,
+            provenance(selection, versions),
+            model_fingerprint=fingerprint,
+            rank_rule=json.dumps(selection.rank_rule.describe()),
+            standardise=json.dumps(selection.standardise),
+            unit_rows=json.dumps(selection.unit_rows),
+            shards=json.dumps(inputs, sort_keys=True),
         )
-        path, size = basis_history.replace_basis(
-            artifacts,
-            subspace.to_arrays(),
-            lineage.header(
-                basis_version,
-                provenance(selection, versions),
-                model_fingerprint=fingerprint,
-                rank_rule=json.dumps(selection.rank_rule.describe()),
-                unit_rows=json.dumps(selection.unit_rows),
-                shards=json.dumps(inputs, sort_keys=True),
-            ),
-            history.plan,
+        history = basis_history.compare(
+            artifacts, subspace, pool.moments, header, max_drift=selection.max_drift
         )
+        path, size = basis_history.replace_basis(artifacts, subspace.to_arrays(), header, history)
         return lineage.result(
             basis_version,
             provenance(selection, versions),
@@ -166,7 +160,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 "shards_removed": len(pool.removed),
                 **history.metadata(),
                 "energy_curve": plots.energy_curve(subspace, _told(selection.rank_rule.describe())),
-                "rank_alternatives": _rank_alternatives(storage, selection, axes, k, list(inputs)),
+                "rank_alternatives": alternatives,
                 "spectrum": dg.MetadataValue.table(_spectrum_head(subspace), schema=column_schema(SPECTRUM)),
                 "seconds": time.monotonic() - start,
                 "bytes": size,
@@ -190,7 +184,7 @@ def verify_job(selection: Selection) -> dg.JobDefinition:
 
     @dg.op(name=selection.job_name("verify_basis_op"), description="Compare the basis with its rebuild.")
     def verify_basis_op(context: dg.OpExecutionContext, storage: StorageResource) -> None:
-        difference = rebuild_difference(storage.artifacts(selection.store), selection)
+        difference = rebuild_difference(storage.artifacts(selection.store))
         context.log_event(dg.AssetObservation(selection.key(NAME), metadata=difference))
         if max(difference.values()) > REBUILD_TOLERANCE:
             raise dg.Failure(
@@ -210,8 +204,8 @@ def verify_job(selection: Selection) -> dg.JobDefinition:
     return verify_basis
 
 
-def rebuild_difference(artifacts: ArtifactStore, selection: Selection) -> dict[str, float]:
-    """How far the stored basis is from one that is computed from all shards' moments anew.
+def rebuild_difference(artifacts: ArtifactStore) -> dict[str, float]:
+    """How far the stored basis is from one that is computed anew, as it was, from its shards' moments.
 
     Returns:
         ``energies``: largest difference of the kept energies, relative to the largest;
@@ -221,13 +215,14 @@ def rebuild_difference(artifacts: ArtifactStore, selection: Selection) -> dict[s
         ArtifactMissingError: There is no basis, or moments that it was made of are gone.
     """
     from scalselect_assets.method.drift import basis_drift
-    from scalselect_assets.method.subspace import principal_axes
+    from scalselect_assets.method.rank import described_rule
+    from scalselect_assets.method.subspace import fit_subspace
 
     stored, header = read_basis(artifacts)
     versions = {shard: moments["data_version"] for shard, moments in json.loads(header["shards"]).items()}
     moments = pool_moments.rebuilt_totals(artifacts, versions).moments()
-    axes = principal_axes(moments, standardise=selection.standardise)
-    rebuilt = axes.subspace(selection.rank_rule.rank(axes.spectrum, axes.n, axes.d))
+    rule = described_rule(json.loads(header["rank_rule"]))
+    rebuilt = fit_subspace(moments, rule, standardise=json.loads(header["standardise"]))
     width = max(stored.rank, rebuilt.rank)
     energies = [np.pad(one.spectrum, (0, width - one.rank)) for one in (stored, rebuilt)]
     largest = max(float(energies[1].max(initial=0.0)), np.finfo(np.float64).tiny)
@@ -238,12 +233,13 @@ def rebuild_difference(artifacts: ArtifactStore, selection: Selection) -> dict[s
 
 
 def moments_headers(
-    artifacts: ArtifactStore, shards: Sequence[str], fingerprint: str
+    selection: Selection, artifacts: ArtifactStore, shards: Sequence[str], fingerprint: str
 ) -> dict[str, dict[str, str]]:
     """The headers of the moments that belong into a basis, by shard.
 
-    A shard is left out where it could not be embedded (again): it has no moments, or they are another
-    model's or of other vectors than it has now. The caller reports it.
+    A shard is left out where its moments could not be made (again): it has none, or they are another
+    model's, of other vectors than it has now, or of vectors that were prepared otherwise. The caller reports
+    it.
     """
     headers = {}
     for shard in shards:
@@ -252,10 +248,8 @@ def moments_headers(
             _, embeddings = attention_embeddings.recorded_table(artifacts, shard)
         except (ArtifactMissingError, ArtifactCorruptError):
             continue
-        if (header["model_fingerprint"], header["attention_embeddings"]) == (
-            fingerprint,
-            embeddings["data_version"],
-        ):
+        expected = embedding_moments.provenance(selection, embeddings["data_version"])
+        if (header["model_fingerprint"], header["provenance"]) == (fingerprint, expected):
             headers[shard] = header
     return headers
 
@@ -267,23 +261,32 @@ def _rank_alternatives(
     from scalselect_assets.method.rank import EffectiveRank, EnergyThreshold, GavishDonoho, RankRule
     from scalselect_assets.method.sensitivity import rank_alternatives
 
-    budget = selection.budget
-    fraction = min(1.0, budget / axes.n) if isinstance(budget, int) else budget
-    rules: list[RankRule] = [*(EnergyThreshold(share) for share in _NEIGHBOURING_THRESHOLDS), EffectiveRank()]
-    ranks = {_told(rule.describe()): rule.rank(axes.spectrum, axes.n, axes.d) for rule in rules}
+    threshold = selection.energy
+    neighbours = [threshold - 0.1, threshold - 0.05, threshold, (1 + threshold) / 2]
+    rules: list[RankRule] = [EnergyThreshold(round(share, 6)) for share in neighbours if share > 0]
+    rules.append(EffectiveRank())
     if 2 * axes.rank > min(axes.n - 1, axes.d):  # else the rule has no noise to measure
-        ranks["gavish_donoho"] = GavishDonoho().rank(axes.spectrum, axes.n, axes.d)
+        rules.append(GavishDonoho())
+    ranks = {_told(selection.rank_rule.describe()): k}
+    for rule in rules:
+        ranks.setdefault(_told(rule.describe()), rule.rank(axes.spectrum, axes.n, axes.d))
+    compared = {rule: rank for rule, rank in ranks.items() if rank <= max(k, _COMPARED_RANK)}
     x = _sample(storage, selection, shards)
-    alternatives = rank_alternatives(x, axes.subspace(max(k, *ranks.values())), k, ranks, fraction)
+    budget = selection.budget
+    size = budget_size(min(1.0, budget / axes.n) if isinstance(budget, int) else budget, len(x))
+    alternatives = rank_alternatives(x, axes.subspace(max(compared.values())), k, compared, size)
+    curve = axes.energy_curve()
+    overlaps = {one.rule: round(one.overlap, 4) for one in alternatives}
     rows: list[dict[str, Any]] = [
         {
-            "rule": one.rule,
-            "k": one.k,
-            "energy": round(one.energy, 4),
-            "overlap": round(one.overlap, 4),
+            "rule": rule,
+            "k": rank,
+            "energy": round(float(curve[rank - 1]), 4) if rank else 0.0,
+            "overlap": overlaps.get(rule),
+            "chosen_samples": size,
             "compared_samples": len(x),
         }
-        for one in alternatives
+        for rule, rank in ranks.items()
     ]
     return dg.MetadataValue.table(
         [dg.TableRecord(row) for row in rows], schema=column_schema(RANK_ALTERNATIVES)

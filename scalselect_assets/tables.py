@@ -67,7 +67,9 @@ IMPORTANCE_SCORES: Table = {
     "row": _ROW,
     "sample_key": _KEY,
     "source_id": _SOURCE_ID,
-    "leverage": Column(pl.Float64(), "Rank-k leverage score in [0, 1]; sums to k over all shards."),
+    "leverage": Column(
+        pl.Float64(), "Rank-k leverage score in [0, 1]; under one basis they sum to k over all shards."
+    ),
     "normalised_leverage": Column(
         pl.Float64(), "n·leverage/k: 1 on average, whatever the size of the pool; what is ranked."
     ),
@@ -103,8 +105,13 @@ RANK_ALTERNATIVES: Table = {
     "rule": Column(pl.String(), "Another way to choose the rank."),
     "k": Column(pl.Int64(), "The rank that it gives."),
     "energy": Column(pl.Float64(), "Share of the energy that these directions hold."),
-    "overlap": Column(pl.Float64(), "Share of the present choice that it would choose, too."),
-    "compared_samples": Column(pl.Int64(), "Samples that the overlap was computed on; all of a small pool."),
+    "overlap": Column(
+        pl.Float64(),
+        "Share of the choice with the present rule, the first row, that this one would make, too; null where "
+        "the rank is too large to compare.",
+    ),
+    "chosen_samples": Column(pl.Int64(), "Samples that either chooses, by the budget of this moment."),
+    "compared_samples": Column(pl.Int64(), "Samples that they choose from; all of a small pool."),
 }
 
 TRAINING_ROWS: Table = {

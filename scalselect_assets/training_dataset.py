@@ -137,6 +137,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             "shards_left_out": left_out,
             "model": vlm.card(artifacts, **selection.target),
             "basis_version": basis["data_version"],
+            "basis_drift": json.loads(basis["drift"]),
             "score_error_bound": plan.error_bound,
             "images_relative_to": str(source.images_folder()),
             "training_file": path.name,

@@ -46,6 +46,16 @@ def pool(tmp_path: Path) -> Pool:
     return pool
 
 
+def test_an_empty_first_shard_costs_no_digits(pool: Pool):
+    empty = Moments.empty(5)
+    pool.artifacts.write_arrays("embedding_moments", empty.to_arrays(), {"data_version": "none"}, "0.jsonl")
+    versions = {"0.jsonl": "none", **pool.versions}
+    result = pool_moments.update(pool.artifacts, versions, rebuild=False)
+    assert result is not None
+    want = pool_moments.rebuilt_totals(pool.artifacts, pool.versions).moments()
+    np.testing.assert_array_equal(result.moments.scatter_upper, want.scatter_upper)
+
+
 def test_the_first_totals_read_every_shard_and_the_same_shards_again_none(pool: Pool):
     assert (pool.update().n_read, pool.update().n_read) == (6, 0)
 
@@ -107,12 +117,29 @@ def test_what_is_missing_or_damaged_is_added_up_anew(pool: Pool, damage: str):
     assert not pool.update().rebuilt
 
 
-def test_a_crash_between_totals_and_basis_puts_nothing_in_twice(pool: Pool):
+@pytest.mark.parametrize("step", ["after setting aside", "before the totals", "after the totals"])
+def test_a_crash_at_any_step_puts_nothing_in_twice(pool: Pool, step: str, monkeypatch: pytest.MonkeyPatch):
     pool.update()
-    pool.write("new.jsonl", 10)
-    pool.update()  # the process dies here, before the basis is written
-    again = pool.update()
-    assert (again.n_read, again.moments.n) == (0, 140)
+
+    def dies(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    if step == "after setting aside":
+        monkeypatch.setattr(ArtifactStore, "write_arrays", dies)
+        with pytest.raises(KeyboardInterrupt):
+            pool.write("shard 3.jsonl", 33)
+        monkeypatch.undo()
+        assert pool.retired() == 1
+    pool.write("shard 3.jsonl", 33)
+    if step != "after setting aside":
+        monkeypatch.setattr(ArtifactStore, "write_arrays" if step == "before the totals" else "paths", dies)
+        with pytest.raises(KeyboardInterrupt):
+            pool.update()
+        monkeypatch.undo()
+    result = pool.update()
+    assert not result.rebuilt
+    assert result.n_read == (0 if step == "after the totals" else 2)
+    assert pool.retired() == 0
 
 
 def test_wanted_moments_that_are_not_there_are_named(pool: Pool):
@@ -125,14 +152,13 @@ def test_no_shards_have_no_totals(pool: Pool):
     assert pool_moments.update(pool.artifacts, {}, rebuild=False) is None
 
 
-def test_a_wild_shard_that_was_repaired_leaves_no_trace(pool: Pool):
+@pytest.mark.parametrize("shard", ["shard 0.jsonl", "shard 3.jsonl"])
+def test_a_wild_shard_that_was_repaired_leaves_no_trace(pool: Pool, shard: str):
     pool.update()
     wild = Moments.of(np.random.default_rng(0).normal(size=(20, 5)) * 1e9)
-    pool_moments.retire(pool.artifacts, "shard 3.jsonl", "wild")
-    pool.artifacts.write_arrays(
-        "embedding_moments", wild.to_arrays(), {"data_version": "wild"}, "shard 3.jsonl"
-    )
-    pool.versions["shard 3.jsonl"] = "wild"
-    pool.update()
-    pool.write("shard 3.jsonl", 3)
+    pool_moments.retire(pool.artifacts, shard, "wild")
+    pool.artifacts.write_arrays("embedding_moments", wild.to_arrays(), {"data_version": "wild"}, shard)
+    pool.versions[shard] = "wild"
+    pool.update(rebuild=True)  # the totals are about a point of the wild shard, if it is the first
+    pool.write(shard, int(shard[6]))
     assert not pool.update().rebuilt  # which compares with a rebuild

@@ -1,13 +1,16 @@
 """From moments to scores through Dagster: what changed is read, what may stay stays, numbers are right."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
 
+from resources.artifacts import ArtifactStore
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.subspace_basis import rebuild_difference
 from tests.conftest import write_pool_shard
@@ -65,7 +68,7 @@ def test_a_new_a_changed_and_a_removed_shard_each_cost_their_own_moments(bench: 
     assert (changed["rebuilt"], changed["moments_read"]) == (False, 3)
     assert (changed["shards_added"], changed["shards_removed"]) == (1, 2)
     assert_exact(bench)
-    assert max(rebuild_difference(bench.artifacts, bench.selection).values()) < 1e-12
+    assert max(rebuild_difference(bench.artifacts).values()) < 1e-12
 
 
 def test_a_rebuild_is_one_switch_and_changes_no_score(bench: Bench) -> None:
@@ -89,7 +92,7 @@ def test_the_comparison_with_a_rebuild_tells_equal_from_different(bench: Bench) 
         (observed,) = instance.fetch_observations(selection.key("subspace_basis"), limit=5).records
     assert observed.asset_observation is not None
     seen = {name: value.value for name, value in observed.asset_observation.metadata.items()}
-    assert seen == rebuild_difference(bench.artifacts, selection)
+    assert seen == rebuild_difference(bench.artifacts)
     assert max(seen.values()) < 1e-9
 
     arrays, header = bench.artifacts.read_arrays("subspace_basis")
@@ -138,9 +141,10 @@ def test_the_basis_shows_its_curve_its_alternatives_and_its_drift(bench: Bench) 
     assert first["energy_curve"].startswith(f"![{first['rank']} of ")
     assert "](data:image/png;base64," in first["energy_curve"]
     by_rule = {record.data["rule"]: record.data for record in first["rank_alternatives"].records}
-    assert set(by_rule) >= {"energy 0.8", "energy 0.85", "energy 0.9", "energy 0.95", "effective_rank"}
+    assert next(iter(by_rule)) == "energy 0.9"  # the present rule
+    assert set(by_rule) >= {"energy 0.8", "energy 0.85", "energy 0.95", "effective_rank"}
     assert (by_rule["energy 0.9"]["overlap"], by_rule["energy 0.9"]["k"]) == (1.0, first["rank"])
-    assert by_rule["energy 0.9"]["compared_samples"] == 16
+    assert (by_rule["energy 0.9"]["chosen_samples"], by_rule["energy 0.9"]["compared_samples"]) == (8, 16)
 
     write_pool_shard(bench.pool, "e.jsonl", 3, seed=9000)
     bench.refresh()
@@ -202,6 +206,51 @@ def test_lost_scores_of_an_earlier_basis_are_made_again_as_they_were(bench: Benc
     bench.artifacts.path("importance_scores", "b.jsonl", suffix=".parquet").unlink()
     assert ran(bench.refresh()) == ["importance_scores"]
     assert bench.scores() == before
+
+
+def test_an_earlier_basis_that_is_lost_is_done_without(bench: Bench) -> None:
+    bench.options["max_drift"] = 100.0
+    bench.refresh()
+    write_pool_shard(bench.pool, "e.jsonl", 3, seed=9000)
+    bench.refresh()
+    (earlier,) = bench.artifacts.paths("earlier_bases", suffix=".safetensors")
+    earlier.write_bytes(earlier.read_bytes()[:-9])
+    bench.artifacts.path("importance_scores", "b.jsonl", suffix=".parquet").unlink()
+    assert ran(bench.refresh()) == WHOLE
+    assert_exact(bench)
+    assert bench.refresh().runs == []
+
+
+def test_moments_that_could_not_be_prepared_anew_leave_their_shard_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.refresh()
+    bench.options["unit_rows"] = True
+    write_arrays = ArtifactStore.write_arrays
+
+    def fails_for_b(store: ArtifactStore, asset: str, *arguments: Any) -> Any:
+        if asset == "embedding_moments" and arguments[-1] == "b.jsonl":
+            raise OSError("disk full")
+        return write_arrays(store, asset, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactStore, "write_arrays", fails_for_b)
+        report = bench.refresh()
+    assert list(report.failed) == ["b.jsonl"]
+    assert not any(key.startswith("b.jsonl") for key in bench.scores())
+    assert_exact(bench)  # of the others, all of unit length
+    assert bench.refresh().failed == {}
+    assert any(key.startswith("b.jsonl") for key in bench.scores())
+
+
+def test_vectors_that_are_gone_when_moments_need_them_are_made_again_by_the_next_run(bench: Bench) -> None:
+    bench.refresh()
+    for data in bench.store.glob("lance/*a_2ejsonl.lance/data"):
+        shutil.rmtree(data)
+    bench.options["unit_rows"] = True
+    assert list(bench.refresh().failed) == ["a.jsonl"]
+    assert bench.refresh().embedded == ["a.jsonl"]
+    assert_exact(bench)
 
 
 def test_without_the_bound_what_was_kept_is_scored_again(bench: Bench) -> None:

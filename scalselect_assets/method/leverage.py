@@ -21,15 +21,20 @@ _BLOCK_ROWS = 512  # rows of one product, the task of one core
 
 # Measured: with the strongest direction this many times the weakest kept one, float32 projections give scores
 # within 4e-6 of float64, and the error grows in proportion. An energy threshold of 0.9 keeps every direction
-# above √(10·d) of the strongest, 202 at d = 4096, so the paper's own setting always projects in float32.
+# above √(10·d) of the strongest, 202 at d = 4096, so the paper's own setting stays below it.
 _FLOAT32_UP_TO = 256.0
+
+# With few directions, single rows lie so near to the plane across all of them that their score is float32's
+# rounding; and few directions cost little in float64.
+_FLOAT32_FROM_K = 8
 
 
 class LeverageScorer:
     """Scores any number of batches against one subspace, in O(d·k) memory beside them.
 
     Rows are centred in float64 and projected in float32, which is twice as fast, where that keeps the scores
-    within 1e-5 of float64; where the directions' strengths lie too far apart for that, in float64.
+    within 1e-5 of float64; where the directions are too few for that, or their strengths lie too far apart,
+    in float64.
     """
 
     def __init__(self, subspace: Subspace, *, device: str = "cpu") -> None:
@@ -45,6 +50,7 @@ class LeverageScorer:
         # The mean as a sum of two float32 numbers: the first difference is rounded like one of float64.
         self._mean_high = subspace.mean.astype(np.float32)
         self._mean_low = (subspace.mean - self._mean_high).astype(np.float32)
+        self._on_torch: tuple[Any, ...] | None = None
 
     @property
     def normalisation(self) -> float:
@@ -92,11 +98,12 @@ class LeverageScorer:
 
         def score(start: int) -> None:
             rows = x[start : start + _BLOCK_ROWS]
-            projected = self._centred(rows) @ self._whitening
-            scores[start : start + len(rows)] = np.square(projected, dtype=np.float64).sum(axis=1)
+            # What is not finite is reported by the caller, with its row.
+            with np.errstate(invalid="ignore", over="ignore"):
+                projected = self._centred(rows) @ self._whitening
+                scores[start : start + len(rows)] = np.square(projected, dtype=np.float64).sum(axis=1)
 
-        # What is not finite is reported by the caller, with its row.
-        with one_blas_thread_per_core() as run, np.errstate(invalid="ignore", over="ignore"):
+        with one_blas_thread_per_core() as run:
             list(run(score, range(0, len(x), _BLOCK_ROWS)))
         return scores
 
@@ -111,13 +118,15 @@ class LeverageScorer:
     def _on_device(self, x: NDArray[Any]) -> NDArray[np.float64]:
         import torch
 
-        dtype = torch.from_numpy(self._whitening[:0]).dtype
-        whitening = torch.from_numpy(self._whitening).to(self._device)
-        mean = torch.from_numpy(self._subspace.mean).to(self._device)
+        if self._on_torch is None:
+            self._on_torch = tuple(
+                torch.from_numpy(array).to(self._device) for array in (self._whitening, self._subspace.mean)
+            )
+        whitening, mean = self._on_torch
         scores = np.empty(len(x))
         for start in range(0, len(x), _BLOCK_ROWS):
             rows = torch.from_numpy(np.ascontiguousarray(x[start : start + _BLOCK_ROWS])).to(self._device)
-            projected = ((rows.double() - mean).to(dtype) @ whitening).double()
+            projected = ((rows.double() - mean).to(whitening.dtype) @ whitening).double()
             scores[start : start + len(rows)] = projected.square().sum(dim=1).cpu().numpy()
         return scores
 
@@ -125,7 +134,7 @@ class LeverageScorer:
 def projection_dtype(subspace: Subspace) -> type[np.float32] | type[np.float64]:
     """The dtype that rows are projected in, such that scores are within 1e-5 (relative) of float64."""
     strengths = subspace.singular_values
-    if subspace.k and strengths[0] > _FLOAT32_UP_TO * strengths[-1]:
+    if subspace.k < _FLOAT32_FROM_K or strengths[0] > _FLOAT32_UP_TO * strengths[-1]:
         return np.float64
     return np.float32
 

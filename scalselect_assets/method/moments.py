@@ -5,6 +5,7 @@ changed shard costs one shard. All sums are float64, whatever the rows are store
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ _TILE = 256
 
 # Rows that are converted and shifted at a time, so that they stay in a core's cache.
 _CHUNK_ROWS = 64
+
+_ONE_CALLER = threading.Lock()
 
 
 class NonFiniteError(ValueError):
@@ -200,12 +203,13 @@ class MomentsAccumulator:
 
         def convert(first: int) -> NDArray[np.float64]:
             chunk = target[first : first + _CHUNK_ROWS]
-            np.subtract(rows[first : first + _CHUNK_ROWS], shift, out=chunk, dtype=np.float64)
-            total: NDArray[np.float64] = chunk.sum(axis=0)
+            # What is not finite is reported by the caller, with its row.
+            with np.errstate(invalid="ignore", over="ignore"):
+                np.subtract(rows[first : first + _CHUNK_ROWS], shift, out=chunk, dtype=np.float64)
+                total: NDArray[np.float64] = chunk.sum(axis=0)
             return total
 
-        # What is not finite is reported by the caller, with its row.
-        with one_blas_thread_per_core() as run, np.errstate(invalid="ignore", over="ignore"):
+        with one_blas_thread_per_core() as run:
             partial_sums = list(run(convert, range(0, len(rows), _CHUNK_ROWS)))
         self._filled += len(rows)
         total: NDArray[np.float64] = np.add.reduce(partial_sums)
@@ -318,16 +322,21 @@ def check_same_dimension(a: Moments, b: Moments) -> None:
 
 @contextmanager
 def one_blas_thread_per_core() -> Iterator[Callable[..., Iterator[Any]]]:
-    """A ``map`` over the cores of this process, while BLAS uses one thread in each call."""
-    with _blas().limit(limits=1, user_api="blas"):
-        yield _threads(n_cores()).map
+    """A ``map`` over as many threads as BLAS may use, while BLAS uses one in each call.
+
+    One caller at a time: the limit is one of the process, and the cores are busy anyway.
+    """
+    threads = _threads(n_cores())
+    with _ONE_CALLER, _blas().limit(limits=1, user_api="blas"):
+        yield threads.map
 
 
+@cache
 def n_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Threads for BLAS, as the environment (``OPENBLAS_NUM_THREADS``) and the process' affinity allow."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pools = _blas().select(user_api="blas").info()
+    return min(affinity, max((int(pool["num_threads"]) for pool in pools), default=affinity))
 
 
 @cache

@@ -7,8 +7,9 @@ the moments hold; rules that resample, such as parallel analysis, would need fur
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -205,6 +206,13 @@ def parse_rank_rule(text_or_int: str | int, energy: float = DEFAULT_ENERGY_THRES
                 f"Got rank rule {text_or_int!r}; allowed are 'energy', 'gavish_donoho', 'effective_rank' or "
                 "a number of directions from 1. Use 'energy' for the paper's rule."
             )
+
+
+def described_rule(described: Mapping[str, Any]) -> RankRule:
+    """The rule that ``RankRule.describe`` described."""
+    if described["rule"] == "fixed":
+        return FixedRank(described["k"])
+    return parse_rank_rule(described["rule"], described.get("threshold", DEFAULT_ENERGY_THRESHOLD))
 
 
 def hard_threshold(beta: float) -> float:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scalselect_assets.method.moments import matrix_width
 from scalselect_assets.method.subspace import Subspace
 
+_BLOCK_ROWS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class RankAlternative:
@@ -22,48 +24,41 @@ class RankAlternative:
     Attributes:
         rule: How the rank was found.
         k: The rank.
-        energy: Share of the energy that it holds.
         overlap: Share of the rows chosen with the present rank that would be chosen with this one, too.
     """
 
     rule: str
     k: int
-    energy: float
     overlap: float
 
 
 def rank_alternatives(
-    x: NDArray[Any], axes: Subspace, k: int, ranks: Mapping[str, int], fraction: float
+    x: NDArray[Any], axes: Subspace, k: int, ranks: Mapping[str, int], size: int
 ) -> list[RankAlternative]:
-    """Choose the same share of some rows with other ranks, in O(m·d·max k) time.
+    """Choose the same number of rows with other ranks, in O(m·d·max k) time and O(m) memory per rank.
 
     Args:
         x: (m, d) rows of the pool, all or a sample; with a sample the overlaps are estimates.
         axes: The pool's subspace with at least as many directions as any of the ranks.
         k: The rank in force.
         ranks: Other ranks, by the rule that gives them.
-        fraction: Share of the rows that the budget buys, in (0, 1].
+        size: Number of rows to choose, 1 to m.
 
     Raises:
-        ValueError: ``x`` is not a matrix of the subspace's width, or has no rows.
+        ValueError: ``x`` is not a matrix of the subspace's width, or has fewer than ``size`` rows.
     """
     matrix_width(x, expected=axes.d)
-    if len(x) == 0:
-        raise ValueError("Got 0 rows; comparing choices needs at least 1. Embed a shard first.")
-    size = max(1, round(fraction * len(x)))
-    squares = np.square((np.asarray(x, dtype=np.float64) - axes.mean) @ axes.whitening)
-    leverage = np.cumsum(squares, axis=1)
-    curve = axes.energy_curve()
-
-    def chosen(rank: int) -> set[int]:
-        if rank == 0:
-            return set(range(size))
-        return set(np.argsort(-leverage[:, rank - 1], kind="stable")[:size].tolist())
-
-    present = chosen(k)
-    return [
-        RankAlternative(
-            rule, rank, float(curve[rank - 1]) if rank else 0.0, len(present & chosen(rank)) / size
-        )
-        for rule, rank in ranks.items()
-    ]
+    if not 1 <= size <= len(x):
+        raise ValueError(f"Got {size} of {len(x)} rows to choose; allowed is 1 up to all of them. Pass more.")
+    wanted = sorted({k, *ranks.values()})
+    whitening = axes.whitening
+    leverage = {rank: np.empty(len(x)) for rank in wanted}
+    for start in range(0, len(x), _BLOCK_ROWS):
+        rows = np.asarray(x[start : start + _BLOCK_ROWS], dtype=np.float64) - axes.mean
+        held = np.cumsum(np.square(rows @ whitening[:, : wanted[-1]]), axis=1)
+        for rank in wanted:
+            leverage[rank][start : start + len(rows)] = held[:, rank - 1] if rank else 0.0
+    chosen = {
+        rank: set(np.argsort(-scores, kind="stable")[:size].tolist()) for rank, scores in leverage.items()
+    }
+    return [RankAlternative(rule, rank, len(chosen[k] & chosen[rank]) / size) for rule, rank in ranks.items()]

@@ -67,8 +67,7 @@ class Subspace:
 
     def energy_curve(self) -> NDArray[np.float64]:
         """The share of the total energy held by the first 1, 2, ..., rank directions, (rank,) float64."""
-        held = np.cumsum(self.spectrum)
-        return held / held[-1] if self.rank else held
+        return _energy_curve(self.spectrum)
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays to store, named as the attributes, C-contiguous; ``n`` is () int64."""
@@ -137,6 +136,10 @@ class PrincipalAxes:
     def rank(self) -> int:
         """Numerical rank of the centred matrix."""
         return len(self.spectrum)
+
+    def energy_curve(self) -> NDArray[np.float64]:
+        """See ``Subspace.energy_curve``."""
+        return _energy_curve(self.spectrum)
 
     def subspace(self, k: int) -> Subspace:
         """The k leading directions, in O(d²·k) time and O(d·k) memory.
@@ -263,6 +266,11 @@ def principal_axes(moments: Moments, *, standardise: bool = False) -> PrincipalA
     return PrincipalAxes(
         n, moments.mean, scale, energies[:rank].copy(), diagonal, off_diagonal, reflectors, weights
     )
+
+
+def _energy_curve(spectrum: NDArray[np.float64]) -> NDArray[np.float64]:
+    held: NDArray[np.float64] = np.cumsum(spectrum)
+    return held / held[-1] if len(held) else held
 
 
 def _column_scales(variance: NDArray[np.float64], n: int, mean: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,5 +1,6 @@
 """Leverage from moments equals leverage from a full SVD, and behaves as leverage must."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from scalselect_assets.method.leverage import LeverageScorer, leverage_scores, projection_dtype
 from scalselect_assets.method.moments import Moments, NonFiniteError, accumulate
 from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, EnergyThreshold, FixedRank
-from scalselect_assets.method.subspace import fit_subspace
+from scalselect_assets.method.subspace import Subspace, fit_subspace
 
 
 def rows(n: int, d: int, seed: int = 0) -> NDArray[np.float64]:
@@ -106,7 +107,7 @@ def test_float32_projections_are_within_1e_5_of_float64_in_every_row(decay: floa
     axes, _ = np.linalg.qr(rng.normal(size=(400, 400)))
     x = ((rng.normal(size=(3000, 400)) * np.arange(1, 401.0) ** -decay) @ axes).astype(np.float32)
     x[:, 5] += 1e4
-    subspace = fit_subspace(Moments.of(x))
+    subspace = fit_subspace(Moments.of(x), EnergyThreshold(0.99))
     assert projection_dtype(subspace) is np.float32
     exact = np.square((x.astype(np.float64) - subspace.mean) @ subspace.whitening).sum(axis=1)
     np.testing.assert_allclose(leverage_scores(x, subspace), exact, rtol=1e-5)
@@ -122,9 +123,25 @@ def test_directions_too_far_apart_for_float32_are_projected_in_float64():
     np.testing.assert_allclose(leverage_scores(x, subspace), exact, rtol=1e-9)
 
 
-def test_the_papers_threshold_never_needs_float64_up_to_6500_dimensions():
-    # The last kept direction holds at least (1 - 0.9)/d of the energy, so the ratio is at most √(10·d).
-    assert (10 * 6500) ** 0.5 < 256
+def test_the_papers_threshold_stays_in_float32_beside_a_strong_direction_in_4096_dimensions():
+    # The last kept direction holds at least (1 - 0.9)/d of the energy: the largest ratio that there is.
+    d = 4096
+    energies = np.full(3687, 1.0)
+    energies[0] = 0.1 * d
+    subspace = Subspace(
+        9999, np.zeros(d), np.ones(d), np.empty((d, 3687)), np.sqrt(energies), np.r_[energies, np.ones(409)]
+    )
+    assert projection_dtype(subspace) is np.float32
+    widest = replace(subspace, singular_values=np.sqrt(np.r_[10.0 * d, energies[1:]]))
+    assert projection_dtype(widest) is np.float32
+
+
+def test_few_directions_are_projected_in_float64_since_single_rows_nearly_vanish_there():
+    x = rows(4000, 128)
+    subspace = fit_subspace(Moments.of(x), FixedRank(1))
+    assert projection_dtype(subspace) is np.float64
+    exact = np.square((x - subspace.mean) @ subspace.whitening).sum(axis=1)
+    np.testing.assert_allclose(leverage_scores(x, subspace), exact, rtol=1e-8)
 
 
 def test_a_torch_device_gives_the_same_scores():
