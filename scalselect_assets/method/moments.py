@@ -30,8 +30,9 @@ _PADDING = 8
 # half of the multiplications, and each is one task for one core.
 _TILE = 256
 
-# Rows that are converted and shifted at a time, so that they stay in a core's cache.
+# Rows that are converted and shifted at a time, so that they stay in a core's cache, and in one task.
 _CHUNK_ROWS = 64
+_TASK_ROWS = 512
 
 _ONE_CALLER = threading.Lock()
 
@@ -202,15 +203,17 @@ class MomentsAccumulator:
         shift = self._shift
 
         def convert(first: int) -> NDArray[np.float64]:
-            chunk = target[first : first + _CHUNK_ROWS]
+            total = np.zeros(len(shift))
             # What is not finite is reported by the caller, with its row.
             with np.errstate(invalid="ignore", over="ignore"):
-                np.subtract(rows[first : first + _CHUNK_ROWS], shift, out=chunk, dtype=np.float64)
-                total: NDArray[np.float64] = chunk.sum(axis=0)
+                for start in range(first, min(first + _TASK_ROWS, len(rows)), _CHUNK_ROWS):
+                    chunk = target[start : start + _CHUNK_ROWS]
+                    np.subtract(rows[start : start + _CHUNK_ROWS], shift, out=chunk, dtype=np.float64)
+                    total += chunk.sum(axis=0)
             return total
 
         with one_blas_thread_per_core() as run:
-            partial_sums = list(run(convert, range(0, len(rows), _CHUNK_ROWS)))
+            partial_sums = list(run(convert, range(0, len(rows), _TASK_ROWS)))
         self._filled += len(rows)
         total: NDArray[np.float64] = np.add.reduce(partial_sums)
         return total
