@@ -40,8 +40,10 @@ from scalselect_assets.method.drift import basis_drift
 from scalselect_assets.method.moments import Moments
 from scalselect_assets.method.rank import DEFAULT_RANK_RULE
 from scalselect_assets.method.subspace import Subspace, principal_axes
+from scalselect_assets.selection import Selection
 
 FINGERPRINT = digest("synthetic")
+SELECTION = Selection(name="synthetic", source="pool", store="store", target_model="synthetic")
 KINDS = ("changed", "added", "removed")
 REBUILT = "rebuilt"
 
@@ -103,7 +105,7 @@ class Pool:
 
     def headers(self) -> dict[str, dict[str, str]]:
         """What the asset finds out before it adds anything up."""
-        return subspace_basis.moments_headers(self.artifacts, list(self.versions), FINGERPRINT)
+        return subspace_basis.moments_headers(SELECTION, self.artifacts, list(self.versions), FINGERPRINT)
 
     def forget_cached_files(self) -> None:
         """Make the next reads come from the disk."""
@@ -130,7 +132,7 @@ class Pool:
             moments.to_arrays(),
             lineage.header(
                 version,
-                version,
+                embedding_moments.provenance(SELECTION, embeddings_version),
                 attention_embeddings=embeddings_version,
                 model_fingerprint=FINGERPRINT,
                 lance_table=table.table,

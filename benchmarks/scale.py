@@ -463,7 +463,7 @@ def measure_parts(pool: Pool) -> dict[str, float]:
         lambda: artifacts.read_frame(importance_scores.NAME, shards[0], columns=["normalised_leverage"])
     )
     image = _best(_prepare_image())
-    judging = _best(lambda: subspace_basis.moments_headers(artifacts, list(few), FINGERPRINT))
+    judging = _best(lambda: subspace_basis.moments_headers(selection, artifacts, list(few), FINGERPRINT))
     shutil.rmtree(str(artifacts.root / scratch))
     per_added = (adding - taking) / (len(few) - 1) if len(few) > 1 else taking
     return {

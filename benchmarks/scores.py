@@ -718,7 +718,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--outliers", choices=("means", "extreme", "none"), default="means", help="see generate()")
     add("--energy", type=float, help="share that fixes k (0.9, of the rest if outliers are extreme)")
     add("--seed", type=int, default=0)
-    add("--batch-rows", type=int, default=1024, help="rows per batch of ours (1024, as the assets read)")
+    add("--batch-rows", type=int, default=4096, help="rows per batch of ours (4096, as the assets read)")
     add(
         "--reference",
         choices=("auto", "svd", "gram"),

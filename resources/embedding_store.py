@@ -133,7 +133,7 @@ class EmbeddingStore:
             content_sha256=content_sha256,
         )
 
-    def read(self, table: EmbeddingTable, *, batch_rows: int = 1024) -> Iterator[VectorBatch]:
+    def read(self, table: EmbeddingTable, *, batch_rows: int = 4096) -> Iterator[VectorBatch]:
         """Stream the vectors of the recorded version.
 
         Raises:
