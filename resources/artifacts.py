@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
@@ -88,17 +88,7 @@ class ArtifactStore:
             self._readable(asset, shard, path),
             path.open("rb") as file,
         ):
-            if suffix == ".parquet":
-                return pl.read_parquet_metadata(file)
-            length = int.from_bytes(file.read(8), "little")
-            if length > _MAX_SAFETENSORS_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            described = json.loads(file.read(length))
-            header: dict[str, str] = described.pop("__metadata__", {})
-            size = 8 + length + max((array["data_offsets"][1] for array in described.values()), default=0)
-            if file.seek(0, os.SEEK_END) != size:
-                raise ValueError(f"{file.tell()} bytes where the header says {size}")
-            return header
+            return pl.read_parquet_metadata(file) if suffix == ".parquet" else _safetensors_header(file)
 
     def write_arrays(
         self, asset: str, arrays: Mapping[str, NDArray[Any]], header: Header, shard: str | None = None
@@ -115,7 +105,7 @@ class ArtifactStore:
         path = self.path(asset, shard, suffix=".safetensors")
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
-            return load_safetensors(data), self.read_header(asset, shard, suffix=".safetensors")
+            return load_safetensors(data), _safetensors_header(io.BytesIO(data))
 
     def write_json(self, asset: str, value: Any, shard: str | None = None) -> tuple[UPath, int]:
         """Replace a JSON file; returns its path and size in bytes."""
@@ -210,6 +200,23 @@ class ArtifactStore:
         except BaseException:
             writing.unlink(missing_ok=True)
             raise
+
+
+def _safetensors_header(file: BinaryIO) -> dict[str, str]:
+    """The header of an open safetensors file, known to be as long as it says.
+
+    Raises:
+        ValueError: Truncated or damaged.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_SAFETENSORS_HEADER:
+        raise ValueError(f"a header of {length} bytes")
+    described = json.loads(file.read(length))
+    header: dict[str, str] = described.pop("__metadata__", {})
+    size = 8 + length + max((array["data_offsets"][1] for array in described.values()), default=0)
+    if file.seek(0, os.SEEK_END) != size:
+        raise ValueError(f"{file.tell()} bytes where the header says {size}")
+    return header
 
 
 def _what(asset: str, shard: str | None) -> str:

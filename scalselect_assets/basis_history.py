@@ -182,7 +182,7 @@ def replace_basis(
 ) -> tuple[UPath, int]:
     """Write a basis, keeping those before it that scores are still of; returns its path and bytes."""
     bounds = history.plan.bounds
-    last = _read(artifacts, BASIS, None)
+    last = _read(artifacts, BASIS, None) if bounds else None
     if last is not None and (version := last[1]["data_version"]) in bounds:
         artifacts.write_arrays(EARLIER, last[0].to_arrays(), {"data_version": version}, version)
     written = artifacts.write_arrays(

@@ -16,7 +16,7 @@ from scalselect_assets import attention_embeddings, lineage, pool_moments
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import MOMENTS, column_schema
 
-NAME = "embedding_moments"
+NAME = pool_moments.SHARD_MOMENTS
 CODE_VERSION = "2"
 
 
@@ -42,14 +42,14 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """Count, mean and scatter matrix of the shard's vectors, accumulated in float64."""
         from scalselect_assets.method.moments import MomentsAccumulator
-        from scalselect_assets.method.preprocessing import unit_rows
+        from scalselect_assets.method.preprocessing import prepared_rows
 
         start, shard = time.monotonic(), context.partition_key
         artifacts = storage.artifacts(selection.store)
         table, embeddings = attention_embeddings.recorded_table(artifacts, shard)
         accumulator = MomentsAccumulator(table.dimension, device=vlm.array_device())
         for batch in storage.embeddings(selection.store).read(table):
-            x = unit_rows(batch.vector) if selection.unit_rows else batch.vector
+            x = prepared_rows(batch.vector, to_unit_length=selection.unit_rows)
             accumulator.add(x, names=batch.sample_key)
         moments = accumulator.moments()
         content = hashlib.sha256()

@@ -107,7 +107,7 @@ def _score(
     Raises:
         dg.Failure: The basis was not fitted on the shard's present vectors.
     """
-    from scalselect_assets.method.preprocessing import unit_rows
+    from scalselect_assets.method.preprocessing import prepared_rows
 
     table, embeddings = attention_embeddings.recorded_table(storage.artifacts(selection.store), shard)
     fitted_version = fitted_on.get("attention_embeddings")
@@ -119,7 +119,7 @@ def _score(
         )
     frames = []
     for batch in storage.embeddings(selection.store).read(table):
-        x = unit_rows(batch.vector) if selection.unit_rows else batch.vector
+        x = prepared_rows(batch.vector, to_unit_length=selection.unit_rows)
         leverage = scorer.scores(x, names=batch.sample_key)
         columns = {
             "row": batch.row,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from scalselect_assets.method.running import RunningMoments
 
 NAME = "pool_moments"
+SHARD_MOMENTS = "embedding_moments"
 RETIRED = "retired_moments"
-_SHARD_MOMENTS = "embedding_moments"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,12 @@ class PoolMoments:
 def retire(artifacts: ArtifactStore, shard: str, new_version: str) -> None:
     """Set a shard's moments aside before others replace them, where the totals hold them."""
     try:
-        version = _version(artifacts, _SHARD_MOMENTS, shard)
+        version = _version(artifacts, SHARD_MOMENTS, shard)
         held = _held(artifacts).get(shard)
     except (ArtifactMissingError, ArtifactCorruptError):
         return
     if version == held != new_version:
-        artifacts.rename(_SHARD_MOMENTS, shard, RETIRED, _retired(shard, version), suffix=".safetensors")
+        artifacts.rename(SHARD_MOMENTS, shard, RETIRED, _retired(shard, version), suffix=".safetensors")
 
 
 def update(artifacts: ArtifactStore, wanted: Mapping[str, str], *, rebuild: bool) -> PoolMoments | None:
@@ -126,14 +126,14 @@ def _shard_moments(artifacts: ArtifactStore, shard: str, version: str) -> "Momen
     """A shard's moments of one version, in force or set aside."""
     from scalselect_assets.method.moments import Moments
 
-    for asset, name in ((_SHARD_MOMENTS, shard), (RETIRED, _retired(shard, version))):
+    for asset, name in ((SHARD_MOMENTS, shard), (RETIRED, _retired(shard, version))):
         try:
             if _version(artifacts, asset, name) == version:
                 return Moments.from_arrays(artifacts.read_arrays(asset, name)[0])
         except ArtifactMissingError:
             continue
     raise ArtifactMissingError(
-        f"{_SHARD_MOMENTS}[{shard}] of version {version} is not in the store; materialize it again"
+        f"{SHARD_MOMENTS}[{shard}] of version {version} is not in the store; materialize it again"
     )
 
 

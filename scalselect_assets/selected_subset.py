@@ -67,9 +67,9 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         artifacts = storage.artifacts(selection.store)
         subspace, basis = subspace_basis.read_basis(artifacts)
         plan = ScorePlan.from_header(basis)
-        scored = sorted(json.loads(basis["shards"]))
+        in_basis = json.loads(basis["shards"])
         pool = pool_shards(context, selection.partitions)
-        scores = PoolScores(artifacts, plan, scored)
+        scores = PoolScores(artifacts, plan, sorted(in_basis))
         chosen = scores.top(budget_size(selection.budget, subspace.n))
         data_version = _content_version(chosen)
         made_from = provenance(selection, plan.version)
@@ -115,7 +115,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     },
                 ),
                 missing_shards_check(
-                    "selection_covers_every_shard", [shard for shard in pool if shard not in set(scored)]
+                    "selection_covers_every_shard", [shard for shard in pool if shard not in in_basis]
                 ),
             ],
         )

@@ -130,10 +130,10 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         k = selection.rank_rule.rank(axes.spectrum, axes.n, axes.d)
         subspace = axes.subspace(k)
         alternatives = _rank_alternatives(storage, selection, axes, k, list(inputs))
-        basis_version = version(selection, versions)
+        basis_version, made_from = version(selection, versions), provenance(selection, versions)
         header = lineage.header(
             basis_version,
-            provenance(selection, versions),
+            made_from,
             model_fingerprint=fingerprint,
             rank_rule=json.dumps(selection.rank_rule.describe()),
             standardise=json.dumps(selection.standardise),
@@ -146,7 +146,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         path, size = basis_history.replace_basis(artifacts, subspace.to_arrays(), header, history)
         return lineage.result(
             basis_version,
-            provenance(selection, versions),
+            made_from,
             {
                 "rank": subspace.k,
                 "numerical_rank": subspace.rank,
@@ -295,7 +295,7 @@ def _rank_alternatives(
 
 def _sample(storage: StorageResource, selection: Selection, shards: list[str]) -> NDArray[Any]:
     """Vectors of the pool, (m, d): all of a small one, else a bounded number, the same at every call."""
-    from scalselect_assets.method.preprocessing import unit_rows
+    from scalselect_assets.method.preprocessing import prepared_rows
 
     generator = np.random.default_rng(0)
     artifacts, embeddings = storage.artifacts(selection.store), storage.embeddings(selection.store)
@@ -316,8 +316,7 @@ def _sample(storage: StorageResource, selection: Selection, shards: list[str]) -
         )
         for table in tables
     ]
-    x = np.concatenate(vectors)
-    return unit_rows(x) if selection.unit_rows else x
+    return prepared_rows(np.concatenate(vectors), to_unit_length=selection.unit_rows)
 
 
 def _told(rule: Mapping[str, Any]) -> str:

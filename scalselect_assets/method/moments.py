@@ -242,8 +242,8 @@ class _Gram(Protocol):
 class _CpuGram:
     """Each core multiplies whole tiles with BLAS on one thread.
 
-    OpenBLAS's own threads share the symmetric product unevenly: on 2 cores they reached 73 to 85 % of the
-    rate of these.
+    That is faster than the symmetric product on the threads of NumPy's own BLAS: on 2 virtual AMD EPYC cores,
+    2048 rows of 1024 are multiplied at 67 GFLOP/s in these tiles, at 57 to 62 without them.
     """
 
     def __init__(self, d: int) -> None:

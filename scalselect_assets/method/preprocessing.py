@@ -12,6 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def prepared_rows(x: NDArray[Any], *, to_unit_length: bool) -> NDArray[Any]:
+    """Rows as the moments and the scores take them.
+
+    Args:
+        x: (m, d) rows of any real dtype.
+        to_unit_length: Whether to scale them by `unit_rows`.
+
+    Returns:
+        (m, d): float64 rows of unit length, or ``x`` itself, in its own dtype.
+    """
+    return unit_rows(x) if to_unit_length else x
+
+
 def unit_rows(x: NDArray[Any]) -> NDArray[np.float64]:
     """The rows of (m, d) ``x`` scaled to Euclidean norm 1, in float64; a row of zeros stays one."""
     rows = np.asarray(x, dtype=np.float64)

@@ -13,19 +13,7 @@ from scalselect_assets.method.leverage import LeverageScorer, leverage_scores, p
 from scalselect_assets.method.moments import Moments, NonFiniteError, accumulate
 from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, EnergyThreshold, FixedRank
 from scalselect_assets.method.subspace import Subspace, fit_subspace
-
-
-def rows(n: int, d: int, seed: int = 0) -> NDArray[np.float64]:
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, d)) * np.geomspace(1, 0.05, d) @ rng.normal(size=(d, d)) + rng.normal(size=d)
-
-
-def with_outlier_dimensions(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What hidden states look like: one wide dimension far from zero, one far from zero only."""
-    x = x.copy()
-    x[:, 1] = x[:, 1] * 1e3 + 1e4
-    x[:, 2] += 1e6
-    return x
+from tests.method.vectors import rows, with_outlier_dimensions
 
 
 def published(x: NDArray[Any], threshold: float) -> tuple[NDArray[np.float64], int]:

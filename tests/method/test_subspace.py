@@ -18,6 +18,7 @@ from scalselect_assets.method.rank import (
     GavishDonoho,
 )
 from scalselect_assets.method.subspace import Subspace, fit_subspace, principal_axes
+from tests.method.vectors import with_outlier_dimensions
 
 
 def rows(n: int, d: int, seed: int = 0) -> NDArray[np.float64]:
@@ -40,14 +41,6 @@ def rotated(energies: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]
     Q = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
     scatter = (Q * energies) @ Q.T
     return (scatter + scatter.T) / 2
-
-
-def with_outlier_dimensions(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What hidden states look like: one wide dimension far from zero, one far from zero only."""
-    x = x.copy()
-    x[:, 1] = x[:, 1] * 1e3 + 1e4
-    x[:, 2] += 1e6
-    return x
 
 
 def fit(
