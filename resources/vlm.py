@@ -25,12 +25,19 @@ _LOADED: dict[tuple[str, str, int], "VlmEncoder"] = {}
 
 
 class TargetModel(TypedDict):
-    """What a selection says of its model; see ``scalselect_assets.method.encoder.load_encoder``."""
+    """What a selection says of its model; see ``scalselect_assets.method.loading.load_encoder``."""
 
     model: str
     revision: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
     attention_mass: float
+
+
+class Speed(TypedDict):
+    """Options of ``scalselect_assets.method.encoder.VlmEncoder.encode_as_done``."""
+
+    batch_tokens: int
+    workers: int
 
 
 class VlmResource(dg.ConfigurableResource):
@@ -39,7 +46,18 @@ class VlmResource(dg.ConfigurableResource):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where models run; auto is CUDA where torch sees a device."
     )
-    batch_size: int = Field(default=8, ge=1, description="Samples per forward pass.")
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that are computed together: memory grows in proportion. By default 4,096 on a "
+        "CPU and 32,768 on a GPU; a batch that does not fit the memory is halved until it does.",
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that read, decode and tokenize ahead of the model; 0 for a thread. By default "
+        "a thread on a CPU, and on a GPU as many as there are cores, up to 16, but one.",
+    )
     max_image_pixels: int = Field(
         default=50_000_000, ge=1, description="Images with more pixels are rejected, not decoded."
     )
@@ -54,17 +72,27 @@ class VlmResource(dg.ConfigurableResource):
 
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    def speed(self, encoder: "VlmEncoder") -> "Speed":
+        """How the encoder is to work through samples here; nothing of it changes a representation."""
+        on_gpu = encoder.device.type == "cuda"
+        return {
+            "batch_tokens": self.batch_tokens or (32_768 if on_gpu else 4_096),
+            "workers": self.workers
+            if self.workers is not None
+            else (min(16, (os.cpu_count() or 2) - 1) if on_gpu else 0),
+        }
+
     def encoder(self, artifacts: ArtifactStore, **target: Unpack[TargetModel]) -> "VlmEncoder":
         """The loaded model; its card is kept in the store.
 
         Raises:
-            ModelLoadError: See ``scalselect_assets.method.encoder.load_encoder``.
+            ModelLoadError: See ``scalselect_assets.method.loading.load_encoder``.
             UnsupportedModelError: Likewise.
         """
         # Threads that wait by spinning take the processor from those that compute; read when torch is
         # first imported, so what the environment says, or a process that has imported torch, prevails.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        from scalselect_assets.method.encoder import ModelLoadError, load_encoder
+        from scalselect_assets.method.loading import ModelLoadError, load_encoder
 
         signature = model_signature(**target)
         key = (signature, self.device, self.max_image_pixels)

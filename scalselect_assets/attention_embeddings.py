@@ -7,8 +7,6 @@ memory of the shard's vectors and one batch.
 
 import hashlib
 import time
-from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -20,7 +18,6 @@ from resources.artifacts import ArtifactStore
 from resources.embedding_store import EmbeddingTable
 from resources.identity import digest
 from resources.progress import Progress
-from resources.sample_source import SampleSource
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import lineage, raw_samples
@@ -86,14 +83,15 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         raw, raw_header = artifacts.read_frame(raw_samples.NAME, shard)
         encoder = vlm.encoder(artifacts, **selection.target)
         candidates = raw.filter(pl.col("reason").is_null())
-        outcomes = list(
+        done = dict(
             progress.track(
-                encoder.encode(_chat_samples(candidates, source), batch_size=vlm.batch_size),
+                encoder.encode_as_done(_chat_samples(candidates), source.open_image, **vlm.speed(encoder)),
                 shard,
                 candidates.height,
                 context.log,
             )
         )
+        outcomes = [done[place] for place in range(candidates.height)]
         rejected = _rejected_rows(raw, candidates, outcomes, shard, str(source.shard_path(shard)))
         table = _replace_table(storage, selection, encoder, shard, candidates, outcomes)
         # Rejected rows and the file's kind are part of what is passed on, to the manifest and the export.
@@ -140,14 +138,14 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     return attention_embeddings
 
 
-def _chat_samples(candidates: pl.DataFrame, source: SampleSource) -> Iterator["ChatSample"]:
+def _chat_samples(candidates: pl.DataFrame) -> list["ChatSample"]:
     from scalselect_assets.method.conversation import Conversation
     from scalselect_assets.method.encoder import ChatSample
 
-    for conversation, images in candidates.select("conversation", "images").iter_rows():
-        yield ChatSample(
-            Conversation.from_json(conversation), tuple(partial(source.open_image, path) for path in images)
-        )
+    return [
+        ChatSample(Conversation.from_json(conversation), tuple(images))
+        for conversation, images in candidates.select("conversation", "images").iter_rows()
+    ]
 
 
 def _replace_table(

@@ -155,7 +155,14 @@ def run(
         str | None, typer.Option(help="Prefix of the asset keys. (default: from the source's name)")
     ] = None,
     device: DeviceOption = Device.AUTO,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens computed together. (default: 4096, on a GPU 32768)"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that decode ahead. (default: a thread, on a GPU most cores)"),
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -181,8 +188,7 @@ def run(
         with _declared(source, store, name, options) as selection:
             _refresh_and_tell(
                 selection,
-                device,
-                batch_size,
+                VlmResource(device=device.value, batch_tokens=batch_tokens, workers=workers),
                 as_json=as_json,
                 verbose=verbose,
                 rebuild_basis=rebuild_basis,
@@ -204,7 +210,7 @@ def demo(
         vlm = write_demo_vlm(folder / "demo-vlm")
         options = {"target_model": str(vlm), "budget": 0.16}
         with _declared(str(pool.root), str(folder / "demo"), "demo", options) as selection:
-            _refresh_and_tell(selection, Device.CPU, 8, as_json=as_json, verbose=verbose)
+            _refresh_and_tell(selection, VlmResource(device="cpu"), as_json=as_json, verbose=verbose)
         if not as_json:
             _out.print(
                 "\nThe demo model's weights are random, so the path is real and the choice means nothing; "
@@ -422,15 +428,13 @@ def _budget(text: str | None) -> int | float | None:
 
 def _refresh_and_tell(
     selection: Selection,
-    device: Device,
-    batch_size: int,
+    vlm: VlmResource,
     *,
     as_json: bool,
     verbose: bool,
     rebuild_basis: bool = False,
 ) -> None:
     """Refresh, print the summary, and exit with 1 if a shard failed."""
-    vlm = VlmResource(device=device.value, batch_size=batch_size)
     with deployment.open_instance(selection) as instance, _Bars() as bars:
         report = _make_refresh(
             selection, instance, vlm, bars, verbose=verbose, rebuild_basis=rebuild_basis

@@ -48,7 +48,7 @@ class Bench:
             "budget": 0.5,
         }
         self.storage = StorageResource()
-        self.vlm = VlmResource(device="cpu", batch_size=4)
+        self.vlm = VlmResource(device="cpu", batch_tokens=512)
         self.artifacts = self.storage.artifacts(str(store))
 
     @property

@@ -139,11 +139,11 @@ def test_a_changed_shard_that_cannot_be_embedded_leaves_its_last_good_rows(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(VlmEncoder, "encode", out_of_memory)
+        patch.setattr(VlmEncoder, "encode_as_done", out_of_memory)
         assert list(bench.refresh().failed) == ["a.jsonl"]
     bench.options["budget"] = 1.0
     with monkeypatch.context() as patch:
-        patch.setattr(VlmEncoder, "encode", out_of_memory)
+        patch.setattr(VlmEncoder, "encode_as_done", out_of_memory)
         bench.refresh()
     assert len(written(bench).read_text().splitlines()) == 8
     bench.options["budget"] = 0.5

@@ -8,5 +8,5 @@ Scores (numpy, scipy, threadpoolctl; torch on a GPU): `preprocessing` → `momen
 Beside the path: `drift` of a basis, `sensitivity` to its rank.
 """
 
-REPRESENTATION_VERSION = "1"
+REPRESENTATION_VERSION = "2"
 """Part of every model fingerprint; raised whenever the same weights would give other representations."""

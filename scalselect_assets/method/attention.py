@@ -1,129 +1,171 @@
-"""The attention that the instruction pays to the image in the first language-model layer (paper, section 3).
+"""Attention by rows: what the instruction pays to the image, and what only the wanted tokens read.
 
-Transformers hands the layer's own queries, keys, mask and scaling to a registered attention function. Ours
-takes the attention of the instruction rows from them and leaves the layer's output to the SDPA kernel, so
-that no heads × S × S tensor ever exists: per sample only ``heads × block × S`` values, whatever S is.
+Transformers hands a decoder layer's own queries, keys, values, mask and scaling to a registered attention
+function. Ours takes them out (``Queries``) and leaves the layer there: ``method.first_layer`` goes on with
+the few rows that the method needs. Masks stay functions of positions and are only ever evaluated for a block
+of rows, so that nothing of size S × S exists, let alone heads × S × S.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-PROBED_ATTENTION = "scalselect_probed_sdpa"
-"""The name under which the probing attention function is registered with Transformers."""
+from scalselect_assets.method.families import UnsupportedModelError
+
+ROWS_ATTENTION = "scalselect_rows"
+"""The name under which the attention and mask functions are registered with Transformers."""
 
 _BLOCK_BYTES = 64 * 2**20  # softmax rows held at once; small against any model that fits the device
+_MASK_BYTES = 16 * 2**20  # of a block's mask, one byte a position
 
 
-@dataclass(slots=True, eq=False)
-class AttentionProbe:
-    """What the probe looks for, and what it finds in one forward pass.
+@dataclass(frozen=True, slots=True, eq=False)
+class RowMask:
+    """An attention mask as the function that defines it, evaluated for the rows that are asked for.
 
     Attributes:
-        instruction: (batch, S) bool, true at instruction tokens.
-        attention: (batch, S) float32, attention paid to each token, averaged over heads and instruction
-            tokens; ``None`` until the layer has run.
+        allowed: Transformers' mask function: (batch, head, query, key) index tensors that broadcast → bool.
+        causal: The function is plain causality: no token sees a later one, all see the earlier ones.
     """
 
-    instruction: torch.Tensor
-    attention: torch.Tensor | None = None
+    allowed: Callable[..., torch.Tensor]
+    causal: bool
+
+    def of(self, sample: int, rows: torch.Tensor, n_keys: int) -> torch.Tensor:
+        """(len(rows), n_keys) bool, true where a row may attend."""
+        keys = torch.arange(n_keys, device=rows.device)
+        if self.causal:
+            return keys <= rows[:, None]
+        batch = torch.full((1, 1), sample, device=rows.device)
+        allowed = self.allowed(batch, torch.zeros_like(batch), rows[:, None], keys[None])
+        return allowed.expand(len(rows), n_keys)
 
 
-_PROBE: ContextVar[AttentionProbe | None] = ContextVar("scalselect_attention_probe", default=None)
+class AtAttention(Exception):  # noqa: N818 - leaves the layer, which is no error
+    """Leaves a decoder layer where it would attend, with all that attending takes.
+
+    Attributes:
+        module: The attention module.
+        query: (1, heads, T, head_dim), rotary position applied.
+        key: (1, kv_heads, T, head_dim); heads is a multiple of kv_heads (grouped-query attention).
+        value: As ``key``.
+        scaling: Factor on the dot products.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> None:
+        super().__init__()
+        self.module, self.query, self.key, self.value, self.scaling = module, query, key, value, scaling
 
 
-@contextmanager
-def probing(probe: AttentionProbe) -> Iterator[AttentionProbe]:
-    """Make ``probe`` the one that the next forward pass fills."""
-    token = _PROBE.set(probe)
-    try:
-        yield probe
-    finally:
-        _PROBE.reset(token)
-
-
-def register_probed_attention() -> str:
-    """Register the probing attention function with Transformers (idempotent) and return its name."""
+def register_rows_attention() -> str:
+    """Register the attention and the mask function with Transformers (idempotent) and return their name."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(PROBED_ATTENTION, _probed_sdpa)
-    AttentionMaskInterface.register(PROBED_ATTENTION, sdpa_mask)
-    return PROBED_ATTENTION
+    AttentionInterface.register(ROWS_ATTENTION, _stop_at_attention)
+    AttentionMaskInterface.register(ROWS_ATTENTION, _row_mask)
+    return ROWS_ATTENTION
 
 
-def _probed_sdpa(
+def _stop_at_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    _mask: Any = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    if odd := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise UnsupportedModelError(f"the first layer's attention has {odd[0]!r}, which is not supported")
+    raise AtAttention(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
-    if (probe := _PROBE.get()) is not None:
-        probe.attention = instruction_attention(
-            query,
-            key,
-            attention_mask,
-            probe.instruction,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            causal=attention_mask is None and getattr(module, "is_causal", True),
-        )
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return output, None
+
+def _row_mask(*, mask_function: Callable[..., torch.Tensor], **_kwargs: Any) -> RowMask:
+    from transformers.masking_utils import causal_mask_function
+
+    return RowMask(mask_function, causal=mask_function is causal_mask_function)
+
+
+def _blocks(
+    rows: torch.Tensor, mask: RowMask, sample: int, n_keys: int, bytes_per_row: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slices of ``rows`` with their masks, at most ``_BLOCK_BYTES`` of what a row takes."""
+    size = max(1, min(_BLOCK_BYTES // bytes_per_row, _MASK_BYTES // n_keys))
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        yield block, mask.of(sample, rows[block], n_keys)
 
 
 def instruction_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    instruction: torch.Tensor,
-    *,
-    scaling: float,
-    causal: bool,
-    block_bytes: int = _BLOCK_BYTES,
+    query: torch.Tensor, key: torch.Tensor, mask: RowMask, sample: int, rows: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Softmax attention averaged over heads and instruction rows, in blocks of rows.
+    """Softmax attention of one sample, averaged over heads and over the rows of the instruction.
 
     Args:
-        query: (batch, heads, S, head_dim), rotary position already applied.
-        key: (batch, kv_heads, S, head_dim); heads is a multiple of kv_heads (grouped-query attention).
-        attention_mask: ``None``, or (batch, 1 or heads, S, S): bool (true = attend) or additive.
-        instruction: (batch, S) bool; a sample without a true entry gets zeros.
+        query: (heads, S, head_dim).
+        key: (kv_heads, S, head_dim).
+        mask: What each row may attend to.
+        sample: The sample's place in the batch that ``mask`` was made for.
+        rows: (u,) int64 positions of the instruction tokens; without any, the attention is zero.
         scaling: Factor on the dot products.
-        causal: Mask the future where ``attention_mask`` is ``None``.
-        block_bytes: Bound on the float32 softmax rows held at once.
 
     Returns:
-        (batch, S) float32: per token the mean attention that it receives. Time is
-        O(heads · |instruction| · S · head_dim), memory O(S + block_bytes).
+        (S,) float32: per token the mean attention that it receives. Time O(heads · u · S · head_dim), memory
+        O(S) and a fixed block.
     """
-    batch, heads, length, _ = query.shape
-    kv_heads = key.shape[1]
-    attention = torch.zeros(batch, length, dtype=torch.float32, device=query.device)
-    rows_per_block = max(1, block_bytes // (4 * heads * length))
-    positions = torch.arange(length, device=query.device)
-    for sample in range(batch):
-        rows = instruction[sample].nonzero().squeeze(1)
-        for block in torch.split(rows, rows_per_block):
-            grouped = query[sample, :, block].reshape(kv_heads, -1, query.shape[-1])
-            logits = (grouped @ key[sample].transpose(1, 2)).float().mul_(scaling)
-            logits = logits.view(heads, len(block), length)
-            if attention_mask is not None:
-                mask = attention_mask[sample, :, block]
-                logits = logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-            elif causal:
-                logits.masked_fill_(positions > block[:, None], -torch.inf)
-            attention[sample] += logits.softmax(-1).sum((0, 1))
-        attention[sample] /= max(1, heads * len(rows))
-    return attention
+    heads, length, _ = query.shape
+    attention = torch.zeros(length, dtype=torch.float32, device=query.device)
+    for block, allowed in _blocks(rows, mask, sample, length, 4 * heads * length):
+        grouped = query[:, rows[block]].reshape(key.shape[0], -1, query.shape[-1])
+        logits = (grouped @ key.transpose(1, 2)).float().mul_(scaling).view(heads, -1, length)
+        attention += logits.masked_fill_(~allowed, -torch.inf).softmax(-1).sum((0, 1))
+    return attention.div_(max(1, heads * len(rows)))
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: RowMask,
+    sample: int,
+    rows: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """The attention output of some rows of one sample.
+
+    Args:
+        query: (heads, S, head_dim).
+        key: (kv_heads, S, head_dim).
+        value: (kv_heads, S, head_dim).
+        mask: What each row may attend to.
+        sample: The sample's place in the batch that ``mask`` was made for.
+        rows: (m,) int64 positions.
+        scaling: Factor on the dot products.
+
+    Returns:
+        (m, heads · head_dim) in the dtype of ``value``. Memory O(S + m) and a fixed block.
+    """
+    heads, length, _ = query.shape
+    # Not every kernel takes grouped-query heads together with a mask.
+    key, value = (x.repeat_interleave(heads // x.shape[0], 0)[None] for x in (key, value))
+    outputs = [
+        scaled_dot_product_attention(
+            query[None, :, rows[block]], key, value, attn_mask=allowed[None, None], scale=scaling
+        )[0].transpose(0, 1)
+        for block, allowed in _blocks(rows, mask, sample, length, 1)
+    ]
+    return torch.cat(outputs).flatten(1)
 
 
 def dominant_tokens(attention: torch.Tensor, attention_mass: float) -> torch.Tensor:

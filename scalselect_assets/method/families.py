@@ -1,58 +1,64 @@
-"""The facts that differ between model families; everything else in the package is the same for all."""
+"""The facts that differ between model families; everything else in the package is the same for all.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+There is one mechanism for every image-text-to-text model of Transformers (``method.first_layer``). Families
+that are tested against their whole model are named here; any other is tried in the same way, and refused when
+the self-check at load finds that the mechanism does not hold for it.
+"""
+
+from types import MappingProxyType
+from typing import Any, Final
+
+TESTED_FAMILIES: Final = MappingProxyType(
+    {
+        "llava": "LLaVA-1.5",
+        "llava_next": "LLaVA-NeXT",
+        "llava_onevision": "LLaVA-OneVision",
+        "qwen2_vl": "Qwen2-VL",
+        "qwen2_5_vl": "Qwen2.5-VL",
+        "qwen3_vl": "Qwen3-VL",
+        "internvl": "InternVL",
+        "idefics3": "Idefics3",
+        "smolvlm": "SmolVLM",
+        "gemma3": "Gemma 3",
+    }
+)
+"""What people call a family, by the ``model_type`` of its Transformers configuration."""
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot be the target model here; the message says why and which ones can."""
+    """The model cannot be the target model here; the message says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What has to be known about one family of Transformers models.
-
-    Attributes:
-        name: What people call it.
-        image_token_id: Of a model's configuration: the input id whose tokens carry image features.
-        first_layer: Of a loaded base model: the first decoder layer of its language model.
-        vision_towers: ``model_type`` of the vision towers that it is known to work with.
-    """
-
-    name: str
-    image_token_id: Callable[[Any], int]
-    first_layer: Callable[[Any], Any]
-    vision_towers: frozenset[str]
-
-
-FAMILIES = {
-    "llava": Family(
-        name="LLaVA-1.5",
-        image_token_id=lambda config: config.image_token_id,
-        first_layer=lambda model: model.get_decoder().layers[0],
-        # Pixtral is a LLaVA by name, with images of varying size and tokens between their rows.
-        vision_towers=frozenset({"clip_vision_model", "siglip_vision_model"}),
-    ),
-}
-"""By ``model_type`` of the Transformers configuration."""
-
-
-def family_of(config: Any) -> Family:
-    """The declared facts for the model of a Transformers configuration.
+def image_token_id(config: Any) -> int:
+    """The input id whose tokens carry image features.
 
     Raises:
-        UnsupportedModelError: Nothing is declared for its type, or not for its vision tower.
+        UnsupportedModelError: The configuration names none.
     """
-    known = ", ".join(f"{family.name} ({key})" for key, family in sorted(FAMILIES.items()))
-    family = FAMILIES.get(config.model_type)
-    if family is None:
+    token = getattr(config, "image_token_id", None)
+    if token is None:
         raise UnsupportedModelError(
-            f"models of type {config.model_type!r} are not supported yet; supported: {known}"
+            f"models of type {config.model_type!r} name no image token in their configuration, so that their "
+            f"vision tokens cannot be told apart; tested families: {', '.join(TESTED_FAMILIES.values())}"
         )
-    if (tower := config.vision_config.model_type) not in family.vision_towers:
-        raise UnsupportedModelError(
-            f"{family.name} models with a vision tower of type {tower!r} are not supported yet; supported "
-            f"towers: {', '.join(sorted(family.vision_towers))}"
-        )
-    return family
+    return int(token)
+
+
+def keep_what_the_first_layer_reads(config: Any) -> None:
+    """Cut a configuration, in place, to what the first decoder layer's output depends on.
+
+    Weights of what is cut away are never read. Besides the other decoder layers that is:
+
+    * in LLaVA and its like, the vision tower's layers after the one whose output is projected
+      (``vision_feature_layer``, usually the last but one);
+    * in Qwen3-VL, the DeepStack features: they are added *after* the first layers, while ``hidden_states[1]``
+      is the first layer's own output, before that addition.
+    """
+    config.get_text_config().num_hidden_layers = 1
+    tower = config.vision_config
+    chosen = getattr(config, "vision_feature_layer", None)
+    if isinstance(chosen, int) and chosen < -1:
+        tower.num_hidden_layers += chosen + 1
+        config.vision_feature_layer = -1
+    if getattr(tower, "deepstack_visual_indexes", None):
+        tower.deepstack_visual_indexes = []

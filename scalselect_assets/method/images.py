@@ -4,7 +4,7 @@ import io
 import warnings
 from functools import cache
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 DEFAULT_MAX_PIXELS = 50_000_000
 """Larger images are refused before their pixels are read: 50 megapixels decode to 150 MB."""
@@ -44,13 +44,18 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(io.BytesIO(data), formats=_installed_formats())
             _check_size(*image.size, max_pixels)
-            return ImageOps.exif_transpose(image).convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except (ImageTooLargeError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
             f"far more than {max_pixels:,} pixels, which are decoded at most: resize the image"
         ) from error
+    except UnidentifiedImageError as error:
+        # Pillow's own sentence names the buffer by its address, which is another one each time.
+        raise UndecodableImageError(f"not an image of a known format; it starts with {data[:8]!r}") from error
     # On damaged data Pillow's decoders raise whatever the format's library happens to: over a dozen types.
     except Exception as error:
         raise UndecodableImageError(

@@ -19,6 +19,7 @@ class RejectionReason(enum.StrEnum):
     TEMPLATE_REFUSED = "template_refused"
     PROCESSOR_REFUSED = "processor_refused"
     TOO_LONG = "too_long"
+    TOO_LARGE = "too_large"
     NON_FINITE = "non_finite"
 
 

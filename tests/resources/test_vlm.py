@@ -10,13 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from upath import UPath
 
 from resources import vlm
 from resources.artifacts import ArtifactStore
 from resources.vlm import CARDS, VlmResource, model_signature
-from scalselect_assets.method import encoder as encoder_module
-from scalselect_assets.method.encoder import ModelLoadError
+from scalselect_assets.method import loading
+from scalselect_assets.method.loading import ModelLoadError
 
 ROOT = Path(__file__).parents[2]
 CPU = VlmResource(device="cpu")
@@ -49,7 +50,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         card = {"fingerprint": fingerprint, "model": model, "commit": "c0ffee"}
         return SimpleNamespace(card=SimpleNamespace(to_json=lambda: card, fingerprint=fingerprint))
 
-    monkeypatch.setattr(encoder_module, "load_encoder", load)
+    monkeypatch.setattr(loading, "load_encoder", load)
     return calls
 
 
@@ -83,7 +84,7 @@ def test_a_store_that_does_not_know_the_model_loads_it_and_then_knows_it(
     def refuse(*_arguments: object, **_options: object) -> None:
         raise AssertionError("the model was loaded again")
 
-    monkeypatch.setattr(encoder_module, "load_encoder", refuse)
+    monkeypatch.setattr(loading, "load_encoder", refuse)
     forget_models(monkeypatch)
 
     assert CPU.card(artifacts, **target(demo_vlm)) == card
@@ -94,7 +95,7 @@ def test_a_store_that_does_not_know_the_model_loads_it_and_then_knows_it(
 def test_a_card_does_not_depend_on_how_the_model_runs(artifacts: ArtifactStore, loads: list) -> None:
     card = CPU.card(artifacts, **target("org/name"))
 
-    other = VlmResource(device="cuda", batch_size=64, max_image_pixels=100)
+    other = VlmResource(device="cuda", batch_tokens=64, workers=3, max_image_pixels=100)
 
     assert other.card(artifacts, **target("org/name")) == card
     assert len(loads) == 1
@@ -146,7 +147,8 @@ def test_a_model_is_loaded_once_per_process(demo_vlm: Path, artifacts: ArtifactS
     first = CPU.encoder(artifacts, **target(demo_vlm))
 
     assert CPU.encoder(artifacts, **target(demo_vlm)) is first
-    assert VlmResource(device="cpu", batch_size=1).encoder(artifacts, **target(demo_vlm)) is first
+    other = VlmResource(device="cpu", batch_tokens=1, workers=2)
+    assert other.encoder(artifacts, **target(demo_vlm)) is first
 
 
 def test_the_settings_reach_the_model(artifacts: ArtifactStore, loads: list) -> None:
@@ -218,8 +220,53 @@ def test_a_model_that_is_not_the_one_that_the_store_knows_is_refused(
     (signature,) = (path.stem for path in (artifacts.root / vlm.CARDS).iterdir())
     artifacts.write_json(vlm.CARDS, {"fingerprint": "another", "commit": None}, signature)
 
-    with pytest.raises(encoder_module.ModelLoadError, match="the store knows it as another"):
+    with pytest.raises(ModelLoadError, match="the store knows it as another"):
         CPU.encoder(artifacts, **target("org/name"))
+
+
+# Speed
+
+
+def on(device: str) -> Any:
+    """An encoder, as far as its speed is concerned."""
+    return SimpleNamespace(device=SimpleNamespace(type=device))
+
+
+def test_a_cpu_reads_ahead_in_a_thread_and_computes_few_tokens_at_once() -> None:
+    assert CPU.speed(on("cpu")) == {"batch_tokens": 4096, "workers": 0}
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers"), [(1, 0), (2, 1), (8, 7), (16, 15), (17, 16), (96, 16), (None, 1)]
+)
+def test_a_gpu_gets_processes_that_feed_it_and_leaves_a_core_free(
+    cores: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert VlmResource(device="cuda").speed(on("cuda")) == {"batch_tokens": 32_768, "workers": workers}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_deployment_says_of_its_speed_prevails(device: str) -> None:
+    for workers in (0, 3):
+        resource = VlmResource(batch_tokens=7, workers=workers)
+        assert resource.speed(on(device)) == {"batch_tokens": 7, "workers": workers}
+
+
+def test_the_speed_goes_by_where_the_model_is_and_not_by_what_was_asked_for() -> None:
+    assert VlmResource(device="auto").speed(on("cuda"))["batch_tokens"] == 32_768
+    assert VlmResource(device="auto").speed(on("cpu"))["batch_tokens"] == 4096
+
+
+@pytest.mark.parametrize("setting", [{"batch_tokens": 0}, {"workers": -1}])
+def test_a_speed_that_makes_no_sense_is_refused(setting: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(setting))):
+        VlmResource(**setting)
+
+
+def test_the_speed_is_one_that_the_encoder_takes(demo_vlm: Path, artifacts: ArtifactStore) -> None:
+    encoder = CPU.encoder(artifacts, **target(demo_vlm))
+    assert encoder.encode([], lambda _: b"", **CPU.speed(encoder)) == []
 
 
 # The signature
