@@ -7,6 +7,7 @@ torch.
 
 import os
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -79,7 +80,7 @@ class VlmResource(dg.ConfigurableResource):
             "batch_tokens": self.batch_tokens or (32_768 if on_gpu else 4_096),
             "workers": self.workers
             if self.workers is not None
-            else (min(16, (os.cpu_count() or 2) - 1) if on_gpu else 0),
+            else (min(16, _usable_cores() - 1) if on_gpu else 0),
         }
 
     def encoder(self, artifacts: ArtifactStore, **target: Unpack[TargetModel]) -> "VlmEncoder":
@@ -128,6 +129,11 @@ class VlmResource(dg.ConfigurableResource):
         return known if known is not None else self.encoder(artifacts, **target).card.to_json()
 
 
+def _usable_cores() -> int:
+    """Cores that this process may run on, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _known_card(artifacts: ArtifactStore, signature: str) -> dict[str, Any] | None:
     """The card that the store remembers; none where it is missing or damaged, since it is only a memory."""
     try:
@@ -152,5 +158,7 @@ def model_signature(model: str, revision: str | None, dtype: str, attention_mass
         else []
     )
     identity = str(folder.resolve()) if folder.is_dir() else model
-    libraries = {name: version(name) for name in ("transformers", "tokenizers")}
+    libraries: dict[str, str | None] = {name: version(name) for name in ("transformers", "tokenizers")}
+    # With it, image processors are of another class, whose pixels differ by rounding.
+    libraries["torchvision"] = version("torchvision") if find_spec("torchvision") else None
     return digest(identity, revision, dtype, attention_mass, files, libraries, REPRESENTATION_VERSION)

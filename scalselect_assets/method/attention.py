@@ -100,7 +100,7 @@ def _row_mask(*, mask_function: Callable[..., torch.Tensor], **_kwargs: Any) -> 
 def _blocks(
     rows: torch.Tensor, mask: RowMask, sample: int, n_keys: int, bytes_per_row: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of ``rows`` with their masks, at most ``_BLOCK_BYTES`` of what a row takes."""
+    """Slices of ``rows`` with their masks; what a block may take is bounded for its logits and its mask."""
     size = max(1, min(_BLOCK_BYTES // bytes_per_row, _MASK_BYTES // n_keys))
     for start in range(0, len(rows), size):
         block = slice(start, start + size)
@@ -163,7 +163,7 @@ def attend(
         scaled_dot_product_attention(
             query[None, :, rows[block]], key, value, attn_mask=allowed[None, None], scale=scaling
         )[0].transpose(0, 1)
-        for block, allowed in _blocks(rows, mask, sample, length, 1)
+        for block, allowed in _blocks(rows, mask, sample, length, 4 * heads * length)
     ]
     return torch.cat(outputs).flatten(1)
 

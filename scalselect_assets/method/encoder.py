@@ -146,7 +146,7 @@ class VlmEncoder:
         with self._preparation.by(workers) as submit:
             try:
                 while groups or pending:
-                    while groups and len(pending) < max(_GROUPS_AHEAD, 2 * workers):
+                    while groups and len(pending) < max(_GROUPS_AHEAD, 4 * workers):
                         images, places = groups.popleft()
                         conversations = [samples[place].conversation for place in places]
                         pending.append((places, submit(images, conversations, read_image)))
@@ -158,7 +158,7 @@ class VlmEncoder:
                     future.cancel()
 
     def _represent(self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int) -> Iterator[Outcome]:
-        """The outcomes of a batch; in halves where it cannot be computed at once, down to single samples."""
+        """The outcomes of a batch; in halves where it cannot be computed at once, down to single images."""
         if not batch:
             return
         states = self._try(batch, cache, budget)
@@ -168,6 +168,9 @@ class VlmEncoder:
             half = len(batch) // 2
             yield from self._represent(batch[:half], cache, budget // 2)
             yield from self._represent(batch[half:], cache, budget // 2)
+        elif budget and states.reason is RejectionReason.TOO_LARGE:
+            # Once more with nothing else in memory and its images one by one.
+            yield from self._represent(batch, cache, 0)
         else:
             yield states
 
@@ -176,19 +179,13 @@ class VlmEncoder:
     ) -> list[FirstLayerState] | Rejection:
         """The states of a batch, or what a sample is rejected with if this happens to it alone."""
         try:
-            features = self._features([item.model_input.images for item in batch], cache, budget)
-            return self._first_layer.represent(
-                [item.model_input for item in batch], features, self.card.attention_mass
-            )
+            return self._states(batch, cache, budget)
         except FeatureCountError as error:
             return Rejection(RejectionReason.PROCESSOR_REFUSED, f"{error}: resize the image")
-        except (torch.OutOfMemoryError, MemoryError):
-            pass
-        except RuntimeError as error:
-            # On the CPU torch has no type of its own for it.
-            if "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
-        # Outside the handlers, whose exception holds on to the tensors.
+        # Outside the handler, whose exception holds on to the tensors.
         cache.clear()
         gc.collect()
         if self.device.type == "cuda":
@@ -198,6 +195,14 @@ class VlmEncoder:
             RejectionReason.TOO_LARGE,
             f"{n_tokens:,} tokens with {len(batch[0].image_sha256)} image(s) do not fit the memory of "
             f"{self.device}, even alone; use fewer or smaller images, or a device with more memory",
+        )
+
+    def _states(
+        self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int
+    ) -> list[FirstLayerState]:
+        features = self._features([item.model_input.images for item in batch], cache, budget)
+        return self._first_layer.represent(
+            [item.model_input for item in batch], features, self.card.attention_mass
         )
 
     def _features(
@@ -212,6 +217,14 @@ class VlmEncoder:
         for key, feature in features.items():
             cache.put(key, feature)
         return [[features[image.key] for image in row] for row in images]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch says that memory did not suffice, for which it has no single type."""
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in signs
+    )
 
 
 class _FeatureCache:
@@ -247,8 +260,14 @@ def _groups(samples: Sequence[ChatSample]) -> list[tuple[tuple[str, ...], list[i
     for place, sample in enumerate(samples):
         by_images.setdefault(sample.images, []).append(place)
     lengths = [sum(map(len, sample.conversation.texts("system", "user", "assistant"))) for sample in samples]
+    # Rows with several images may have some of them in common, which are then close to each other.
     ordered = sorted(
-        by_images.items(), key=lambda group: (len(group[0]), max(lengths[place] for place in group[1]))
+        by_images.items(),
+        key=lambda group: (
+            len(group[0]),
+            group[0] if len(group[0]) > 1 else (),
+            max(lengths[place] for place in group[1]),
+        ),
     )
     return [
         (images, places[start : start + _GROUP_SIZE])

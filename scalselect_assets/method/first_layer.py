@@ -101,6 +101,8 @@ class FirstLayer:
         self._tail = _AfterAttention(layer)
         self._recorder = _Recorder(layer)
         decoder.layers = torch.nn.ModuleList([self._recorder])
+        if isinstance(getattr(decoder, "norm", None), torch.nn.Module):
+            decoder.norm = torch.nn.Identity()  # whose result nobody reads
         embedding = model.get_input_embeddings().weight
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
@@ -209,6 +211,7 @@ class FirstLayer:
         # Sizes and grids decide the positions of image tokens; the pixels have been used.
         names = [name for name in images[0].inputs if not name.startswith("pixel_")]
         about_images = self._joined(images, names)
+        self._recorder.forget()
         self._model(
             **{
                 name: self._to_device(value)
@@ -235,7 +238,8 @@ class FirstLayer:
         try:
             self._layer(tokens, **layer_inputs)
         except AtAttention as at:
-            return at
+            # The traceback would keep alive what the layer has computed on the way.
+            return at.with_traceback(None)
         raise UnsupportedModelError(
             f"{type(self._layer).__name__} does not use Transformers' attention interface"
         )
@@ -289,6 +293,10 @@ class _Recorder(torch.nn.Module):
         self._seen = (hidden_states, layer_inputs)
         return hidden_states
 
+    def forget(self) -> None:
+        """The call noted last."""
+        self._seen = None
+
     def take(self) -> tuple[torch.Tensor, dict[str, Any]]:
         """The call noted last, once."""
         if self._seen is None:
@@ -339,7 +347,10 @@ class _AfterAttention:
         self._attended.attended = attended
         if self._mean_first is not None:
             self._mean_first.counts = counts
-        output = self._layer(tokens, **layer_inputs)
+        try:
+            output = self._layer(tokens, **layer_inputs)
+        finally:
+            del self._attended.attended
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
@@ -380,7 +391,12 @@ def _packed(value: Any, lengths: Sequence[int]) -> Any:
     """Tensors of (..., B or 1, S, ·) without their padding, as (..., 1, T, ·); anything else as it is."""
     if isinstance(value, tuple):
         return tuple(_packed(item, lengths) for item in value)
-    if not isinstance(value, torch.Tensor) or value.ndim < 3 or value.shape[-2] != max(lengths):
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.ndim < 3
+        or value.shape[-2] != max(lengths)
+        or value.shape[-3] not in (1, len(lengths))
+    ):
         return value
     batch = value.expand(*value.shape[:-3], len(lengths), -1, -1)
     rows = [batch[..., place, :length, :] for place, length in enumerate(lengths)]

@@ -30,15 +30,11 @@ class Prepared:
     model_input: ModelInput
     image_sha256: tuple[str, ...]
 
-    def for_transport(self) -> "Prepared":
-        """The same with NumPy arrays, which pass between processes several times as fast as tensors."""
-        return dataclasses.replace(
-            self, model_input=_mapped(self.model_input, torch.Tensor, torch.Tensor.numpy)
-        )
-
     def as_tensors(self) -> "Prepared":
         """Inverse of ``for_transport``."""
-        return dataclasses.replace(self, model_input=_mapped(self.model_input, np.ndarray, torch.from_numpy))
+        return dataclasses.replace(
+            self, model_input=_mapped(self.model_input, np.ndarray, torch.from_numpy, {})
+        )
 
 
 class Preparer:
@@ -57,7 +53,8 @@ class Preparer:
         self._processor = processor
         self._image_processor = processor.image_processor
         self._processor.image_processor = _OncePerGroup(processor.image_processor)
-        self._image_token_id, self._max_tokens, self._max_pixels = image_token_id, max_tokens, max_pixels
+        self.max_pixels = max_pixels
+        self._image_token_id, self._max_tokens = image_token_id, max_tokens
 
     @property
     def modules(self) -> list[str]:
@@ -81,11 +78,21 @@ class Preparer:
         Raises:
             OSError: An image cannot be read for reasons other than that it is not there.
         """
+        if not images:
+            text_only = Rejection(RejectionReason.TEXT_ONLY, "it has no image; add one or leave the row out")
+            return [text_only] * len(conversations)
         found = self._decode(images, read_image)
         if isinstance(found, Rejection):
             return [found] * len(conversations)
         decoded, digests = found
-        return [self._prepare(conversation, decoded, digests) for conversation in conversations]
+        prepared: list[Prepared | Rejection] = []
+        shared: tuple[VisionInput, ...] | None = None
+        for conversation in conversations:
+            item = self._prepare(conversation, decoded, digests, shared)
+            if shared is None and isinstance(item, Prepared):
+                shared = item.model_input.images
+            prepared.append(item)
+        return prepared
 
     def _decode(
         self, images: Sequence[str], read_image: Callable[[str], bytes]
@@ -95,7 +102,7 @@ class Preparer:
         for position, reference in enumerate(images, start=1):
             try:
                 data = read_image(reference)
-                decoded.append(decode_image(data, self._max_pixels))
+                decoded.append(decode_image(data, self.max_pixels))
             except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {position}: {error}")
             except ImageTooLargeError as error:
@@ -106,17 +113,29 @@ class Preparer:
         return decoded, tuple(digests)
 
     def _prepare(
-        self, conversation: Conversation, images: list[Image.Image], digests: tuple[str, ...]
+        self,
+        conversation: Conversation,
+        images: list[Image.Image],
+        digests: tuple[str, ...],
+        shared: tuple[VisionInput, ...] | None,
     ) -> Prepared | Rejection:
+        """One sample; ``shared`` is what the processor made of the same images for another one."""
         try:
             chat = render_chat(self._processor, conversation)
         except ChatTemplateError as error:
             return Rejection(RejectionReason.TEMPLATE_REFUSED, str(error))
         try:
             inputs = self.model_inputs(chat, images)
-        except ValueError as error:
+        # The tokenizer's own complaint about a lone surrogate is a TypeError.
+        except (ValueError, TypeError) as error:
             return Rejection(RejectionReason.PROCESSOR_REFUSED, f"the model's processor refuses it: {error}")
-        return self._with_roles(chat, inputs, digests)
+        except MemoryError:
+            return Rejection(
+                RejectionReason.TOO_LARGE,
+                f"its {len(images)} image(s) do not fit the memory while they are processed; use fewer or "
+                "smaller ones",
+            )
+        return self._with_roles(chat, inputs, digests, shared)
 
     def model_inputs(self, chat: RenderedChat, images: list[Image.Image]) -> dict[str, Any]:
         """The processor's outputs for one sample as tensors, with the character offsets of every token."""
@@ -131,7 +150,10 @@ class Preparer:
                 add_special_tokens=not (bos and chat.text.startswith(bos)),
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
-                # Rows beyond the model's length are rejected with their counts, so no warning is due.
+                # Rows beyond the model's length are rejected with their counts, never cut, whatever the
+                # tokenizer's own settings say.
+                truncation=False,
+                padding=False,
                 verbose=False,
             )
         )
@@ -143,7 +165,11 @@ class Preparer:
         }
 
     def _with_roles(
-        self, chat: RenderedChat, inputs: dict[str, Any], digests: tuple[str, ...]
+        self,
+        chat: RenderedChat,
+        inputs: dict[str, Any],
+        digests: tuple[str, ...],
+        shared: tuple[VisionInput, ...] | None,
     ) -> Prepared | Rejection:
         """Tell vision, instruction and answer tokens apart."""
         input_ids = inputs["input_ids"][0]
@@ -159,19 +185,27 @@ class Preparer:
         for begin, end in _expanded_spans(chat.answer_spans, replacements):
             if begin == end:
                 continue  # an empty answer has no content that a token around it could carry
-            # A token that spans the border belongs to the answer: it carries part of its content.
-            answer |= (starts < end) & (ends > begin)
+            # A token that spans the border belongs to the answer: it carries part of its content. One without
+            # width is white space, which some tokenizers leave out of their offsets.
+            answer |= (starts < end) & (ends > begin) | (starts == ends) & (begin < starts) & (starts <= end)
         vision = input_ids == self._image_token_id
         n_tokens = [
-            int(vision[(starts >= begin) & (starts < end)].sum())
+            int(vision[(starts < end) & (ends > begin)].sum())
             for begin, end in (replacement["new_span"] for replacement in replacements)
         ]
+        if sum(n_tokens) != (n_vision := int(vision.sum())):
+            return Rejection(
+                RejectionReason.PROCESSOR_REFUSED,
+                f"{n_vision} image tokens, of which the images fill {sum(n_tokens)}: the text contains the "
+                "model's own image token; remove it",
+            )
         model_input = ModelInput(
             input_ids=input_ids,
             token_inputs={name: inputs[name][0] for name in inputs if name.endswith("token_type_ids")},
             vision=vision.nonzero().squeeze(1),
             instruction=(~vision & ~answer).nonzero().squeeze(1),
-            images=_by_image(
+            images=shared
+            or _by_image(
                 {
                     name: inputs[name]
                     for name in self._processor.image_processor.model_input_names
@@ -254,15 +288,39 @@ def _by_image(
     )
 
 
-def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """The same structure of dataclasses, dictionaries and tuples with every ``kind`` in it changed."""
+def for_transport(prepared: Sequence[Prepared | Rejection]) -> list[Prepared | Rejection]:
+    """A group with NumPy arrays, which pass between processes several times as fast as tensors.
+
+    What its samples share, the pixels above all, is passed once.
+    """
+    seen: dict[int, Any] = {}
+    return [
+        dataclasses.replace(
+            item, model_input=_mapped(item.model_input, torch.Tensor, torch.Tensor.numpy, seen)
+        )
+        if isinstance(item, Prepared)
+        else item
+        for item in prepared
+    ]
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
+    """The same structure of dataclasses, dictionaries and tuples with every ``kind`` in it changed.
+
+    ``seen`` holds what images became, by their identity, so that shared ones stay shared.
+    """
+    if id(value) in seen:
+        return seen[id(value)]
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):
-        return {name: _mapped(item, kind, change) for name, item in value.items()}
+        return {name: _mapped(item, kind, change, seen) for name, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_mapped(item, kind, change) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple(_mapped(item, kind, change, seen) for item in value)
+    if isinstance(value, ModelInput | VisionInput):
         parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
-        return dataclasses.replace(value, **_mapped(parts, kind, change))
+        changed = dataclasses.replace(value, **_mapped(parts, kind, change, seen))
+        if isinstance(value, VisionInput):
+            seen[id(value)] = changed
+        return changed
     return value

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 
 from scalselect_assets.method.conversation import Conversation
-from scalselect_assets.method.preparation import Prepared, Preparer
+from scalselect_assets.method.preparation import Prepared, Preparer, for_transport
 from scalselect_assets.method.rejection import Rejection
 
 ImageReader: TypeAlias = Callable[[str], bytes]
@@ -30,6 +30,7 @@ class Preparation:
         self._preparer = preparer
         self._processes: ProcessPoolExecutor | None = None
         self._n_processes = 0
+        self._end: Callable[[], None] | None = None
 
     @contextmanager
     def by(self, workers: int) -> Iterator[Submit]:
@@ -45,10 +46,10 @@ class Preparation:
             with ThreadPoolExecutor(1, thread_name_prefix="preparation") as thread:
                 yield lambda *group: thread.submit(self._preparer.prepare, *group)
             return
-        if self._processes is None or self._n_processes != workers:
-            self.close()
-            self._processes, self._n_processes = _started(self._preparer, workers), workers
         processes = self._processes
+        if processes is None or self._n_processes != workers:
+            self.close()
+            processes = self._start(workers)
         try:
             yield lambda *group: processes.submit(_prepare, *group)
         except BrokenProcessPool:
@@ -57,20 +58,20 @@ class Preparation:
 
     def close(self) -> None:
         """End the processes."""
-        if self._processes is not None:
-            self._processes.shutdown(cancel_futures=True)
-            self._processes = None
+        if self._end is not None:
+            self._end()
+        self._processes = self._end = None
 
-
-def _started(preparer: Preparer, workers: int) -> ProcessPoolExecutor:
-    # Forked from a process that has imported everything and runs nothing; nothing is forked from this one.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, *preparer.modules])
-    processes = ProcessPoolExecutor(workers, context, _take, (preparer,))
-    # A process that is itself a child (a step of a Dagster run) waits for its children at its end, and these
-    # would wait for work.
-    util.Finalize(None, processes.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
-    return processes
+    def _start(self, workers: int) -> ProcessPoolExecutor:
+        # Forked from a process that has imported everything and runs nothing, never from this one.
+        context = get_context("forkserver")
+        context.set_forkserver_preload([__name__, *self._preparer.modules])
+        processes = ProcessPoolExecutor(workers, context, _take, (self._preparer,))
+        # When this object goes, and at exit: a process that is itself a child (a step of a Dagster run)
+        # waits for its children then, and these would wait for work.
+        self._end = util.Finalize(self, processes.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
+        self._processes, self._n_processes = processes, workers
+        return processes
 
 
 _PREPARERS: list[Preparer] = []  # in a worker process, the one that it works with
@@ -84,5 +85,4 @@ def _take(preparer: Preparer) -> None:
 def _prepare(
     images: Sequence[str], conversations: Sequence[Conversation], read_image: ImageReader
 ) -> list[Prepared | Rejection]:
-    prepared = _PREPARERS[-1].prepare(images, conversations, read_image)
-    return [item.for_transport() if isinstance(item, Prepared) else item for item in prepared]
+    return for_transport(_PREPARERS[-1].prepare(images, conversations, read_image))

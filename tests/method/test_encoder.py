@@ -312,18 +312,39 @@ def test_a_sample_that_does_not_fit_by_itself_is_rejected_and_its_neighbours_are
     assert_equal(outcomes, [*alone[:longest], *alone[longest + 1 :]])
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
 def test_images_that_do_not_fit_the_tower_together_pass_it_in_parts(
-    encoder: VlmEncoder, alone: list[Representation], monkeypatch: pytest.MonkeyPatch
+    at_once: int, encoder: VlmEncoder, alone: list[Representation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = FirstLayer.image_features
 
     def limited(self: FirstLayer, images: Sequence[Any]) -> Any:
-        if len(images) > 3:
+        if len(images) > at_once:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(self, images)
 
     monkeypatch.setattr(FirstLayer, "image_features", limited)
     assert_equal(represent(encoder, POOL, batch_tokens=10_000), alone)
+
+
+def test_what_is_kept_of_other_samples_makes_room(
+    encoder: VlmEncoder, alone: list[Representation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, caches = FirstLayer.represent, []
+    make = encoder_module._FeatureCache
+
+    def noted(max_bytes: int) -> Any:
+        caches.append(make(max_bytes))
+        return caches[-1]
+
+    def limited(self: FirstLayer, *arguments: Any) -> Any:
+        if len(caches[-1]._features) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(encoder_module, "_FeatureCache", noted)
+    monkeypatch.setattr(FirstLayer, "represent", limited)
+    assert_equal(represent(encoder, POOL, batch_tokens=1), alone)
 
 
 def test_any_other_error_of_the_model_is_raised(encoder: VlmEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from scalselect_assets.method import preparation
 from scalselect_assets.method.conversation import IMAGE, Conversation
 from scalselect_assets.method.encoder import ChatSample
-from scalselect_assets.method.preparation import Prepared, Preparer
+from scalselect_assets.method.preparation import Prepared, Preparer, for_transport
 from scalselect_assets.method.rejection import Rejection, RejectionReason
 from tests.method import zoo
 from tests.method.samples import (
@@ -346,7 +346,8 @@ def test_a_preparer_and_what_it_prepares_pass_between_processes_unchanged(prepar
     assert copied.pad_token_id == preparer.pad_token_id
     for sample in SAMPLES.values():
         here = prepare(preparer, sample)
-        there = pickle.loads(pickle.dumps(prepare(copied, sample).for_transport())).as_tensors()
+        (sent,) = for_transport([prepare(copied, sample)])
+        there = pickle.loads(pickle.dumps(sent)).as_tensors()
         assert there.image_sha256 == here.image_sha256
         assert roles(there) == roles(here)
         assert torch.equal(there.model_input.input_ids, here.model_input.input_ids)
@@ -357,6 +358,14 @@ def test_a_preparer_and_what_it_prepares_pass_between_processes_unchanged(prepar
             for name, value in expected.inputs.items():
                 assert image.inputs[name].dtype == value.dtype
                 assert torch.equal(image.inputs[name], value)
+
+
+def test_samples_about_the_same_images_take_them_along_once(tiny_preparer: Callable[..., Preparer]) -> None:
+    texts = [question(f"What is shown here, in {number} words?").conversation for number in range(8)]
+    prepared = tiny_preparer("llava").prepare(["1"], texts, read_image)
+    alone, together = (len(pickle.dumps(for_transport(prepared[:count]))) for count in (1, 8))
+    pixels = prepared[0].model_input.images[0].inputs["pixel_values"].nbytes  # type: ignore[union-attr]
+    assert pixels < alone < together < alone + pixels
 
 
 def test_images_of_a_preparer_stay_here(tiny_preparer: Callable[..., Preparer]) -> None:
