@@ -166,6 +166,14 @@ class EmbeddingStore:
             rows = self._open(table).search().select(["row", *columns]).limit(None).to_arrow()
         return rows.sort_by("row")
 
+    def read_all(self, table: EmbeddingTable) -> pa.Table:
+        """Every column of the recorded version, vectors included, in memory; raises as ``read``."""
+        with self._readable(table):
+            rows = self._open(table).search().limit(None).to_arrow()
+            if rows.num_rows != table.n_rows:
+                raise ValueError(f"it has {rows.num_rows} rows, recorded were {table.n_rows}")
+        return rows
+
     def take(self, table: EmbeddingTable, offsets: Sequence[int]) -> NDArray[np.float32]:
         """The vectors at ``offsets``, one or more, of the recorded version, (m, d), in no promised order.
 

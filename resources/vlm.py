@@ -59,6 +59,12 @@ class VlmResource(dg.ConfigurableResource):
         description="Processes that read, decode and tokenize ahead of the model; 0 for a thread. By default "
         "a thread on a CPU, and on a GPU as many as there are cores, up to 16, but one.",
     )
+    set_aside_seconds: float = Field(
+        default=300,
+        ge=0,
+        description="How often the finished part of a shard is set aside: a run that is killed loses at most "
+        "so much work.",
+    )
     max_image_pixels: int = Field(
         default=50_000_000, ge=1, description="Images with more pixels are rejected, not decoded."
     )

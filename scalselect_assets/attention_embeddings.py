@@ -7,25 +7,28 @@ memory of the shard's vectors and one batch.
 
 import hashlib
 import time
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from pydantic import Field
 
-from resources.artifacts import ArtifactStore
+from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingTable
 from resources.identity import digest
 from resources.progress import Progress
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
-from scalselect_assets import lineage, raw_samples
+from scalselect_assets import lineage, raw_samples, reuse
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import ATTENTION_EMBEDDINGS, REJECTED_ROWS, column_schema, polars_schema
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.encoder import ChatSample, Outcome, Representation, VlmEncoder
+    from scalselect_assets.method.encoder import ChatSample, Outcome, Representation
 
 NAME = "attention_embeddings"
 REJECTED = "rejected_rows"
@@ -53,6 +56,14 @@ def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable
     return EmbeddingTable(**receipt["table"]), receipt["header"]
 
 
+class EmbeddingConfig(dg.Config):
+    """What a person may ask of one run."""
+
+    embed_again: bool = Field(
+        default=False, description="Embed every row, also those whose vector is known and would be the same."
+    )
+
+
 def build(selection: Selection) -> dg.AssetsDefinition:
     """The asset for one selection."""
 
@@ -72,6 +83,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     )
     def attention_embeddings(
         context: dg.AssetExecutionContext,
+        config: EmbeddingConfig,
         storage: StorageResource,
         vlm: VlmResource,
         progress: dg.ResourceParam[Progress],
@@ -81,11 +93,34 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         artifacts = storage.artifacts(selection.store)
         source = storage.samples(selection.source, selection.image_root, selection.store)
         raw, raw_header = artifacts.read_frame(raw_samples.NAME, shard)
-        encoder = vlm.encoder(artifacts, **selection.target)
+        card = vlm.card(artifacts, **selection.target)
+        conditions = {"fingerprint": card["fingerprint"], "max_image_pixels": str(vlm.max_image_pixels)}
         candidates = raw.filter(pl.col("reason").is_null())
+        keys, images = candidates["sample_key"].to_list(), candidates["images"].to_list()
+        known = {}
+        if not config.embed_again:
+            committed = _committed(artifacts, shard)
+            known = reuse.known_vectors(
+                artifacts, storage.embeddings(selection.store), shard, conditions, committed
+            )
+        kept = reuse.unchanged(known, keys, images, source.open_image)
+        new = [place for place in range(candidates.height) if place not in kept]
+        embedded: Iterator[tuple[int, Outcome]] = iter(())
+        if new:
+            encoder = vlm.encoder(artifacts, **selection.target)
+            embedded = reuse.set_aside(
+                encoder.encode_as_done(
+                    _chat_samples(candidates[new]), source.open_image, **vlm.speed(encoder)
+                ),
+                artifacts,
+                shard,
+                [keys[place] for place in new],
+                conditions,
+                vlm.set_aside_seconds,
+            )
         done = dict(
             progress.track(
-                encoder.encode_as_done(_chat_samples(candidates), source.open_image, **vlm.speed(encoder)),
+                chain(kept.items(), ((new[place], outcome) for place, outcome in embedded)),
                 shard,
                 candidates.height,
                 context.log,
@@ -93,7 +128,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         )
         outcomes = [done[place] for place in range(candidates.height)]
         rejected = _rejected_rows(raw, candidates, outcomes, shard, str(source.shard_path(shard)))
-        table = _replace_table(storage, selection, encoder, shard, candidates, outcomes)
+        table = _replace_table(storage, selection, card, shard, candidates, outcomes)
         # Rejected rows and the file's kind are part of what is passed on, to the manifest and the export.
         data_version = digest(
             table.fingerprint,
@@ -109,10 +144,12 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             raw_samples=raw_header["data_version"],
             raw_rows=str(raw.height),
             container=raw_header["container"],
+            max_image_pixels=conditions["max_image_pixels"],
         )
         rejected_path, _ = artifacts.write_frame(REJECTED, rejected, header, shard)
         # The receipt comes last: it is what makes the new table the shard's table.
         artifacts.write_json(NAME, {"table": table.to_json(), "header": header}, shard)
+        reuse.forget(artifacts, shard)
         seconds = time.monotonic() - start
         return lineage.result(
             data_version,
@@ -120,22 +157,35 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             {
                 "dagster/partition_row_count": table.n_rows,
                 "raw_rows": raw.height,
+                "reused_rows": len(kept),
                 "rejected_rows": rejected.height,
                 "rejected_by_reason": raw_samples.reason_counts(rejected),
                 "rejected_rows_file": dg.MetadataValue.path(str(rejected_path)),
                 "seconds": seconds,
-                "samples_per_second": candidates.height / seconds,
+                "samples_per_second": len(new) / seconds,
                 "bytes": 4 * table.dimension * table.n_rows,
                 "dimension": table.dimension,
                 "lance_table": table.table,
                 "lance_version": table.version,
-                "model": encoder.card.model,
+                "model": card["model"],
                 "model_fingerprint": table.fingerprint,
             },
             [_accounting(raw, rejected, table)],
         )
 
     return attention_embeddings
+
+
+def _committed(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable, reuse.Conditions] | None:
+    """The shard's table and what it was made under, if it has one."""
+    try:
+        table, header = recorded_table(artifacts, shard)
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return None
+    return table, {
+        "fingerprint": table.fingerprint,
+        "max_image_pixels": header.get("max_image_pixels", ""),
+    }
 
 
 def _chat_samples(candidates: pl.DataFrame) -> list["ChatSample"]:
@@ -151,7 +201,7 @@ def _chat_samples(candidates: pl.DataFrame) -> list["ChatSample"]:
 def _replace_table(
     storage: StorageResource,
     selection: Selection,
-    encoder: "VlmEncoder",
+    card: dict[str, Any],
     shard: str,
     candidates: pl.DataFrame,
     outcomes: list["Outcome"],
@@ -163,9 +213,9 @@ def _replace_table(
     embedded = candidates.filter(
         pl.Series([isinstance(outcome, Representation) for outcome in outcomes], dtype=pl.Boolean)
     )
-    dimension = encoder.card.dimension
+    dimension = card["dimension"]
     return storage.embeddings(selection.store).replace(
-        encoder.card.fingerprint,
+        card["fingerprint"],
         shard,
         dimension=dimension,
         rows=embedded["row"].to_list(),

@@ -36,6 +36,7 @@ from scalselect_assets import (
     embedding_moments,
     importance_scores,
     raw_samples,
+    reuse,
     selected_subset,
     subspace_basis,
     training_dataset,
@@ -313,6 +314,8 @@ class Refresh:
             self._report.added, self._report.removed = report_discovery(
                 self._selection, self._instance, discovery
             )
+            for shard in self._report.removed:
+                reuse.forget(self._artifacts, shard)
             self._refresh_shards(discovery)
             if self._model_fingerprint() != self._fingerprint:
                 raise RefreshError("the target model's files changed during the refresh; run it again")
