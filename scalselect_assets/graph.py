@@ -1,4 +1,4 @@
-"""One selection's graph: its sources, the seven assets of the path, and the jobs that materialize them."""
+"""One selection's graph: its sources, the seven assets of the path, their jobs and the nightly schedule."""
 
 from importlib import import_module
 
@@ -26,4 +26,5 @@ def selection_defs(selection: Selection) -> dg.Definitions:
             refresh_job(selection),
             subspace_basis.verify_job(selection),
         ],
+        schedules=[selection.nightly_schedule(selection.job_name("refresh"))],
     )

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from resources.artifacts import ArtifactStore
+from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import importance_scores, lineage, subspace_basis
@@ -71,6 +71,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         pool = pool_shards(context, selection.partitions)
         scores = PoolScores(artifacts, plan, sorted(in_basis))
         chosen = scores.top(budget_size(selection.budget, subspace.n))
+        before = _last_selected(artifacts)
         data_version = _content_version(chosen)
         made_from = provenance(selection, plan.version)
         path, n_bytes = artifacts.write_frame(
@@ -84,6 +85,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             {
                 "dagster/row_count": chosen.height,
                 "embedded": scores.n,
+                **_churn(before, chosen),
                 "rank": subspace.k,
                 "leverage_sum": scores.leverage_sum,
                 "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
@@ -121,6 +123,27 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         )
 
     return selected_subset
+
+
+def _last_selected(artifacts: ArtifactStore) -> pl.DataFrame | None:
+    """The samples that were selected last; none at first, and none from a damaged file."""
+    try:
+        return artifacts.read_frame(NAME, columns=["sample_key", "shard"])[0]
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return None
+
+
+def _churn(before: pl.DataFrame | None, chosen: pl.DataFrame) -> dict[str, int | float]:
+    """What became of the last selection: how many samples stayed, came and went, and the share that went."""
+    if before is None:
+        return {}
+    stayed = before.join(chosen, on=["sample_key", "shard"], how="semi").height
+    return {
+        "stayed": stayed,
+        "came": chosen.height - stayed,
+        "went": before.height - stayed,
+        "churn": (before.height - stayed) / max(before.height, 1),
+    }
 
 
 def _content_version(chosen: pl.DataFrame) -> str:

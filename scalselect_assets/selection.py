@@ -5,11 +5,11 @@ store. Declarations are YAML files that `definitions.py` finds and that ``scalse
 """
 
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, Self, TypedDict
 
 import dagster as dg
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from resources.vlm import TargetModel
 from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
@@ -82,6 +82,11 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     text_only: Literal["drop", "keep"] = Field(
         default="drop", description="Whether rows without an image are added to the training dataset."
     )
+    nightly_cron: str = Field(
+        default="0 2 * * *",
+        description="When the schedule <name>_nightly_rescoring refreshes, once a person has turned it on.",
+    )
+    nightly_timezone: str = Field(default="UTC", description="In which nightly_cron is read: an IANA name.")
 
     @field_validator("budget")
     @classmethod
@@ -95,6 +100,14 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     def _rank_is_possible(cls, rank: int | str) -> int | str:
         parse_rank_rule(rank, DEFAULT_ENERGY_THRESHOLD)
         return rank
+
+    @model_validator(mode="after")
+    def _schedule_is_possible(self) -> Self:
+        try:
+            self.nightly_schedule("any")
+        except dg.DagsterInvalidDefinitionError as error:
+            raise ValueError(f"nightly_cron or nightly_timezone: {error}") from error
+        return self
 
     @property
     def rank_rule(self) -> RankRule:
@@ -131,6 +144,21 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     def job_name(self, job: str) -> str:
         """Job names are global to a deployment, so they carry the selection's name."""
         return f"{self.name}_{job}"
+
+    def nightly_schedule(self, job_name: str) -> dg.ScheduleDefinition:
+        """The refresh, night by night; off until a person turns it on.
+
+        Dagster launches it once per tick of the cron, whatever ran meanwhile; a refresh that finds another
+        one working on the store fails and says so, and one that finds nothing stale makes no further run.
+        """
+        return dg.ScheduleDefinition(
+            name=self.job_name("nightly_rescoring"),
+            job_name=job_name,
+            cron_schedule=self.nightly_cron,
+            execution_timezone=self.nightly_timezone,
+            default_status=dg.DefaultScheduleStatus.STOPPED,
+            description="Embed what is new or changed since the last time, rescore the pool, select again.",
+        )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
         """The graph of this selection; see `scalselect_assets.graph`."""

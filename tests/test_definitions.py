@@ -4,7 +4,9 @@ import ast
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import dagster as dg
 import pytest
@@ -127,6 +129,24 @@ def test_several_selections_share_a_deployment() -> None:
         job.name for job in defs.resolve_all_job_defs()
     }
     assert dg.Definitions.validate_loadable(defs) is None
+
+
+def test_each_selection_has_a_nightly_schedule_that_a_person_turns_on() -> None:
+    defs = build_defs([selection("pool", nightly_cron="30 3 * * 1-5", nightly_timezone="Asia/Seoul")])
+    schedule = defs.resolve_schedule_def("pool_nightly_rescoring")
+    assert schedule.job_name == "pool_refresh"
+    assert (schedule.cron_schedule, schedule.execution_timezone) == ("30 3 * * 1-5", "Asia/Seoul")
+    assert schedule.default_status is dg.DefaultScheduleStatus.STOPPED
+    with dg.build_schedule_context(
+        scheduled_execution_time=datetime(2026, 11, 23, 3, 30, tzinfo=ZoneInfo("Asia/Seoul"))
+    ) as context:
+        assert len(schedule.evaluate_tick(context).run_requests or ()) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"nightly_cron": "at night"}, {"nightly_timezone": "Europe/Atlantis"}])
+def test_a_time_that_never_comes_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="nightly_cron or nightly_timezone"):
+        selection("pool", **wrong)
 
 
 def test_a_declaration_survives_its_file(tmp_path: Path) -> None:

@@ -196,6 +196,22 @@ def test_a_new_shard_costs_its_own_embedding_and_a_rescoring(bench: Bench) -> No
     assert summary(bench.artifacts)["embedded"] == 12
 
 
+def test_a_selection_says_what_became_of_the_last_one(bench: Bench) -> None:
+    def selected() -> set[tuple[str, str]]:
+        return set(bench.artifacts.read_frame("selected_subset")[0].select("shard", "sample_key").iter_rows())
+
+    bench.refresh()
+    assert "churn" not in bench.metadata("selected_subset")
+    before = selected()
+    write_pool_shard(bench.pool, "c.jsonl", 5, seed=500)
+    bench.refresh()
+    after, metadata = selected(), bench.metadata("selected_subset")
+    assert after - before
+    assert metadata["stayed"] == len(before & after)
+    assert (metadata["came"], metadata["went"]) == (len(after - before), len(before - after))
+    assert metadata["churn"] == pytest.approx(len(before - after) / len(before))
+
+
 def test_a_changed_row_reembeds_its_shard_only(bench: Bench) -> None:
     bench.refresh()
     rows = (bench.pool / "b.jsonl").read_text().splitlines()
