@@ -1,7 +1,9 @@
 """The method of ScalSelect (arXiv 2602.11636), without Dagster, storage or network.
 
-Representation (numpy, torch, transformers, Pillow): `conversation` → `chat` (whose text is it?) → `encoder`
-(with `attention`, `families`, `images`) → one vector per sample, or a `rejection`.
+Representation (numpy, torch, transformers, Pillow): `conversation` → `chat` (whose text is it?) →
+`preparation` (with `images`, by `workers`) → `first_layer` (with `attention`) → one vector per sample, or a
+`rejection`.
+`encoder` decides what is computed together; `loading` makes it (with `families`, `processors`, `model_card`).
 
 Scores (numpy, scipy, threadpoolctl; torch on a GPU): `preprocessing` → `moments`, kept by shard and as
 `running` totals → `subspace` of the `rank` that a rule chooses → `leverage` → `selection` of the `top_n`.
