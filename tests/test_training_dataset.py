@@ -133,7 +133,7 @@ def test_a_changed_shard_that_cannot_be_embedded_leaves_its_last_good_rows(
     bench.refresh()
     before = written(bench).read_text()
     rows = (bench.pool / "a.jsonl").read_text().splitlines()
-    write_lines(bench.pool / "a.jsonl", [rows[-1], *rows[:-1]])
+    write_lines(bench.pool / "a.jsonl", [rows[-1].replace("picture", "drawing"), *rows[:-1]])
 
     def out_of_memory(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
@@ -146,6 +146,7 @@ def test_a_changed_shard_that_cannot_be_embedded_leaves_its_last_good_rows(
         patch.setattr(VlmEncoder, "encode_as_done", out_of_memory)
         bench.refresh()
     assert len(written(bench).read_text().splitlines()) == 8
+    write_lines(bench.pool / "a.jsonl", [rows[-1], *rows[:-1]])
     bench.options["budget"] = 0.5
     bench.refresh()
     assert sorted(written(bench).read_text().splitlines()) == sorted(before.splitlines())
