@@ -2,6 +2,7 @@
 
 import io
 import json
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy import Engine, event
+
+
+@event.listens_for(Engine, "connect")
+def _without_waiting_for_the_disk(connection: Any, _record: object) -> None:
+    """Dagster's SQLite files of a test need not outlive a power cut; waiting took a fifth of the time."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=OFF")
+
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
