@@ -67,7 +67,9 @@ class Constants:
     embedding_flops_per_second: float = given(
         2.5e14, f"{ASSUMED}: a quarter of an H100's dense bfloat16 peak of 989 TFLOP/s"
     )
-    image_workers: float = given(1.0, "the code as it is: decoding and the forward pass take turns")
+    image_workers: float = given(
+        15.0, "the default on a GPU machine of 16 cores: one process per core but one"
+    )
     image_bytes: float = given(1.5e5, f"{ASSUMED}: a JPEG of 640 × 480, about")
     text_bytes: float = given(1.5e3, "LLaVA-665K: about 1 GB of JSON for 665,000 rows")
     tokens: float = given(750.0, f"{ASSUMED}: 576 vision tokens of LLaVA-1.5 and some text")
@@ -206,7 +208,9 @@ class Cost:
 
 
 def embedding_flops(tokens: float) -> float:
-    """One sample through what is run of LLaVA-1.5-7B: a ViT-L/14 at 336 pixels, projector, one layer.
+    """One sample through a ViT-L/14 at 336 pixels, the projector and one layer of LLaVA-1.5-7B.
+
+    At most: the rest of the layer after its projections is run for the dominant vision tokens alone.
 
     Weights twice per token, and two products of tokens² times width per attention.
     """
@@ -287,8 +291,8 @@ def costs(whole: Pool, new: Pool, c: Constants, *, rebuild: bool) -> list[Cost]:
 
 
 def _sample_seconds(image: float, forward: float, workers: float) -> float:
-    """One worker takes turns with the forward pass; more of them work ahead of it."""
-    return image + forward if workers == 1 else max(image / workers, forward)
+    """Images are prepared while the model works, so that the slower of the two counts."""
+    return max(image / workers, forward)
 
 
 def everything(pool: Pool, c: Constants) -> list[Cost]:
@@ -527,7 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     results = json.loads(options.json.read_text()) if options.json else None
     constants = Constants.from_scale(results) if results else Constants()
-    if options.image_workers > 1:
+    if options.image_workers:
         constants = replace(constants, image_workers=float(options.image_workers))
     if options.embedding_tflops:
         constants = replace(constants, embedding_flops_per_second=options.embedding_tflops * 1e12)
@@ -554,7 +558,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--json", type=Path, help="take the constants from a run of benchmarks.scale")
     add("--check", type=Path, help="compare the model with another run of benchmarks.scale")
-    add("--image-workers", type=int, default=1, help="processes that decode ahead (1: the code as it is)")
+    add("--image-workers", type=int, help="processes that decode ahead (15)")
     add("--dim", type=int, default=4096, help="d (4096, that of LLaVA-1.5-7B)")
     add("--directions", type=int, default=100, help="k (100)")
     add("--shard-rows", type=int, default=5000, help="of pools below 1e8 samples (5000)")

@@ -79,6 +79,18 @@ class FeatureCountError(ValueError):
     """The model's vision part and its processor disagree about an image."""
 
 
+def decoder_of(model: Any) -> Any:
+    """The language model of a base model, which has decoder layers.
+
+    Raises:
+        UnsupportedModelError: It has none, or not in a list.
+    """
+    decoder = model.get_decoder()
+    if not len(getattr(decoder, "layers", ())):
+        raise UnsupportedModelError(f"{type(decoder).__name__} has no list of decoder layers")
+    return decoder
+
+
 class FirstLayer:
     """The parts of a base model that the representation needs. Takes the model over: it is changed."""
 
@@ -93,9 +105,7 @@ class FirstLayer:
         Raises:
             UnsupportedModelError: Its decoder or its first layer is not built in the usual way.
         """
-        decoder = model.get_decoder()
-        if not len(getattr(decoder, "layers", ())):
-            raise UnsupportedModelError(f"{type(decoder).__name__} has no list of decoder layers")
+        decoder = decoder_of(model)
         layer = decoder.layers[0]
         self._model, self._layer, self._pad = model, layer, pad_token_id
         self._tail = _AfterAttention(layer)
@@ -211,7 +221,6 @@ class FirstLayer:
         # Sizes and grids decide the positions of image tokens; the pixels have been used.
         names = [name for name in images[0].inputs if not name.startswith("pixel_")]
         about_images = self._joined(images, names)
-        self._recorder.forget()
         self._model(
             **{
                 name: self._to_device(value)
@@ -292,10 +301,6 @@ class _Recorder(torch.nn.Module):
         """Note the call."""
         self._seen = (hidden_states, layer_inputs)
         return hidden_states
-
-    def forget(self) -> None:
-        """The call noted last."""
-        self._seen = None
 
     def take(self) -> tuple[torch.Tensor, dict[str, Any]]:
         """The call noted last, once."""

@@ -27,7 +27,7 @@ from scalselect_assets.method.families import (
     image_token_id,
     keep_what_the_first_layer_reads,
 )
-from scalselect_assets.method.first_layer import FirstLayer
+from scalselect_assets.method.first_layer import FirstLayer, decoder_of
 from scalselect_assets.method.images import DEFAULT_MAX_PIXELS
 from scalselect_assets.method.model_card import model_card
 from scalselect_assets.method.preparation import Prepared, Preparer
@@ -235,9 +235,7 @@ class _SelfCheck:
 
         The first layer stands in for the second, whose weights are not there and do not matter.
         """
-        decoder = model.get_decoder()
-        if not len(getattr(decoder, "layers", ())):
-            raise UnsupportedModelError(f"{type(decoder).__name__} has no list of decoder layers")
+        decoder = decoder_of(model)
         layers, implementation = decoder.layers, decoder.config._attn_implementation
         parameter = next(model.parameters())
         try:
