@@ -4,13 +4,18 @@ Pools and stores on the local disk and on object stores differ in configuration 
 fsspec (``UPath``), tables through LanceDB's own URIs.
 """
 
+import tempfile
+from pathlib import Path
+
 import dagster as dg
 from pydantic import Field
 from upath import UPath
 
 from resources.artifacts import ArtifactStore
 from resources.embedding_store import EmbeddingStore
+from resources.identity import digest
 from resources.image_root import is_local
+from resources.locks import StoreLocks
 from resources.sample_source import SampleSource
 
 
@@ -39,6 +44,13 @@ class StorageResource(dg.ConfigurableResource):
         """The LanceDB tables of the store at ``store``."""
         folder = self.path(store) / "lance"
         return EmbeddingStore(folder, {} if is_local(folder) else self.lance_options)
+
+    def locks(self, store: str) -> StoreLocks:
+        """Who writes to the store at ``store``; for a remote one, on this machine."""
+        root = self.path(store)
+        if is_local(root):
+            return StoreLocks(Path(root.path) / ".locks")
+        return StoreLocks(Path(tempfile.gettempdir()) / f"scalselect-{digest(str(root))}")
 
     def samples(self, source: str, image_root: str | None, store: str) -> SampleSource:
         """The pool at ``source``; a store that lies inside it is not part of it."""

@@ -10,15 +10,12 @@ query per asset.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import dagster as dg
@@ -26,7 +23,6 @@ import dagster as dg
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingTableError
 from resources.identity import digest
-from resources.image_root import is_local
 from resources.progress import Progress
 from resources.sample_source import SampleSource, ShardIndex
 from resources.storage import StorageResource
@@ -65,10 +61,6 @@ _Headers: TypeAlias = Mapping[str, Mapping[str, str]]  # by shard, what its outp
 
 class RefreshError(RuntimeError):
     """The refresh cannot go on; the message says what to do."""
-
-
-class RefreshBusyError(RefreshError):
-    """Another refresh works on the same store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,12 +290,12 @@ class Refresh:
         """Bring every asset of the selection up to date.
 
         Raises:
-            RefreshBusyError: Another refresh holds the store.
+            StoreBusyError: Another refresh works on the store.
             RefreshError: The pool has no shards, an asset over all shards failed, or the model changed
                 meanwhile.
             FileNotFoundError: The pool does not exist.
         """
-        with _exclusive(self._storage, self._selection.store):
+        with self._storage.locks(self._selection.store).refreshing():
             self._close_interrupted_runs()
             discovery = discover(self._source, self._artifacts)
             if not discovery.versions:
@@ -651,25 +643,6 @@ def _message(error: BaseException) -> str:
     cause = _cause(error)
     told = _is_ours(cause) or isinstance(cause, ValueError)
     return str(cause) if told else f"{type(cause).__name__}: {cause}"
-
-
-@contextlib.contextmanager
-def _exclusive(storage: StorageResource, store: str) -> Iterator[None]:
-    """Hold the store's lock; for a remote store, one lock per machine."""
-    root = storage.path(store)
-    if is_local(root):
-        path = Path(root.path) / ".refresh.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-    else:
-        path = Path(tempfile.gettempdir()) / f"scalselect-{digest(str(root))}.lock"
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RefreshBusyError(
-                f"another refresh is working on {store}; wait for it to end ({path} is its lock)"
-            ) from error
-        yield
 
 
 def summary(artifacts: ArtifactStore) -> dict[str, Any]:

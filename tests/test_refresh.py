@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from resources.locks import StoreBusyError
 from resources.progress import LogProgress
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
@@ -21,10 +22,8 @@ from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.refresh import (
     Refresh,
-    RefreshBusyError,
     RefreshError,
     RefreshReport,
-    _exclusive,
     contiguous_ranges,
     discover,
     summary,
@@ -99,7 +98,7 @@ class Bench:
         return {
             str(path.relative_to(self.store)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in self.store.rglob("*")
-            if path.is_file() and "dagster" not in path.parts and path.name != ".refresh.lock"
+            if path.is_file() and "dagster" not in path.parts and path.suffix != ".lock"
         }
 
     def metadata(self, asset: str) -> dict[str, Any]:
@@ -543,8 +542,8 @@ def test_a_run_that_was_killed_is_closed_as_failed(bench: Bench) -> None:
 
 def test_only_one_refresh_works_on_a_store(bench: Bench) -> None:
     with (
-        _exclusive(bench.storage, str(bench.store)),
-        pytest.raises(RefreshBusyError, match="another refresh"),
+        bench.storage.locks(str(bench.store)).refreshing(),
+        pytest.raises(StoreBusyError, match="is at work"),
     ):
         bench.refresh()
 
