@@ -230,10 +230,8 @@ def generate(pool: Pool, shards: Sequence[str], generation: int) -> float:
                 dg.AssetMaterialization(
                     selection.key(attention_embeddings.NAME),
                     partition=shard,
-                    tags={
-                        lineage.DATA_VERSION_TAG: header["data_version"],
-                        lineage.PROVENANCE_TAG: header["provenance"],
-                    },
+                    tags={lineage.DATA_VERSION_TAG: header["data_version"]},
+                    metadata=lineage.recorded_versions(header["data_version"], header["provenance"]),
                 )
             )
             print(".", end="", file=sys.stderr, flush=True)

@@ -47,9 +47,8 @@ class ArtifactStore:
 
     def path(self, asset: str, shard: str | None = None, *, suffix: str) -> UPath:
         """Where the output of ``asset`` (for ``shard``) lies, whether or not it exists."""
-        if shard is None:
-            return self.root / asset / f"{asset}{suffix}"
-        return self.root / asset / f"{encode_name(shard)}{suffix}"
+        name = asset if shard is None else encode_name(shard)
+        return self.root / f"{asset}/{name}{suffix}"
 
     def write_frame(
         self, asset: str, frame: pl.DataFrame, header: Header, shard: str | None = None
@@ -107,10 +106,16 @@ class ArtifactStore:
         with self._readable(asset, shard, path):
             return load_safetensors(data), _safetensors_header(io.BytesIO(data))
 
-    def write_json(self, asset: str, value: Any, shard: str | None = None) -> tuple[UPath, int]:
-        """Replace a JSON file; returns its path and size in bytes."""
+    def write_json(
+        self, asset: str, value: Any, shard: str | None = None, *, durable: bool = True
+    ) -> tuple[UPath, int]:
+        """Replace a JSON file; returns its path and size in bytes.
+
+        One that is only a memory need not be ``durable``: it is written without waiting for the disk, and a
+        power cut may leave it damaged, which reading it tells.
+        """
         data = json.dumps(value, ensure_ascii=False, indent=1).encode()
-        return self._replace(self.path(asset, shard, suffix=".json"), data)
+        return self._replace(self.path(asset, shard, suffix=".json"), data, durable=durable)
 
     def read_json(self, asset: str, shard: str | None = None) -> Any:
         """A JSON file; raises as ``read_frame``."""
@@ -172,13 +177,13 @@ class ArtifactStore:
                 f"{_what(asset, shard)} cannot be read ({path}: {error}); materialize it again"
             ) from error
 
-    def _replace(self, path: UPath, data: bytes) -> tuple[UPath, int]:
-        with self._atomic(path) as target:
+    def _replace(self, path: UPath, data: bytes, *, durable: bool = True) -> tuple[UPath, int]:
+        with self._atomic(path, durable=durable) as target:
             target.write(data)
         return path, len(data)
 
     @contextmanager
-    def _atomic(self, path: UPath) -> Iterator[Any]:
+    def _atomic(self, path: UPath, *, durable: bool = True) -> Iterator[Any]:
         """Open ``path`` for writing such that it appears complete or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if not is_local(path):
@@ -192,14 +197,27 @@ class ArtifactStore:
         # Opened by its name, as files of tempfile could be read by their owner only.
         writing = target_path.with_name(f".writing-{uuid.uuid4().hex}")
         try:
-            with writing.open("xb") as file:
+            # Around closing, too, which writes again what could not be written.
+            with _named(path), writing.open("xb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             writing.replace(target_path)
         except BaseException:
             writing.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def _named(path: UPath) -> Iterator[None]:
+    """Let errors of writing and closing say where, as those of opening do by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _safetensors_header(file: BinaryIO) -> dict[str, str]:

@@ -6,12 +6,16 @@ never meet, and a crash leaves the old version or the new one. Whoever reads nam
 told of, so that nothing changes under a reader. There must be one writer per shard; the refresh holds a lock.
 """
 
+import errno
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,9 +23,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from upath import UPath
 
+from resources.image_root import is_local
 from resources.names import encode_name
 
+_NOTE_PREFIX = "scalselect.note."
 _CONTENT_FIELD = "scalselect.content_sha256"  # in the table's own schema
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes it
+# What keeps a table from being read without anything being wrong with it.
+_NOT_THE_TABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
 
 
 class EmbeddingTableError(RuntimeError):
@@ -87,6 +99,7 @@ class EmbeddingStore:
         source_ids: Sequence[str | None],
         vectors: NDArray[np.float32],
         attributes: Mapping[str, pa.Array],
+        notes: Mapping[str, str] = MappingProxyType({}),
     ) -> EmbeddingTable:
         """Make the table of ``shard`` hold exactly these rows, in one commit.
 
@@ -99,9 +112,11 @@ class EmbeddingStore:
             source_ids: (n,) the rows' own ids.
             vectors: (n, d) float32, finite.
             attributes: Further columns, n values each.
+            notes: Kept with the table, for ``newest``.
 
         Raises:
             ValueError: Shape, dtype, a non-finite vector or a repeated key; nothing was written.
+            OSError: The disk is full, read-only or not there; the old version stays in force.
         """
         _check_rows(shard, dimension, rows, sample_keys, vectors)
         content_sha256 = _content_sha256(rows, sample_keys, source_ids, vectors, attributes)
@@ -118,11 +133,23 @@ class EmbeddingStore:
                 "scalselect.shard": shard,
                 "scalselect.fingerprint": fingerprint,
                 _CONTENT_FIELD: content_sha256,
+                **{f"{_NOTE_PREFIX}{name}": note for name, note in notes.items()},
             },
         )
         data = pa.Table.from_arrays([array for array, _ in columns.values()], schema=schema)
         name = table_name(fingerprint, shard)
-        table = self._connect().create_table(name, data, mode="overwrite")
+        connection = self._connect()
+        try:
+            table = connection.create_table(name, data, mode="overwrite")
+        except (ValueError, RuntimeError) as error:
+            if system_error := _system_error(error, self.folder / f"{name}.lance"):
+                raise system_error from error
+            if not is_local(self.folder) or _is_whole(connection, name):
+                raise
+            # LanceDB reads a table before it replaces it, and a power cut may leave one whose last commit is
+            # empty. Nothing of it can be read any more.
+            connection.drop_table(name)
+            table = connection.create_table(name, data)
         return EmbeddingTable(
             fingerprint=fingerprint,
             shard=shard,
@@ -133,11 +160,46 @@ class EmbeddingStore:
             content_sha256=content_sha256,
         )
 
+    def newest(self, fingerprint: str, shard: str) -> tuple[EmbeddingTable, dict[str, str]] | None:
+        """The last table of a shard under a model, whoever refers to it, with its notes; none where none is.
+
+        A table that cannot be opened counts as none.
+
+        Raises:
+            OSError: The system does not let it be read, which says nothing about the table.
+        """
+        name = table_name(fingerprint, shard)
+        if not (self.folder / f"{name}.lance").exists():
+            return None
+        try:
+            handle = self._connect().open_table(name)
+            schema = handle.schema
+            kept = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+            table = EmbeddingTable(
+                fingerprint=fingerprint,
+                shard=shard,
+                table=name,
+                version=handle.version,
+                n_rows=handle.count_rows(),
+                dimension=schema.field("vector").type.list_size,
+                content_sha256=kept[_CONTENT_FIELD],
+            )
+        except (ValueError, RuntimeError, KeyError) as error:
+            refused = _system_error(error, self.folder / f"{name}.lance")
+            if refused is not None and refused.errno in _NOT_THE_TABLE:
+                raise refused from error
+            return None
+        notes = {
+            key.removeprefix(_NOTE_PREFIX): note for key, note in kept.items() if key.startswith(_NOTE_PREFIX)
+        }
+        return table, notes
+
     def read(self, table: EmbeddingTable, *, batch_rows: int = 4096) -> Iterator[VectorBatch]:
         """Stream the vectors of the recorded version.
 
         Raises:
             EmbeddingTableError: The table or the version is gone, damaged, or not what was recorded.
+            OSError: The system does not let it be read, which says nothing about the table.
         """
         n_rows = 0
         with self._readable(table):
@@ -185,6 +247,10 @@ class EmbeddingStore:
         taken: NDArray[np.float32] = vectors.reshape(len(offsets), table.dimension)
         return taken
 
+    def location(self, table: EmbeddingTable) -> UPath:
+        """Where LanceDB keeps a table: a folder."""
+        return self.folder / f"{table.table}.lance"
+
     def table_names(self) -> set[str]:
         """The tables that exist, of all shards and models; LanceDB keeps each as the folder ``<name>.lance``.
 
@@ -208,6 +274,9 @@ class EmbeddingStore:
         # LanceDB reports a missing table and a missing version as ValueError, and damaged ones, whose rows
         # it only meets on the way, as RuntimeError; vectors of another length do not fit the recorded shape.
         except (ValueError, RuntimeError, OSError) as error:
+            refused = _system_error(error, self.folder / f"{table.table}.lance")
+            if refused is not None and refused.errno in _NOT_THE_TABLE:
+                raise refused from error
             raise EmbeddingTableError(
                 f"table {table.table!r} version {table.version} in {self.folder} cannot be read ({error}); "
                 f"materialize attention_embeddings[{table.shard}] again",
@@ -228,6 +297,21 @@ class EmbeddingStore:
 def table_name(fingerprint: str, shard: str) -> str:
     """The LanceDB table of one shard under one model."""
     return f"{fingerprint}--{encode_name(shard)}"
+
+
+def _system_error(error: Exception, place: UPath) -> OSError | None:
+    """What the operating system said, which LanceDB gives as text in errors without a type."""
+    number = _OS_ERROR.search(str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(place)) if number else None
+
+
+def _is_whole(connection: Any, name: str) -> bool:
+    """Whether the last commit of a table can be read."""
+    try:
+        metadata = connection.open_table(name).schema.metadata or {}
+    except (ValueError, RuntimeError):
+        return False
+    return _CONTENT_FIELD.encode() in metadata
 
 
 def _check_rows(

@@ -67,7 +67,7 @@ class ImageRoot:
         self.root = root
         self._local = is_local(root)
         self._lexical_root = _absolute(root)
-        self._base = _absolute(base)
+        self._base = self._lexical_root if base is root else _absolute(base)
         if _below(self._lexical_root, self._base) is None:
             msg = (
                 f"References start at {base}, which is not below the image root {root}. Give a root above it."
@@ -187,14 +187,13 @@ class ImageRoot:
             raise
 
     def _find_local(self, path: str) -> tuple[str, FileState]:
-        folder, name = posixpath.split(posixpath.join(self._lexical_root, path))
-        location = posixpath.join(self._real_folder(folder), name)
-        self._require_inside(location)
-        status = Path(location).lstat()
+        folder, _, name = path.rpartition("/")
+        location = self._real_folder(folder) + name
+        status = os.lstat(location)
         if stat.S_ISLNK(status.st_mode):
             location = os.path.realpath(location)
             self._require_inside(location)
-            status = Path(location).lstat()
+            status = os.lstat(location)
         if not stat.S_ISREG(status.st_mode):
             raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE)
         return location, FileState(status.st_size, str(status.st_mtime_ns))
@@ -207,9 +206,14 @@ class ImageRoot:
         return location, _store_state(info)
 
     def _real_folder(self, folder: str) -> str:
-        """``os.path.realpath``, remembered: it asks the system about every component of the path."""
+        """The real place of a folder below the root, with a closing slash.
+
+        Remembered, as finding it asks the system about every component of the path.
+        """
         if folder not in self._real_folders:
-            self._real_folders[folder] = os.path.realpath(folder)
+            real = os.path.realpath(posixpath.join(self._lexical_root, folder))
+            self._require_inside(real)
+            self._real_folders[folder] = posixpath.join(real, "")
         return self._real_folders[folder]
 
     def _require_inside(self, location: str) -> None:
@@ -240,10 +244,13 @@ def file_state(path: UPath) -> FileState:
         FileNotFoundError: There is no such file.
         OSError: It cannot be asked about.
     """
-    if is_local(path):
-        status = Path(path.path).stat()
-        return FileState(status.st_size, str(status.st_mtime_ns))
-    return _store_state(path.fs.info(path.path))
+    return local_file_state(path.path) if is_local(path) else _store_state(path.fs.info(path.path))
+
+
+def local_file_state(path: str) -> FileState:
+    """``file_state`` of a path on this machine, without the cost of a path object; raises likewise."""
+    status = os.stat(path)  # noqa: PTH116 - see above
+    return FileState(status.st_size, str(status.st_mtime_ns))
 
 
 class _RefusedError(Exception):
@@ -263,7 +270,8 @@ def _store_state(info: Mapping[str, Any]) -> FileState:
 def _absolute(folder: UPath) -> str:
     """The normalised absolute path of a folder; in an object store the bucket's name stands first in it."""
     if is_local(folder):
-        return _normal(Path(folder.path).absolute().as_posix())
+        path = folder.path
+        return _normal(path if path.startswith("/") else Path(path).absolute().as_posix())
     return _normal(posixpath.join("/", folder.path))
 
 

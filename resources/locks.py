@@ -67,9 +67,11 @@ class StoreLocks:
     @contextmanager
     def _held(self, name: str, kind: int, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
         """Hold one lock; without ``on_wait``, busy is an error."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.lock"
-        with path.open("a+") as file:
+        with _writable(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab+", buffering=0)
+        with file:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -78,13 +80,28 @@ class StoreLocks:
                     raise StoreBusyError(f"{busy}; wait for it to end") from error
                 on_wait(f"{busy}; waiting for it to end")
                 fcntl.flock(file, kind)
-            if kind == fcntl.LOCK_EX:
+            if kind == fcntl.LOCK_SH:
+                yield
+                return
+            with _writable(path):
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-            yield
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            try:
+                yield
+            finally:
+                file.truncate(0)  # those who share the lock next leave no name
 
 
-def _holder(file: IO[str]) -> str:
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Say of errors that concern ``path`` what to do."""
+    try:
+        yield
+    except OSError as error:
+        told = f"{error.strerror}; a store is locked by files in it, so it must be writable and have space"
+        raise OSError(error.errno, told, str(path)) from error
+
+
+def _holder(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read() or "another process"
+    return file.read().decode() or "another process"

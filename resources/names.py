@@ -6,7 +6,7 @@ Names of keys that differ in case differ in case only, as the shard files themse
 import hashlib
 import re
 
-_SAFE = re.compile(rb"[A-Za-z0-9-]")
+_UNSAFE = re.compile(rb"[^A-Za-z0-9-]")
 _ESCAPE = re.compile(r"_([0-9a-f]{2})")
 _MAX_LENGTH = 180  # leaves room for a fingerprint and a suffix within the 255 bytes of a file name
 
@@ -18,9 +18,7 @@ def encode_name(key: str) -> str:
     reverses. A result beyond 180 characters is cut and closed with ``__`` and a hash of the key, which no
     other key encodes to but which cannot be decoded; what is stored under it carries its key inside.
     """
-    encoded = "".join(
-        chr(byte) if _SAFE.match(bytes([byte])) else f"_{byte:02x}" for byte in key.encode("utf-8")
-    )
+    encoded = _UNSAFE.sub(lambda unsafe: b"_%02x" % unsafe[0][0], key.encode("utf-8")).decode("ascii")
     if len(encoded) <= _MAX_LENGTH:
         return encoded
     return f"{encoded[: _MAX_LENGTH - 34]}__{hashlib.sha256(key.encode()).hexdigest()[:32]}"

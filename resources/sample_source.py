@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from upath import UPath
 
-from resources.image_root import ImageRoot, file_state, is_local
+from resources.image_root import FileState, ImageRoot, file_state, is_local, local_file_state
 from resources.samples import (
     Sample,
     content_key,
@@ -104,6 +104,17 @@ class ShardIndex:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardState:
+    """A shard as it is now."""
+
+    fingerprint: str
+    """Hash of its bytes and of size and time of every image it names."""
+    changed_at: float | None
+    """Latest modification of the file or an image, in seconds since the epoch; None in an object store,
+    where files appear whole."""
+
+
+@dataclass(frozen=True, slots=True)
 class SampleSource:
     """A pool of samples in files, local or in an object store.
 
@@ -153,13 +164,7 @@ class SampleSource:
             ValueError: It is not a key that ``shard_key`` gives, or it leads out of the source.
             FileNotFoundError: The source does not exist.
         """
-        relative = unquote(key, errors="surrogateescape")
-        normal = posixpath.normpath(relative)
-        leads_out = normal.startswith("/") or normal.split("/")[0] in (".", "..")
-        if leads_out or relative != normal or key != self.shard_key(relative):
-            msg = f"Got the shard key {key!r}; a key is a path below {self.source}. Take one from discovery."
-            raise ValueError(msg)
-        return self._folder() / relative
+        return self._folder() / self._relative_path(key)
 
     def read_shard(self, key: str) -> Iterator[PoolRow]:
         """Every row of a shard, in order, each accepted or rejected.
@@ -259,27 +264,47 @@ class SampleSource:
         Raises:
             FileNotFoundError: The shard does not exist.
         """
-        state = file_state(self.shard_path(key))
+        state = self._file_state(key)
         now = (state.size, state.version, str(self.source), self._declared_root())
         return now == (index.size, index.version, index.source, index.image_root)
 
-    def shard_fingerprint(self, key: str, index: ShardIndex) -> str:
-        """Hash of the shard's bytes and of size and time of every image it names, as these are now.
+    def changed_at(self, key: str) -> float | None:
+        """When the shard file was last modified, as in `ShardState`; its images are not looked at.
 
-        An image that appears, changes, disappears or moves out of the image root changes it, and nothing
-        else does.
+        Raises:
+            FileNotFoundError: The shard does not exist.
+        """
+        return int(self._file_state(key).version) / 1e9 if is_local(self.source) else None
+
+    def shard_state(self, key: str, index: ShardIndex) -> ShardState:
+        """The shard's bytes, by its index, and its images as these are now.
+
+        An image that appears, changes, disappears or moves out of the image root changes the fingerprint,
+        and nothing else does.
 
         Raises:
             FileNotFoundError: The image root does not exist.
             OSError: The file system cannot say whether an image exists.
         """
-        images = self._images(self.shard_path(key))
-        digest = hashlib.sha256(index.sha256.encode())
+        self._relative_path(key)
+        root = self._present_images_folder()
+        images = ImageRoot(root, root)
+        seen: list[tuple[object, ...]] = []
+        changed = [index.version]
         for path in index.images:
             state = images.state(path)
-            known = [state.reason] if isinstance(state, Rejection) else [state.size, state.version]
-            digest.update(json.dumps([path, *known]).encode())
-        return digest.hexdigest()
+            if isinstance(state, Rejection):
+                seen.append((path, state.reason))
+            else:
+                seen.append((path, state.size, state.version))
+                changed.append(state.version)
+        fingerprint = hashlib.sha256(json.dumps([index.sha256, seen]).encode()).hexdigest()
+        local = is_local(self.source) and is_local(root)
+        return ShardState(fingerprint, max(map(int, changed)) / 1e9 if local else None)
+
+    def shard_fingerprint(self, key: str, index: ShardIndex) -> str:
+        """The fingerprint of ``shard_state``; raises likewise."""
+        return self.shard_state(key, index).fingerprint
 
     def open_image(self, relative_path: str) -> bytes:
         """The bytes of an image, by its path relative to the image root.
@@ -303,9 +328,26 @@ class SampleSource:
     def _declared_root(self) -> str | None:
         return None if self.image_root is None else str(self.image_root)
 
+    def _relative_path(self, key: str) -> str:
+        """Where the shard lies below the source's folder."""
+        relative = unquote(key, errors="surrogateescape")
+        normal = posixpath.normpath(relative)
+        leads_out = normal.startswith("/") or normal.split("/")[0] in (".", "..")
+        if leads_out or relative != normal or key != self.shard_key(relative):
+            msg = f"Got the shard key {key!r}; a key is a path below {self.source}. Take one from discovery."
+            raise ValueError(msg)
+        return relative
+
+    def _file_state(self, key: str) -> FileState:
+        """State of a shard file; asked of every shard in every discovery."""
+        folder, relative = self._folder(), self._relative_path(key)
+        if is_local(folder):
+            return local_file_state(posixpath.join(folder.path, relative))
+        return file_state(folder / relative)
+
     def _folder(self) -> UPath:
         """The folder that shard keys are relative to."""
-        if self.source.is_dir():
+        if _is_folder(self.source):
             return self.source
         if self.source.is_file():
             return self.source.parent
@@ -316,16 +358,21 @@ class SampleSource:
         raise FileNotFoundError(msg)
 
     def _images(self, shard: UPath) -> ImageRoot:
+        root = self._present_images_folder()
+        return ImageRoot(root, root if self.image_root else shard.parent)
+
+    def _present_images_folder(self) -> UPath:
+        """``images_folder``, which is there."""
         if self.image_root is None:
-            return ImageRoot(self._folder(), shard.parent)
-        if not self.image_root.is_dir():
+            return self._folder()
+        if not _is_folder(self.image_root):
             # Not one rejection for each row: a disk that is not mounted says nothing about the data.
             msg = (
                 f"The image root {self.image_root} is not a folder. Correct the selection's image root, or "
                 "mount the file system that holds it."
             )
             raise FileNotFoundError(msg)
-        return ImageRoot(self.image_root, self.image_root)
+        return self.image_root
 
 
 def _judge(row: RowText, images: ImageRoot) -> PoolRow:
@@ -390,6 +437,10 @@ def _entries(folder: UPath) -> list[tuple[str, bool]]:
     ]
     # A store may list the folder's own marker object among what it holds.
     return [(posixpath.basename(name), is_folder) for name, is_folder in listed if name != own_name]
+
+
+def _is_folder(path: UPath) -> bool:
+    return os.path.isdir(path.path) if is_local(path) else bool(path.is_dir())  # noqa: PTH112 - ten times faster
 
 
 def _identity(folder: UPath) -> str:

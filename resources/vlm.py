@@ -143,9 +143,10 @@ def _usable_cores() -> int:
 def _known_card(artifacts: ArtifactStore, signature: str) -> dict[str, Any] | None:
     """The card that the store remembers; none where it is missing or damaged, since it is only a memory."""
     try:
-        return dict(artifacts.read_json(CARDS, signature))
+        card = artifacts.read_json(CARDS, signature)
     except (ArtifactMissingError, ArtifactCorruptError):
         return None
+    return card if isinstance(card, dict) and "fingerprint" in card else None
 
 
 def model_signature(model: str, revision: str | None, dtype: str, attention_mass: float) -> str:

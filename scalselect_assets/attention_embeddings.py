@@ -6,8 +6,9 @@ memory of the shard's vectors and one batch.
 """
 
 import hashlib
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ import pyarrow as pa
 from pydantic import Field
 
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from resources.embedding_store import EmbeddingTable
+from resources.embedding_store import EmbeddingStore, EmbeddingTable
 from resources.identity import digest
 from resources.progress import Progress
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import lineage, raw_samples, reuse
+from scalselect_assets.materialization import Output, materialize_shards
+from scalselect_assets.partitions import shard_check
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import ATTENTION_EMBEDDINGS, REJECTED_ROWS, column_schema, polars_schema
 
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 
 NAME = "attention_embeddings"
 REJECTED = "rejected_rows"
+DEVICE_POOL = "scalselect_device"
+"""Dagster's pool of all runs that hold a model; its limit is the number of devices."""
+
 CODE_VERSION = "1"
 
 
@@ -71,14 +77,22 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         **selection.asset_options(NAME, by_shard=True),
         deps=[selection.key(raw_samples.NAME)],
         kinds={"pytorch", "huggingface", "lancedb"},
-        code_version=CODE_VERSION,
+        code_version=lineage.shown_code_version(CODE_VERSION, **selection.target),
+        pool=DEVICE_POOL,
         metadata={"dagster/column_schema": column_schema(ATTENTION_EMBEDDINGS)},
         check_specs=[
-            dg.AssetCheckSpec(
+            shard_check(
+                selection.partitions,
+                selection.key(NAME),
                 "every_row_is_embedded_or_rejected",
-                asset=selection.key(NAME),
-                description="Rows of the shard = embedded rows + rejected rows, with no row in both.",
-            )
+                "Rows of the shard = embedded rows + rejected rows, with no row in both.",
+            ),
+            shard_check(
+                selection.partitions,
+                selection.key(NAME),
+                "some_rows_are_embedded",
+                "The shard adds to the selection; one whose rows are all rejected does not.",
+            ),
         ],
     )
     def attention_embeddings(
@@ -89,46 +103,48 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """One vector per sample: the mean first-layer state of the vision tokens that the text attends to."""
-        start, shard = time.monotonic(), context.partition_key
-        artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
-        raw, raw_header = artifacts.read_frame(raw_samples.NAME, shard)
-        card = vlm.card(artifacts, **selection.target)
-        conditions = {"fingerprint": card["fingerprint"], "max_image_pixels": str(vlm.max_image_pixels)}
+        embedding = _Embedding(selection, storage, vlm, progress, context.log, again=config.embed_again)
+        return materialize_shards(context, storage.locks(selection.store), embedding.make)
+
+    return attention_embeddings
+
+
+class _Embedding:
+    """Embeds shards: what is known is taken over, the rest goes through the model."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        storage: StorageResource,
+        vlm: VlmResource,
+        progress: Progress,
+        log: logging.Logger,
+        *,
+        again: bool,
+    ) -> None:
+        self._selection, self._vlm, self._progress, self._log = selection, vlm, progress, log
+        self._artifacts = storage.artifacts(selection.store)
+        self._tables = storage.embeddings(selection.store)
+        self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._card = vlm.card(self._artifacts, **selection.target)
+        self._conditions = {
+            "fingerprint": self._card["fingerprint"],
+            "max_image_pixels": str(vlm.max_image_pixels),
+        }
+        self._again = again
+
+    def make(self, shard: str) -> Output:
+        """Embed a shard, commit its table and then its receipt."""
+        start = time.monotonic()
+        raw, raw_header = self._artifacts.read_frame(raw_samples.NAME, shard)
         candidates = raw.filter(pl.col("reason").is_null())
-        keys, images = candidates["sample_key"].to_list(), candidates["images"].to_list()
-        known = {}
-        if not config.embed_again:
-            committed = _committed(artifacts, shard)
-            known = reuse.known_vectors(
-                artifacts, storage.embeddings(selection.store), shard, conditions, committed
-            )
-        kept = reuse.unchanged(known, keys, images, source.open_image)
-        new = [place for place in range(candidates.height) if place not in kept]
-        embedded: Iterator[tuple[int, Outcome]] = iter(())
-        if new:
-            encoder = vlm.encoder(artifacts, **selection.target)
-            embedded = reuse.set_aside(
-                encoder.encode_as_done(
-                    _chat_samples(candidates[new]), source.open_image, **vlm.speed(encoder)
-                ),
-                artifacts,
-                shard,
-                [keys[place] for place in new],
-                conditions,
-                vlm.set_aside_seconds,
-            )
-        done = dict(
-            progress.track(
-                chain(kept.items(), ((new[place], outcome) for place, outcome in embedded)),
-                shard,
-                candidates.height,
-                context.log,
-            )
-        )
+        kept = self._kept(shard, candidates)
+        computed = self._computed(shard, candidates, kept)
+        done = dict(self._progress.track(chain(kept.items(), computed), shard, candidates.height, self._log))
         outcomes = [done[place] for place in range(candidates.height)]
-        rejected = _rejected_rows(raw, candidates, outcomes, shard, str(source.shard_path(shard)))
-        table = _replace_table(storage, selection, card, shard, candidates, outcomes)
+        rejected = _rejected_rows(raw, candidates, outcomes, shard, str(self._source.shard_path(shard)))
+        notes = {"max_image_pixels": self._conditions["max_image_pixels"]}
+        table = _replace_table(self._tables, self._card, shard, candidates, outcomes, notes)
         # Rejected rows and the file's kind are part of what is passed on, to the manifest and the export.
         data_version = digest(
             table.fingerprint,
@@ -137,55 +153,91 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             raw.height,
             hashlib.sha256(rejected.write_ndjson().encode()).hexdigest(),
         )
-        made_from = provenance(table.fingerprint, vlm.max_image_pixels, raw_header["data_version"])
+        made_from = provenance(table.fingerprint, self._vlm.max_image_pixels, raw_header["data_version"])
         header = lineage.header(
             data_version,
             made_from,
             raw_samples=raw_header["data_version"],
             raw_rows=str(raw.height),
             container=raw_header["container"],
-            max_image_pixels=conditions["max_image_pixels"],
+            max_image_pixels=self._conditions["max_image_pixels"],
         )
-        rejected_path, _ = artifacts.write_frame(REJECTED, rejected, header, shard)
+        rejected_path, _ = self._artifacts.write_frame(REJECTED, rejected, header, shard)
         # The receipt comes last: it is what makes the new table the shard's table.
-        artifacts.write_json(NAME, {"table": table.to_json(), "header": header}, shard)
-        reuse.forget(artifacts, shard)
+        self._artifacts.write_json(NAME, {"table": table.to_json(), "header": header}, shard)
+        reuse.forget(self._artifacts, shard)
         seconds = time.monotonic() - start
-        return lineage.result(
+        return Output(
             data_version,
             made_from,
             {
                 "dagster/partition_row_count": table.n_rows,
                 "raw_rows": raw.height,
+                "computed_rows": table.n_rows - len(kept),
                 "reused_rows": len(kept),
                 "rejected_rows": rejected.height,
                 "rejected_by_reason": raw_samples.reason_counts(rejected),
                 "rejected_rows_file": dg.MetadataValue.path(str(rejected_path)),
                 "seconds": seconds,
-                "samples_per_second": len(new) / seconds,
+                "samples_per_second": (candidates.height - len(kept)) / seconds,
                 "bytes": 4 * table.dimension * table.n_rows,
                 "dimension": table.dimension,
                 "lance_table": table.table,
                 "lance_version": table.version,
-                "model": card["model"],
+                "dagster/uri": str(self._tables.location(table)),
+                "model": self._card["model"],
                 "model_fingerprint": table.fingerprint,
             },
-            [_accounting(raw, rejected, table)],
+            (_accounting(raw, rejected, table), _not_empty(raw, table)),
         )
 
-    return attention_embeddings
+    def _kept(self, shard: str, candidates: pl.DataFrame) -> "dict[int, Representation]":
+        """Vectors that the shard has already, by place among the candidates."""
+        if self._again:
+            return {}
+        committed = self._committed(shard)
+        known = reuse.known_vectors(self._artifacts, self._tables, shard, self._conditions, committed)
+        keys, images = candidates["sample_key"].to_list(), candidates["images"].to_list()
+        return reuse.unchanged(known, keys, images, self._source.open_image)
 
+    def _committed(self, shard: str) -> tuple[EmbeddingTable, reuse.Conditions] | None:
+        """The shard's table of the present model, if it has one, and what it was made under.
 
-def _committed(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable, reuse.Conditions] | None:
-    """The shard's table and what it was made under, if it has one."""
-    try:
-        table, header = recorded_table(artifacts, shard)
-    except (ArtifactMissingError, ArtifactCorruptError):
-        return None
-    return table, {
-        "fingerprint": table.fingerprint,
-        "max_image_pixels": header.get("max_image_pixels", ""),
-    }
+        Where the receipt names another model's, the present one's may be there from before.
+        """
+        try:
+            table, header = recorded_table(self._artifacts, shard)
+        except (ArtifactMissingError, ArtifactCorruptError):
+            return None
+        fingerprint = self._conditions["fingerprint"]
+        if table.fingerprint == fingerprint:
+            return table, {
+                "fingerprint": fingerprint,
+                "max_image_pixels": header.get("max_image_pixels", ""),
+            }
+        earlier = self._tables.newest(fingerprint, shard)
+        return earlier and (earlier[0], {"fingerprint": fingerprint, **earlier[1]})
+
+    def _computed(
+        self, shard: str, candidates: pl.DataFrame, kept: "Mapping[int, Representation]"
+    ) -> "Iterator[tuple[int, Outcome]]":
+        """What the model makes of all other candidates, by place, as it is done."""
+        new = [place for place in range(candidates.height) if place not in kept]
+        if not new:
+            return
+        encoder = self._vlm.encoder(self._artifacts, **self._selection.target)
+        outcomes = reuse.set_aside(
+            encoder.encode_as_done(
+                _chat_samples(candidates[new]), self._source.open_image, **self._vlm.speed(encoder)
+            ),
+            self._artifacts,
+            shard,
+            candidates["sample_key"].gather(new).to_list(),
+            self._conditions,
+            self._vlm.set_aside_seconds,
+        )
+        for place, outcome in outcomes:
+            yield new[place], outcome
 
 
 def _chat_samples(candidates: pl.DataFrame) -> list["ChatSample"]:
@@ -199,12 +251,12 @@ def _chat_samples(candidates: pl.DataFrame) -> list["ChatSample"]:
 
 
 def _replace_table(
-    storage: StorageResource,
-    selection: Selection,
+    tables: EmbeddingStore,
     card: dict[str, Any],
     shard: str,
     candidates: pl.DataFrame,
     outcomes: list["Outcome"],
+    notes: Mapping[str, str],
 ) -> EmbeddingTable:
     """Commit the vectors of the shard's embedded rows."""
     from scalselect_assets.method.encoder import Representation
@@ -214,7 +266,7 @@ def _replace_table(
         pl.Series([isinstance(outcome, Representation) for outcome in outcomes], dtype=pl.Boolean)
     )
     dimension = card["dimension"]
-    return storage.embeddings(selection.store).replace(
+    return tables.replace(
         card["fingerprint"],
         shard,
         dimension=dimension,
@@ -228,6 +280,7 @@ def _replace_table(
             "images": pa.array(embedded["images"].to_list(), pa.list_(pa.string())),
             "text": pa.array(embedded["text"].to_list(), pa.string()),
         },
+        notes=notes,
     )
 
 
@@ -274,4 +327,13 @@ def _accounting(raw: pl.DataFrame, rejected: pl.DataFrame, table: EmbeddingTable
         check_name="every_row_is_embedded_or_rejected",
         passed=raw.height == table.n_rows + rejected.height and rejected["row"].is_unique().all(),
         metadata={"raw": raw.height, "embedded": table.n_rows, "rejected": rejected.height},
+    )
+
+
+def _not_empty(raw: pl.DataFrame, table: EmbeddingTable) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name="some_rows_are_embedded",
+        passed=table.n_rows > 0,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"raw": raw.height, "embedded": table.n_rows},
     )

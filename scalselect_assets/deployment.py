@@ -28,6 +28,12 @@ telemetry:
   enabled: false
 nux:
   enabled: false
+concurrency:
+  pools:
+    granularity: run   # a refresh holds its model from its first shard to its last
+    default_limit: 1   # runs that hold a model at the same time: the number of devices
+run_monitoring:
+  enabled: true        # a run whose process was killed is told as failed, and no longer counts
 """
 
 

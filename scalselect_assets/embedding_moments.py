@@ -13,6 +13,7 @@ from resources.identity import digest
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import attention_embeddings, lineage, pool_moments
+from scalselect_assets.materialization import Output, materialize_shards
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import MOMENTS, column_schema
 
@@ -34,7 +35,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         **selection.asset_options(NAME, by_shard=True),
         deps=[selection.key(attention_embeddings.NAME)],
         kinds={"numpy"},
-        code_version=CODE_VERSION,
+        code_version=lineage.shown_code_version(CODE_VERSION, unit_rows=selection.unit_rows),
         metadata={"dagster/column_schema": column_schema(MOMENTS)},
     )
     def embedding_moments(
@@ -44,47 +45,47 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         from scalselect_assets.method.moments import MomentsAccumulator
         from scalselect_assets.method.preprocessing import prepared_rows
 
-        start, shard = time.monotonic(), context.partition_key
-        artifacts = storage.artifacts(selection.store)
-        table, embeddings = attention_embeddings.recorded_table(artifacts, shard)
-        accumulator = MomentsAccumulator(table.dimension, device=vlm.array_device())
-        for batch in storage.embeddings(selection.store).read(table):
-            x = prepared_rows(batch.vector, to_unit_length=selection.unit_rows)
-            accumulator.add(x, names=batch.sample_key)
-        moments = accumulator.moments()
-        content = hashlib.sha256()
-        for _, array in sorted((arrays := moments.to_arrays()).items()):
-            content.update(array.tobytes())
-        # The vectors' version is part of it: other rows with the same moments still need new scores.
-        data_version = digest(content.hexdigest(), embeddings["data_version"])
-        made_from = provenance(selection, embeddings["data_version"])
-        pool_moments.retire(artifacts, shard, data_version)
-        path, size = artifacts.write_arrays(
-            NAME,
-            arrays,
-            lineage.header(
+        artifacts, embeddings = storage.artifacts(selection.store), storage.embeddings(selection.store)
+
+        def accumulate(shard: str) -> Output:
+            start = time.monotonic()
+            table, embedded = attention_embeddings.recorded_table(artifacts, shard)
+            accumulator = MomentsAccumulator(table.dimension, device=vlm.array_device())
+            for batch in embeddings.read(table):
+                x = prepared_rows(batch.vector, to_unit_length=selection.unit_rows)
+                accumulator.add(x, names=batch.sample_key)
+            moments = accumulator.moments()
+            content = hashlib.sha256()
+            for _, array in sorted((arrays := moments.to_arrays()).items()):
+                content.update(array.tobytes())
+            # The vectors' version is part of it: other rows with the same moments still need new scores.
+            data_version = digest(content.hexdigest(), embedded["data_version"])
+            made_from = provenance(selection, embedded["data_version"])
+            pool_moments.retire(artifacts, shard, data_version)
+            header = lineage.header(
                 data_version,
                 made_from,
-                attention_embeddings=embeddings["data_version"],
+                attention_embeddings=embedded["data_version"],
                 model_fingerprint=table.fingerprint,
                 rows=str(moments.n),
                 lance_table=table.table,
                 lance_version=str(table.version),
-            ),
-            shard,
-        )
-        return lineage.result(
-            data_version,
-            made_from,
-            {
-                "dagster/partition_row_count": moments.n,
-                "dimension": moments.d,
-                "seconds": time.monotonic() - start,
-                "bytes": size,
-                "dagster/uri": str(path),
-                "lance_table": table.table,
-                "lance_version": table.version,
-            },
-        )
+            )
+            path, size = artifacts.write_arrays(NAME, arrays, header, shard)
+            return Output(
+                data_version,
+                made_from,
+                {
+                    "dagster/partition_row_count": moments.n,
+                    "dimension": moments.d,
+                    "seconds": time.monotonic() - start,
+                    "bytes": size,
+                    "dagster/uri": str(path),
+                    "lance_table": table.table,
+                    "lance_version": table.version,
+                },
+            )
+
+        return materialize_shards(context, storage.locks(selection.store), accumulate)
 
     return embedding_moments

@@ -6,7 +6,7 @@ shards. Costs: one pass over the shard's vectors, n·d·k multiplications, one b
 
 import json
 import time
-from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -16,6 +16,7 @@ from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import attention_embeddings, lineage, subspace_basis
 from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
+from scalselect_assets.materialization import Output, materialize_shards
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import IMPORTANCE_SCORES, column_schema, polars_schema
 
@@ -49,50 +50,37 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
         artifacts = storage.artifacts(selection.store)
         basis = artifacts.read_header(subspace_basis.NAME, suffix=".safetensors")
-        plan = ScorePlan.from_header(basis)
-        basis_version = _one_version(plan, context.partition_keys)
-        subspace = read_scoring_basis(artifacts, plan, basis_version)
-        scorer = LeverageScorer(subspace, device=vlm.array_device())
-        fitted_on = json.loads(basis["shards"])
-        made_from = provenance(basis_version)
-        for shard in context.partition_keys:
-            start = time.monotonic()
-            frame = _score(storage, selection, shard, scorer, fitted_on.get(shard, {}))
-            path, size = artifacts.write_frame(
-                NAME, frame, lineage.header(made_from, made_from, subspace_basis=basis_version), shard
-            )
-            context.add_asset_metadata(
+        plan, fitted_on = ScorePlan.from_header(basis), json.loads(basis["shards"])
+
+        @cache
+        def scorer(basis_version: str) -> LeverageScorer:
+            subspace = read_scoring_basis(artifacts, plan, basis_version)
+            return LeverageScorer(subspace, device=vlm.array_device())
+
+        def score(shard: str) -> Output:
+            start, basis_version = time.monotonic(), plan.of_shard(shard)
+            frame = _score(storage, selection, shard, scorer(basis_version), fitted_on.get(shard, {}))
+            made_from = provenance(basis_version)  # the basis covers the vectors, so nothing else comes in
+            header = lineage.header(made_from, made_from, subspace_basis=basis_version)
+            path, size = artifacts.write_frame(NAME, frame, header, shard)
+            return Output(
+                made_from,
+                made_from,
                 {
                     "dagster/partition_row_count": frame.height,
                     "leverage_sum": float(frame["leverage"].sum()),
                     "leverage_max": float(frame["leverage"].max() or 0.0),  # type: ignore[arg-type]
+                    "basis_version": basis_version,
                     "seconds": time.monotonic() - start,
                     "bytes": size,
                     "dagster/uri": str(path),
                 },
-                asset_key=context.asset_key,
-                partition_key=shard,
             )
-        # One version for a whole range is right: the basis version covers every shard's vectors.
-        return lineage.result(made_from, made_from, {"basis_version": basis_version})
+
+        # Scoring reads a version of the vectors, so it need not wait for whoever embeds the next one.
+        return materialize_shards(context, storage.locks(selection.store), score, work=NAME)
 
     return importance_scores
-
-
-def _one_version(plan: ScorePlan, shards: Sequence[str]) -> str:
-    """The version of the basis that these shards are to be scored with.
-
-    Raises:
-        dg.Failure: There are several, and a run over a range has one data version.
-    """
-    versions = {plan.of_shard(shard) for shard in shards}
-    if len(versions) > 1:
-        raise dg.Failure(
-            f"these {len(shards)} shards are to be scored with {len(versions)} different bases, since some "
-            "keep their scores (max_drift); use the refresh job, or materialize them shard by shard",
-            allow_retries=False,
-        )
-    return versions.pop()
 
 
 def _score(

@@ -35,3 +35,10 @@ def missing_shards_check(name: str, missing: Sequence[str]) -> dg.AssetCheckResu
         severity=dg.AssetCheckSeverity.WARN,
         metadata={"missing_shards": list(missing[:100]), "n_missing_shards": len(missing)},
     )
+
+
+def shard_check(
+    partitions: dg.PartitionsDefinition[str], asset: dg.AssetKey, name: str, description: str
+) -> dg.AssetCheckSpec:
+    """A check whose result Dagster keeps for each shard."""
+    return dg.AssetCheckSpec(name, asset=asset, description=description, partitions_def=partitions)

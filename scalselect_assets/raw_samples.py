@@ -16,6 +16,7 @@ from resources.sample_source import PoolRow, SampleSource
 from resources.shard_reader import ShardFormatError
 from resources.storage import StorageResource
 from scalselect_assets import lineage
+from scalselect_assets.materialization import Output, materialize_shards, retry_or_fail
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import RAW_SAMPLES, column_schema, polars_schema
 
@@ -35,39 +36,41 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         **selection.asset_options(NAME, by_shard=True),
         deps=[selection.key("shard_files")],
         kinds={"polars", "parquet"},
-        code_version=CODE_VERSION,
+        code_version=lineage.shown_code_version(CODE_VERSION, image_root=selection.image_root),
         metadata={"dagster/column_schema": column_schema(RAW_SAMPLES)},
     )
     def raw_samples(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
         """Every row of the shard, read, validated and given its content key, with what speaks against it."""
-        start, shard = time.monotonic(), context.partition_key
+        artifacts = storage.artifacts(selection.store)
         source = storage.samples(selection.source, selection.image_root, selection.store)
-        version = source.shard_fingerprint(shard, source.index_shard(shard))
-        frame = read_rows(source, shard)
-        if source.shard_fingerprint(shard, source.index_shard(shard)) != version:
-            raise dg.Failure(f"shard {shard!r} or one of its images changed while it was read; run it again")
-        data_version = digest(version, hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
-        made_from = provenance(selection, version)
-        path, size = storage.artifacts(selection.store).write_frame(
-            NAME,
-            frame,
-            lineage.header(data_version, made_from, container=source.container(shard)),
-            shard,
-        )
-        rejected = frame.filter(pl.col("reason").is_not_null())
-        return lineage.result(
-            data_version,
-            made_from,
-            {
-                "dagster/partition_row_count": frame.height,
-                "rejected_rows": rejected.height,
-                "rejected_by_reason": reason_counts(rejected),
-                "seconds": time.monotonic() - start,
-                "bytes": size,
-                "dagster/uri": str(path),
-                "shard_version": version,
-            },
-        )
+
+        def read(shard: str) -> Output:
+            start = time.monotonic()
+            version = source.shard_fingerprint(shard, source.index_shard(shard))
+            frame = read_rows(source, shard)
+            if source.shard_fingerprint(shard, source.index_shard(shard)) != version:
+                retry_or_fail(context, f"shard {shard!r} or one of its images changed while it was read")
+            data_version = digest(version, hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
+            made_from = provenance(selection, version)
+            header = lineage.header(data_version, made_from, container=source.container(shard))
+            path, size = artifacts.write_frame(NAME, frame, header, shard)
+            rejected = frame.filter(pl.col("reason").is_not_null())
+            return Output(
+                data_version,
+                made_from,
+                {
+                    "dagster/partition_row_count": frame.height,
+                    "rejected_rows": rejected.height,
+                    "rejected_by_reason": reason_counts(rejected),
+                    "seconds": time.monotonic() - start,
+                    "bytes": size,
+                    "dagster/uri": str(path),
+                    "shard_file": dg.MetadataValue.path(str(source.shard_path(shard))),
+                    "shard_version": version,
+                },
+            )
+
+        return materialize_shards(context, storage.locks(selection.store), read)
 
     return raw_samples
 

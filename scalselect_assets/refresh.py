@@ -12,7 +12,8 @@ query per asset.
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -38,7 +39,7 @@ from scalselect_assets import (
     training_dataset,
 )
 from scalselect_assets.basis_history import ScorePlan, is_whole
-from scalselect_assets.lineage import DATA_VERSION_TAG, PROVENANCE_TAG
+from scalselect_assets.lineage import DATA_VERSION_TAG, recorded
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection
 
@@ -70,15 +71,13 @@ class Discovery:
     Attributes:
         versions: Content fingerprint by shard: its file's bytes and its images' sizes and times.
         n_rows: Rows by shard; ``None`` where the file cannot be read as rows.
+        unsettled: Shards whose file or images are still being written. They are neither new nor changed nor
+            gone until that has ended.
     """
 
     versions: Mapping[str, str]
     n_rows: Mapping[str, int | None]
-
-    @property
-    def manifest_version(self) -> str:
-        """Changes when a shard comes or goes, not when one changes."""
-        return digest(sorted(self.versions))
+    unsettled: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -88,7 +87,10 @@ class RefreshReport:
     Attributes:
         added: Shards new to Dagster.
         removed: Shards that are gone from the pool.
-        embedded: Shards whose vectors were computed.
+        embedded: Shards whose vectors were materialized.
+        computed_rows: Vectors among them that the model computed.
+        reused_rows: Vectors among them that were there before.
+        unsettled: Shards that are still being written, and were left as they are in the store.
         failed: Message by shard for those that could not be materialized.
         failed_checks: Asset checks of severity ERROR that failed, with what they saw.
         runs: Dagster runs that were made, in order: assets and shards.
@@ -97,6 +99,9 @@ class RefreshReport:
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     embedded: list[str] = field(default_factory=list)
+    computed_rows: int = 0
+    reused_rows: int = 0
+    unsettled: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     failed_checks: dict[str, str] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
@@ -109,18 +114,49 @@ class RefreshReport:
         ]
 
 
-def discover(source: SampleSource, artifacts: ArtifactStore) -> Discovery:
+def discover(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float = 0.0) -> Discovery:
     """Find the shards and their versions; unchanged files are not read again.
+
+    Args:
+        source: The pool.
+        artifacts: The store, which remembers what was read.
+        settle_seconds: A shard that was modified more recently is taken to be still being written.
 
     Raises:
         FileNotFoundError: The pool does not exist.
     """
-    versions, n_rows = {}, {}
+    versions, n_rows, unsettled = {}, {}, []
     for shard in source.shard_keys():
-        index = _current_index(source, artifacts, shard)
-        versions[shard] = source.shard_fingerprint(shard, index)
+        try:
+            if _is_being_written(source.changed_at(shard), settle_seconds):
+                unsettled.append(shard)  # and not read, since it would have to be read again
+                continue
+            index = _current_index(source, artifacts, shard)
+            state = source.shard_state(shard, index)
+        except FileNotFoundError as error:
+            if error.errno is None:
+                raise  # not the shard, but the folder that all images are in
+            continue  # it went after the folder was listed
+        if _is_being_written(state.changed_at, settle_seconds):
+            unsettled.append(shard)
+            continue
+        versions[shard] = state.fingerprint
         n_rows[shard] = index.n_rows
-    return Discovery(versions, n_rows)
+    return Discovery(versions, n_rows, tuple(unsettled))
+
+
+def settled_discovery(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float) -> Discovery:
+    """``discover``, waiting once for what has just been written; raises likewise."""
+    discovery = discover(source, artifacts, settle_seconds)
+    if discovery.unsettled:
+        time.sleep(settle_seconds)
+        discovery = discover(source, artifacts, settle_seconds)
+    return discovery
+
+
+def _is_being_written(changed_at: float | None, settle_seconds: float) -> bool:
+    # A time in the future is a clock that was wrong, not a file that will be written.
+    return changed_at is not None and 0 <= time.time() - changed_at < settle_seconds
 
 
 def _current_index(source: SampleSource, artifacts: ArtifactStore, shard: str) -> ShardIndex:
@@ -137,39 +173,48 @@ def _current_index(source: SampleSource, artifacts: ArtifactStore, shard: str) -
 def report_discovery(
     selection: Selection, instance: dg.DagsterInstance, discovery: Discovery
 ) -> tuple[list[str], list[str]]:
-    """Tell Dagster of added, changed and removed shards; returns the added and the removed ones."""
+    """Tell Dagster of added, changed and removed shards; returns the added and the removed ones.
+
+    Partitions come before events, so that nobody sees a set of shards without its partitions.
+    """
     partitions = shards_name(selection.name)
     known = set(instance.get_dynamic_partitions(partitions))
-    added = sorted(set(discovery.versions) - known)
-    removed = sorted(known - set(discovery.versions))
+    pool = set(discovery.versions) | (known & set(discovery.unsettled))
+    added, removed = sorted(pool - known), sorted(known - pool)
     if added:
         instance.add_dynamic_partitions(partitions, added)
     for shard in removed:
         instance.delete_dynamic_partition(partitions, shard)
-    observed = _latest_tags(
+    observed = _latest_versions(
         instance,
         selection.key(SHARD_FILES),
         dg.DagsterEventType.ASSET_OBSERVATION,
         set(discovery.versions),
     )
     for shard, version in discovery.versions.items():
-        if observed.get(shard, {}).get(DATA_VERSION_TAG) != version:
+        if observed.get(shard, {}).get("data_version") != version:
             instance.report_runless_asset_event(
                 dg.AssetObservation(
                     selection.key(SHARD_FILES), partition=shard, tags={DATA_VERSION_TAG: version}
                 )
             )
+    manifest_version = _manifest_version(pool)
     manifest = instance.fetch_observations(selection.key(SHARD_MANIFEST), limit=1).records
     seen = manifest[0].asset_observation if manifest else None
-    if seen is None or seen.tags.get(DATA_VERSION_TAG) != discovery.manifest_version:
+    if seen is None or seen.tags.get(DATA_VERSION_TAG) != manifest_version:
         instance.report_runless_asset_event(
             dg.AssetObservation(
                 selection.key(SHARD_MANIFEST),
-                tags={DATA_VERSION_TAG: discovery.manifest_version},
-                metadata={"shards": len(discovery.versions)},
+                tags={DATA_VERSION_TAG: manifest_version},
+                metadata={"shards": len(pool)},
             )
         )
     return added, removed
+
+
+def _manifest_version(shards: Iterable[str]) -> str:
+    """Changes when a shard comes or goes, not when one changes."""
+    return digest(sorted(shards))
 
 
 def source_assets(selection: Selection) -> list[dg.SourceAsset]:
@@ -178,7 +223,7 @@ def source_assets(selection: Selection) -> list[dg.SourceAsset]:
     def discovered(context: dg.OpExecutionContext, storage: StorageResource) -> Discovery:
         artifacts = storage.artifacts(selection.store)
         source = storage.samples(selection.source, selection.image_root, selection.store)
-        discovery = discover(source, artifacts)
+        discovery = settled_discovery(source, artifacts, selection.settle_seconds)
         report_discovery(selection, context.instance, discovery)
         return discovery
 
@@ -197,7 +242,10 @@ def source_assets(selection: Selection) -> list[dg.SourceAsset]:
         description="Which shards the pool has; the data version is the set of their names.",
     )
     def shard_manifest(context: dg.OpExecutionContext, storage: StorageResource) -> dg.DataVersion:
-        return dg.DataVersion(discovered(context, storage).manifest_version)
+        discovered(context, storage)
+        return dg.DataVersion(
+            _manifest_version(context.instance.get_dynamic_partitions(shards_name(selection.name)))
+        )
 
     return [shard_files, shard_manifest]
 
@@ -205,13 +253,19 @@ def source_assets(selection: Selection) -> list[dg.SourceAsset]:
 def refresh_job(selection: Selection) -> dg.JobDefinition:
     """The refresh as a job, for the UI and for schedules."""
 
-    @dg.op(name=selection.job_name("refresh_op"), description="Materialize exactly what is stale.")
+    @dg.op(
+        name=selection.job_name("refresh_op"),
+        description="Materialize exactly what is stale.",
+        pool=attention_embeddings.DEVICE_POOL,
+    )
     def refresh_op(
         context: dg.OpExecutionContext,
         storage: StorageResource,
         vlm: VlmResource,
         progress: dg.ResourceParam[Progress],
     ) -> None:
+        _require_pool_by_run(context.instance)
+
         def stopped() -> bool:
             run = context.instance.get_run_by_id(context.run_id)
             return run is not None and run.status in {
@@ -244,6 +298,25 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
         refresh_op()
 
     return refresh
+
+
+def _require_pool_by_run(instance: dg.DagsterInstance) -> None:
+    """A slot by op would be held by the refresh and waited for, in vain, by the embeddings that it makes.
+
+    Raises:
+        RefreshError: That is how the instance is configured.
+    """
+    pools = instance.get_concurrency_config().pool_config
+    limited = pools.default_pool_limit is not None or any(
+        limit.name == attention_embeddings.DEVICE_POOL
+        for limit in instance.event_log_storage.get_pool_limits()
+    )
+    by_run = pools.pool_granularity is not None and pools.pool_granularity.value == "run"
+    if limited and not by_run:
+        raise RefreshError(
+            f"the pool {attention_embeddings.DEVICE_POOL} has a limit by op, which a refresh would wait for "
+            "while it holds it; set `concurrency: pools: granularity: run` in the instance's dagster.yaml"
+        )
 
 
 class Refresh:
@@ -291,14 +364,27 @@ class Refresh:
 
         Raises:
             StoreBusyError: Another refresh works on the store.
-            RefreshError: The pool has no shards, an asset over all shards failed, or the model changed
-                meanwhile.
+            RefreshError: The selection is driven otherwise, the pool has no shards, an asset over all shards
+                failed, or the model changed meanwhile.
             FileNotFoundError: The pool does not exist.
         """
+        if self._selection.is_declarative:
+            name = self._selection.name
+            raise RefreshError(
+                f"the selection {name!r} declares `automation: {self._selection.automation}`: Dagster's own "
+                f"automation brings it up to date, and a refresh beside it would do work twice; turn on the "
+                f"sensors {name}_discovery and {name}_automation in the UI, or declare `automation: refresh`"
+            )
         with self._storage.locks(self._selection.store).refreshing():
             self._close_interrupted_runs()
-            discovery = discover(self._source, self._artifacts)
+            discovery = settled_discovery(self._source, self._artifacts, self._selection.settle_seconds)
+            self._report.unsettled = list(discovery.unsettled)
             if not discovery.versions:
+                if discovery.unsettled:
+                    raise RefreshError(
+                        f"all shard files in {self._selection.source} are still being written; run again "
+                        "when that has ended"
+                    )
                 raise RefreshError(
                     f"no shard files (*.json, *.jsonl, *.ndjson) in {self._selection.source}; a shard is a "
                     "JSON array or JSON Lines file of samples"
@@ -322,7 +408,7 @@ class Refresh:
         if shards := list(self._stale_shards(discovery)):
             return shards
         pool = self._pool()
-        if set(pool) != set(discovery.versions):
+        if set(pool) - set(discovery.unsettled) != set(discovery.versions):
             return list(_WHOLE_ASSETS)
         inputs = self._basis_inputs(pool)
         for position, asset in enumerate(_WHOLE_ASSETS):
@@ -366,14 +452,14 @@ class Refresh:
 
     def _stale_shards(self, discovery: Discovery) -> dict[str, list[str]]:
         """By shard, the assets that must run, in order: the first stale one and all after it."""
-        tags = {asset: self._latest_tags(asset, set(discovery.versions)) for asset in _SHARD_ASSETS}
+        versions = {asset: self._latest_versions(asset, set(discovery.versions)) for asset in _SHARD_ASSETS}
         tables = self._storage.embeddings(self._selection.store).table_names()
         stale = {}
         for shard, shard_version in discovery.versions.items():
             expected = raw_samples.provenance(self._selection, shard_version)
             for position, asset in enumerate(_SHARD_ASSETS):
                 header = self._shard_header(asset, shard, tables)
-                if not _is_current(header, tags[asset].get(shard, {}), expected):
+                if not _is_current(header, versions[asset].get(shard, {}), expected):
                     stale[shard] = list(_SHARD_ASSETS[position:])
                     break
                 expected = self._next_provenance(asset, header["data_version"])
@@ -421,9 +507,8 @@ class Refresh:
             raise RefreshError(f"no shard could be embedded: {'; '.join(self._report.problems())}")
         for asset in _WHOLE_ASSETS:
             if asset == importance_scores.NAME:
-                for unscored in self._unscored_shards(inputs).values():
-                    for shard_range in contiguous_ranges(pool, unscored):
-                        self._materialize_or_raise([asset], shard_range)
+                for shard_range in contiguous_ranges(pool, self._unscored_shards(inputs)):
+                    self._materialize_or_raise([asset], shard_range)
             elif self._is_stale(asset, pool, inputs) or (
                 self._rebuild_basis and asset == subspace_basis.NAME
             ):
@@ -457,9 +542,8 @@ class Refresh:
         ):
             return True
         event = self._instance.get_latest_materialization_event(self._selection.key(asset))
-        materialization = event.asset_materialization if event else None
-        tags = (materialization.tags or {}) if materialization else {}
-        return not _is_current(self._whole_header(asset), tags, expected)
+        found = recorded(event.asset_materialization) if event else {}
+        return not _is_current(self._whole_header(asset), found, expected)
 
     def _whole_header(self, asset: str) -> Mapping[str, str]:
         """What the output of an asset over all shards says of itself; empty where it is not whole."""
@@ -480,23 +564,23 @@ class Refresh:
         header = self._whole_header(subspace_basis.NAME)
         return ScorePlan.from_header(header) if header else ScorePlan("", {}, {})
 
-    def _unscored_shards(self, inputs: _Headers) -> dict[str, set[str]]:
-        """The shards of the basis without the scores that they are to have, by the basis to score with."""
+    def _unscored_shards(self, inputs: _Headers) -> set[str]:
+        """The shards of the basis without the scores that they are to have."""
         plan = self._plan()
-        tags = self._latest_tags(importance_scores.NAME, set(inputs))
-        unscored: dict[str, set[str]] = {}
+        recorded_of = self._latest_versions(importance_scores.NAME, set(inputs))
+        unscored = set()
         for shard in inputs:
             try:
                 header = self._artifacts.read_header(importance_scores.NAME, shard)
             except (ArtifactMissingError, ArtifactCorruptError):
                 header = {}
-            wanted = plan.of_shard(shard)
-            if not _is_current(header, tags.get(shard, {}), importance_scores.provenance(wanted)):
-                unscored.setdefault(wanted, set()).add(shard)
+            expected = importance_scores.provenance(plan.of_shard(shard))
+            if not _is_current(header, recorded_of.get(shard, {}), expected):
+                unscored.add(shard)
         return unscored
 
-    def _latest_tags(self, asset: str, shards: set[str]) -> dict[str, Mapping[str, str]]:
-        return _latest_tags(
+    def _latest_versions(self, asset: str, shards: set[str]) -> dict[str, Mapping[str, str]]:
+        return _latest_versions(
             self._instance, self._selection.key(asset), dg.DagsterEventType.ASSET_MATERIALIZATION, shards
         )
 
@@ -546,6 +630,7 @@ class Refresh:
             run_config=self._configuration(assets),
         )
         self._note_failed_checks(result, partition_key)
+        self._note_embedded_rows(result)
         shards = partition_key or "..".join(
             (tags or {}).get(f"dagster/asset_partition_range_{end}", "") for end in ("start", "end")
         )
@@ -556,6 +641,13 @@ class Refresh:
             return self._run_config
         op = self._selection.key(subspace_basis.NAME).to_python_identifier()
         return {**self._run_config, "ops": {op: {"config": {"rebuild": True}}}}
+
+    def _note_embedded_rows(self, result: dg.ExecuteInProcessResult) -> None:
+        for event in result.get_asset_materialization_events():
+            if event.asset_key == self._selection.key(attention_embeddings.NAME):
+                rows = event.step_materialization_data.materialization.metadata
+                self._report.computed_rows += int(str(rows["computed_rows"].value))
+                self._report.reused_rows += int(str(rows["reused_rows"].value))
 
     def _note_failed_checks(self, result: dg.ExecuteInProcessResult, shard: str | None) -> None:
         for check in result.get_asset_check_evaluations():
@@ -595,21 +687,21 @@ def contiguous_ranges(order: Sequence[str], wanted: set[str]) -> list[tuple[str,
     return ranges
 
 
-def _is_current(header: Mapping[str, str], tags: Mapping[str, str], expected: str) -> bool:
+def _is_current(header: Mapping[str, str], found: Mapping[str, str], expected: str) -> bool:
     """Whether what is stored, and what Dagster recorded of it, are what would be computed now.
 
     Both are asked: a store may be driven through several Dagster instances, and a process may be killed
     between writing a file and recording it.
     """
-    return header.get("provenance") == tags.get(PROVENANCE_TAG) == expected and header.get(
+    return header.get("provenance") == found.get("provenance") == expected and header.get(
         "data_version"
-    ) == tags.get(DATA_VERSION_TAG)
+    ) == found.get("data_version")
 
 
-def _latest_tags(
+def _latest_versions(
     instance: dg.DagsterInstance, key: dg.AssetKey, event_type: dg.DagsterEventType, shards: set[str]
 ) -> dict[str, Mapping[str, str]]:
-    """The tags of the latest event by shard, in one query and one more per thousand of them."""
+    """What the latest event of each shard recorded, in one query and one more per thousand of them."""
     # A long list of names makes a slow query; the partitions that are not asked for are few.
     wanted = shards if len(shards) == 1 else None
     ids = instance.get_latest_storage_id_by_partition(key, event_type, partitions=wanted)
@@ -622,9 +714,11 @@ def _latest_tags(
     remaining = iter(ids.values())
     while chunk := list(islice(remaining, _RECORDS_PER_QUERY)):
         for record in fetch(dg.AssetRecordsFilter(key, storage_ids=chunk), limit=len(chunk)).records:
-            event = record.asset_materialization or record.asset_observation
-            if event is not None and event.partition is not None:
-                latest[event.partition] = event.tags or {}
+            made, seen = record.asset_materialization, record.asset_observation
+            if made is not None and made.partition is not None:
+                latest[made.partition] = recorded(made)
+            elif seen is not None and seen.partition is not None:
+                latest[seen.partition] = {"data_version": seen.tags.get(DATA_VERSION_TAG, "")}
     return latest
 
 

@@ -8,7 +8,7 @@ one over the rest; memory of N rows, one shard, and a few megabytes.
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
 import numpy as np
@@ -18,8 +18,17 @@ from numpy.typing import NDArray
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.identity import digest
 from resources.storage import StorageResource
-from scalselect_assets import importance_scores, lineage, subspace_basis
+from scalselect_assets import (
+    attention_embeddings,
+    cycle,
+    embedding_moments,
+    importance_scores,
+    lineage,
+    raw_samples,
+    subspace_basis,
+)
 from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.top_n import nth_largest
 from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.selection import Selection
@@ -44,7 +53,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         **selection.asset_options(NAME, by_shard=False),
         deps=[selection.key(importance_scores.NAME), selection.key(subspace_basis.NAME)],
         kinds={"polars", "parquet"},
-        code_version=CODE_VERSION,
+        code_version=lineage.shown_code_version(CODE_VERSION, budget=selection.budget),
         metadata={"dagster/column_schema": column_schema(SELECTED_SUBSET)},
         check_specs=[
             dg.AssetCheckSpec(
@@ -63,66 +72,85 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         """The samples of highest leverage within the budget, over all shards."""
         from scalselect_assets.method.selection import budget_size
 
-        start = time.monotonic()
-        artifacts = storage.artifacts(selection.store)
-        subspace, basis = subspace_basis.read_basis(artifacts)
-        plan = ScorePlan.from_header(basis)
-        in_basis = json.loads(basis["shards"])
-        pool = pool_shards(context, selection.partitions)
-        scores = PoolScores(artifacts, plan, sorted(in_basis))
-        chosen = scores.top(budget_size(selection.budget, subspace.n))
-        before = _last_selected(artifacts)
-        data_version = _content_version(chosen)
-        made_from = provenance(selection, plan.version)
-        path, n_bytes = artifacts.write_frame(
-            NAME, chosen, lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
-        )
-        # Where shards keep scores of earlier bases, the sum is off by the bound on their errors at most.
-        tolerance = _SUM_TOLERANCE + plan.error_bound
-        return lineage.result(
-            data_version,
-            made_from,
-            {
-                "dagster/row_count": chosen.height,
-                "embedded": scores.n,
-                **_churn(before, chosen),
-                "rank": subspace.k,
-                "leverage_sum": scores.leverage_sum,
-                "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
-                "leverage_threshold": float(chosen["leverage"][-1]),
-                "normalised_leverage_threshold": float(chosen["normalised_leverage"][-1]),
-                "shards_keeping_scores": len(plan.kept),
-                "score_error_bound": plan.error_bound,
-                "basis_version": basis["data_version"],
-                "seconds": time.monotonic() - start,
-                "bytes": n_bytes,
-                "dagster/uri": str(path),
-            },
-            [
-                dg.AssetCheckResult(
-                    check_name="leverage_scores_sum_to_rank",
-                    passed=scores.n == subspace.n
-                    and (
-                        abs(scores.normalised_sum - subspace.n) <= tolerance * subspace.n
-                        if subspace.k
-                        else scores.normalised_sum <= tolerance * subspace.n
+        with at_work(context, storage.locks(selection.store)):
+            start = time.monotonic()
+            artifacts = storage.artifacts(selection.store)
+            subspace, basis = subspace_basis.read_basis(artifacts)
+            plan = ScorePlan.from_header(basis)
+            in_basis = json.loads(basis["shards"])
+            pool = pool_shards(context, selection.partitions)
+            scores = PoolScores(artifacts, plan, sorted(in_basis))
+            chosen = scores.top(budget_size(selection.budget, subspace.n))
+            before = _last_selected(artifacts)
+            data_version = _content_version(chosen)
+            made_from = provenance(selection, plan.version)
+            path, n_bytes = artifacts.write_frame(
+                NAME, chosen, lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
+            )
+            # Where shards keep scores of earlier bases, the sum is off by the bound on their errors at most.
+            tolerance = _SUM_TOLERANCE + plan.error_bound
+            return Output(
+                data_version,
+                made_from,
+                {
+                    "dagster/row_count": chosen.height,
+                    "embedded": scores.n,
+                    **_churn(before, chosen),
+                    "rank": subspace.k,
+                    "leverage_sum": scores.leverage_sum,
+                    "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
+                    "leverage_threshold": float(chosen["leverage"][-1]),
+                    "normalised_leverage_threshold": float(chosen["normalised_leverage"][-1]),
+                    "shards_keeping_scores": len(plan.kept),
+                    "score_error_bound": plan.error_bound,
+                    "basis_version": basis["data_version"],
+                    **{f"drift_{name}": value for name, value in json.loads(basis["drift"]).items()},
+                    **_cycle(context, selection, in_basis).metadata(),
+                    "seconds": time.monotonic() - start,
+                    "bytes": n_bytes,
+                    "dagster/uri": str(path),
+                },
+                (
+                    dg.AssetCheckResult(
+                        check_name="leverage_scores_sum_to_rank",
+                        passed=scores.n == subspace.n
+                        and (
+                            abs(scores.normalised_sum - subspace.n) <= tolerance * subspace.n
+                            if subspace.k
+                            else scores.normalised_sum <= tolerance * subspace.n
+                        ),
+                        metadata={
+                            "leverage_sum": scores.leverage_sum,
+                            "normalised_mean": scores.normalised_sum / scores.n,
+                            "rank": subspace.k,
+                            "scored": scores.n,
+                            "samples_in_basis": subspace.n,
+                            "tolerance": tolerance,
+                        },
                     ),
-                    metadata={
-                        "leverage_sum": scores.leverage_sum,
-                        "normalised_mean": scores.normalised_sum / scores.n,
-                        "rank": subspace.k,
-                        "scored": scores.n,
-                        "samples_in_basis": subspace.n,
-                        "tolerance": tolerance,
-                    },
+                    missing_shards_check(
+                        "selection_covers_every_shard", [shard for shard in pool if shard not in in_basis]
+                    ),
                 ),
-                missing_shards_check(
-                    "selection_covers_every_shard", [shard for shard in pool if shard not in in_basis]
-                ),
-            ],
-        )
+            ).result()
 
     return selected_subset
+
+
+def _cycle(
+    context: dg.AssetExecutionContext, selection: Selection, in_basis: Mapping[str, Mapping[str, str]]
+) -> cycle.Cycle:
+    """What this subset cost, from the last one on."""
+    return cycle.since_last(
+        context.instance,
+        selection.key(NAME),
+        selection.key(attention_embeddings.NAME),
+        [
+            selection.key(module.NAME)
+            for module in (raw_samples, embedding_moments, subspace_basis, importance_scores)
+        ],
+        {shard: int(moments["rows"]) for shard, moments in in_basis.items()},
+    )
 
 
 def _last_selected(artifacts: ArtifactStore) -> pl.DataFrame | None:

@@ -28,6 +28,7 @@ from scalselect_assets import (
     plots,
     pool_moments,
 )
+from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.selection import Selection
@@ -75,6 +76,16 @@ def provenance(selection: Selection, moments_versions: Mapping[str, str]) -> str
     )
 
 
+def _shown_code_version(selection: Selection) -> str:
+    return lineage.shown_code_version(
+        CODE_VERSION,
+        rank_rule=selection.rank_rule.describe(),
+        standardise=selection.standardise,
+        unit_rows=selection.unit_rows,
+        max_drift=selection.max_drift,
+    )
+
+
 def read_basis(artifacts: ArtifactStore) -> tuple["Subspace", dict[str, str]]:
     """The basis and its header.
 
@@ -97,7 +108,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             for name in (embedding_moments.NAME, attention_embeddings.NAME, "shard_manifest")
         ],
         kinds={"numpy", "scipy"},
-        code_version=CODE_VERSION,
+        code_version=_shown_code_version(selection),
         metadata={"dagster/column_schema": column_schema(SPECTRUM)},
         check_specs=[
             dg.AssetCheckSpec(
@@ -113,65 +124,68 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         """The directions of all embeddings, centred, that the rank rule keeps."""
         from scalselect_assets.method.subspace import principal_axes
 
-        start = time.monotonic()
-        artifacts = storage.artifacts(selection.store)
-        shards = pool_shards(context, selection.partitions)
-        fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
-        inputs = moments_headers(selection, artifacts, shards, fingerprint)
-        versions = {shard: header["data_version"] for shard, header in inputs.items()}
-        pool = pool_moments.update(artifacts, versions, rebuild=config.rebuild)
-        if pool is None or pool.moments.n == 0:
-            raise dg.Failure(
-                "no sample of the pool is embedded, so there is nothing to select from; the rejected_rows "
-                "files and the failed shards' runs say why",
-                allow_retries=False,
-            )
-        axes = principal_axes(pool.moments, standardise=selection.standardise)
-        k = selection.rank_rule.rank(axes.spectrum, axes.n, axes.d)
-        subspace = axes.subspace(k)
-        alternatives = _rank_alternatives(storage, selection, axes, k, list(inputs))
-        basis_version, made_from = version(selection, versions), provenance(selection, versions)
-        header = lineage.header(
-            basis_version,
-            made_from,
-            model_fingerprint=fingerprint,
-            rank_rule=json.dumps(selection.rank_rule.describe()),
-            standardise=json.dumps(selection.standardise),
-            unit_rows=json.dumps(selection.unit_rows),
-            shards=json.dumps(inputs, sort_keys=True),
-        )
-        history = basis_history.compare(
-            artifacts, subspace, pool.moments, header, max_drift=selection.max_drift
-        )
-        path, size = basis_history.replace_basis(artifacts, subspace.to_arrays(), header, history)
-        return lineage.result(
-            basis_version,
-            made_from,
-            {
-                "rank": subspace.k,
-                "numerical_rank": subspace.rank,
-                "energy": subspace.energy,
-                "samples": subspace.n,
-                "shards": len(inputs),
-                "dimension": subspace.d,
-                "moments_read": pool.n_read,
-                "rebuilt": pool.rebuilt,
-                "shards_added": len(pool.added),
-                "shards_removed": len(pool.removed),
-                **history.metadata(),
-                "energy_curve": plots.energy_curve(subspace, _told(selection.rank_rule.describe())),
-                "rank_alternatives": alternatives,
-                "spectrum": dg.MetadataValue.table(_spectrum_head(subspace), schema=column_schema(SPECTRUM)),
-                "seconds": time.monotonic() - start,
-                "bytes": size,
-                "dagster/uri": str(path),
-            },
-            [
-                missing_shards_check(
-                    "basis_covers_every_shard", [shard for shard in shards if shard not in inputs]
+        with at_work(context, storage.locks(selection.store)):
+            start = time.monotonic()
+            artifacts = storage.artifacts(selection.store)
+            shards = pool_shards(context, selection.partitions)
+            fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
+            inputs = moments_headers(selection, artifacts, shards, fingerprint)
+            versions = {shard: header["data_version"] for shard, header in inputs.items()}
+            pool = pool_moments.update(artifacts, versions, rebuild=config.rebuild)
+            if pool is None or pool.moments.n == 0:
+                raise dg.Failure(
+                    "no sample of the pool is embedded, so there is nothing to select from; the "
+                    "rejected_rows files and the failed shards' runs say why",
+                    allow_retries=False,
                 )
-            ],
-        )
+            axes = principal_axes(pool.moments, standardise=selection.standardise)
+            k = selection.rank_rule.rank(axes.spectrum, axes.n, axes.d)
+            subspace = axes.subspace(k)
+            alternatives = _rank_alternatives(storage, selection, axes, k, list(inputs))
+            basis_version, made_from = version(selection, versions), provenance(selection, versions)
+            header = lineage.header(
+                basis_version,
+                made_from,
+                model_fingerprint=fingerprint,
+                rank_rule=json.dumps(selection.rank_rule.describe()),
+                standardise=json.dumps(selection.standardise),
+                unit_rows=json.dumps(selection.unit_rows),
+                shards=json.dumps(inputs, sort_keys=True),
+            )
+            history = basis_history.compare(
+                artifacts, subspace, pool.moments, header, max_drift=selection.max_drift
+            )
+            path, size = basis_history.replace_basis(artifacts, subspace.to_arrays(), header, history)
+            return Output(
+                basis_version,
+                made_from,
+                {
+                    "rank": subspace.k,
+                    "numerical_rank": subspace.rank,
+                    "energy": subspace.energy,
+                    "samples": subspace.n,
+                    "shards": len(inputs),
+                    "dimension": subspace.d,
+                    "moments_read": pool.n_read,
+                    "rebuilt": pool.rebuilt,
+                    "shards_added": len(pool.added),
+                    "shards_removed": len(pool.removed),
+                    **history.metadata(),
+                    "energy_curve": plots.energy_curve(subspace, _told(selection.rank_rule.describe())),
+                    "rank_alternatives": alternatives,
+                    "spectrum": dg.MetadataValue.table(
+                        _spectrum_head(subspace), schema=column_schema(SPECTRUM)
+                    ),
+                    "seconds": time.monotonic() - start,
+                    "bytes": size,
+                    "dagster/uri": str(path),
+                },
+                (
+                    missing_shards_check(
+                        "basis_covers_every_shard", [shard for shard in shards if shard not in inputs]
+                    ),
+                ),
+            ).result()
 
     return subspace_basis
 

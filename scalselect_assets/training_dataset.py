@@ -31,6 +31,7 @@ from scalselect_assets import (
     subspace_basis,
 )
 from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.rejection import RejectionReason
 from scalselect_assets.partitions import pool_shards
 from scalselect_assets.selection import Selection
@@ -56,7 +57,7 @@ def provenance(
     return lineage.provenance(
         NAME,
         CODE_VERSION,
-        settings=selection.model_dump(),
+        settings=selection.result_settings(),
         selected_subset=[subset_provenance, subset_version],
         subspace_basis=basis_version,
         left_out=list(left_out),
@@ -94,7 +95,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             for name in (selected_subset.NAME, subspace_basis.NAME, attention_embeddings.NAME)
         ],
         kinds={"json"},
-        code_version=CODE_VERSION,
+        code_version=lineage.shown_code_version(CODE_VERSION, settings=selection.result_settings()),
         metadata={"dagster/column_schema": column_schema(TRAINING_ROWS)},
         check_specs=[
             dg.AssetCheckSpec(
@@ -108,69 +109,70 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
     ) -> dg.MaterializeResult:
         """The selected rows in the pool's own format, with a manifest that leads back to every input."""
-        start = time.monotonic()
-        artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
-        subset, subset_header = artifacts.read_frame(selected_subset.NAME)
-        subspace, basis = subspace_basis.read_basis(artifacts)
-        plan = ScorePlan.from_header(basis)
-        inputs = json.loads(basis["shards"])
-        writer = _DatasetWriter(
-            artifacts,
-            storage.embeddings(selection.store),
-            source,
-            sorted(inputs),
-            keep_text_only=selection.text_only == "keep",
-        )
-        path, n_bytes = writer.write(subset)
-        pool = pool_shards(context, selection.partitions)
-        left_out = [shard for shard in pool if shard not in inputs]
-        made_from = provenance(
-            selection,
-            subset_header["provenance"],
-            subset_header["data_version"],
-            basis["data_version"],
-            left_out,
-        )
-        manifest = {
-            **lineage.header(writer.sha256, made_from),
-            "shards_left_out": left_out,
-            "model": vlm.card(artifacts, **selection.target),
-            "basis_version": basis["data_version"],
-            "basis_drift": json.loads(basis["drift"]),
-            "score_error_bound": plan.error_bound,
-            "images_relative_to": str(source.images_folder()),
-            "training_file": path.name,
-            **_settings(selection),
-            **_counts(subspace, subset, writer),
-            "shards": {
-                shard: _shard_lineage(writer, shard, moments, plan) for shard, moments in inputs.items()
-            },
-            "files": _files(artifacts, subset, writer, path, n_bytes),
-        }
-        manifest_path, _ = artifacts.write_json(NAME, manifest, MANIFEST)
-        return lineage.result(
-            writer.sha256,
-            made_from,
-            {
-                "dagster/row_count": writer.n_rows,
-                "selected_rows": subset.height,
-                "text_only_rows": writer.n_text_only,
-                "seconds": time.monotonic() - start,
-                "bytes": n_bytes,
-                "dagster/uri": str(path),
-                "manifest": dg.MetadataValue.path(str(manifest_path)),
-                "sha256": writer.sha256,
-            },
-            [
-                dg.AssetCheckResult(
-                    check_name="every_selected_row_is_written",
-                    passed=writer.n_selected == subset.height
-                    and writer.n_rows == writer.n_selected + writer.n_text_only,
-                    metadata={"written": writer.n_rows, "selected": subset.height},
-                )
-            ],
-        )
+        with at_work(context, storage.locks(selection.store)):
+            start = time.monotonic()
+            artifacts = storage.artifacts(selection.store)
+            source = storage.samples(selection.source, selection.image_root, selection.store)
+            subset, subset_header = artifacts.read_frame(selected_subset.NAME)
+            subspace, basis = subspace_basis.read_basis(artifacts)
+            plan = ScorePlan.from_header(basis)
+            inputs = json.loads(basis["shards"])
+            writer = _DatasetWriter(
+                artifacts,
+                storage.embeddings(selection.store),
+                source,
+                sorted(inputs),
+                keep_text_only=selection.text_only == "keep",
+            )
+            path, n_bytes = writer.write(subset)
+            pool = pool_shards(context, selection.partitions)
+            left_out = [shard for shard in pool if shard not in inputs]
+            made_from = provenance(
+                selection,
+                subset_header["provenance"],
+                subset_header["data_version"],
+                basis["data_version"],
+                left_out,
+            )
+            manifest = {
+                **lineage.header(writer.sha256, made_from),
+                "shards_left_out": left_out,
+                "model": vlm.card(artifacts, **selection.target),
+                "basis_version": basis["data_version"],
+                "basis_drift": json.loads(basis["drift"]),
+                "score_error_bound": plan.error_bound,
+                "images_relative_to": str(source.images_folder()),
+                "training_file": path.name,
+                **_settings(selection),
+                **_counts(subspace, subset, writer),
+                "shards": {
+                    shard: _shard_lineage(writer, shard, moments, plan) for shard, moments in inputs.items()
+                },
+                "files": _files(artifacts, subset, writer, path, n_bytes),
+            }
+            manifest_path, _ = artifacts.write_json(NAME, manifest, MANIFEST)
+            return Output(
+                writer.sha256,
+                made_from,
+                {
+                    "dagster/row_count": writer.n_rows,
+                    "selected_rows": subset.height,
+                    "text_only_rows": writer.n_text_only,
+                    "seconds": time.monotonic() - start,
+                    "bytes": n_bytes,
+                    "dagster/uri": str(path),
+                    "manifest": dg.MetadataValue.path(str(manifest_path)),
+                    "sha256": writer.sha256,
+                },
+                (
+                    dg.AssetCheckResult(
+                        check_name="every_selected_row_is_written",
+                        passed=writer.n_selected == subset.height
+                        and writer.n_rows == writer.n_selected + writer.n_text_only,
+                        metadata={"written": writer.n_rows, "selected": subset.height},
+                    ),
+                ),
+            ).result()
 
     return training_dataset
 

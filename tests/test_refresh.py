@@ -45,6 +45,7 @@ class Bench:
             "store": str(store),
             "target_model": str(model),
             "budget": 0.5,
+            "settle_seconds": 0,
         }
         self.storage = StorageResource()
         self.vlm = VlmResource(device="cpu", batch_tokens=512)

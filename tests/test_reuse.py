@@ -116,6 +116,17 @@ def test_what_changes_representations_embeds_everything_and_what_does_not_nothin
     assert embedded == [6, 6]
 
 
+def test_going_back_to_an_earlier_model_embeds_nothing(
+    bench: Bench, fresh: Bench, embedded: list[int]
+) -> None:
+    bench.refresh()
+    for attention_mass in (0.8, 0.9):
+        bench.options["attention_mass"] = attention_mass
+        bench.refresh()
+    assert embedded == [6, 6]
+    assert_as_if_embedded_afresh(bench, fresh)
+
+
 def test_another_pixel_limit_embeds_everything(bench: Bench, embedded: list[int]) -> None:
     """A vector may stand for an image that the new limit refuses."""
     bench.refresh()
