@@ -1,19 +1,27 @@
-"""One selection's graph: its sources, the seven assets of the path, their jobs and the nightly schedule."""
+"""One selection's graph: its sources, the seven assets of the path, their jobs and what drives them."""
 
+import warnings
 from importlib import import_module
 
 import dagster as dg
 
 from scalselect_assets import ASSET_MODULES, subspace_basis
+from scalselect_assets.automation import automation_sensors, nightly_schedule
+from scalselect_assets.maintenance import maintenance_job
 from scalselect_assets.refresh import refresh_job, source_assets
 from scalselect_assets.selection import Selection
 
 
 def selection_defs(selection: Selection) -> dg.Definitions:
     """Everything that Dagster holds of one selection, except the resources, which a deployment shares."""
-    assets: list[dg.AssetsDefinition] = [
-        import_module(f"scalselect_assets.{name}").build(selection) for name in ASSET_MODULES
-    ]
+    with warnings.catch_warnings():
+        # Dagster calls backfills in one run a beta, and checks by partition a preview.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        assets: list[dg.AssetsDefinition] = [
+            import_module(f"scalselect_assets.{name}").build(selection) for name in ASSET_MODULES
+        ]
+    declarative = selection.is_declarative
     return dg.Definitions(
         assets=[*source_assets(selection), *assets],
         jobs=[
@@ -23,8 +31,10 @@ def selection_defs(selection: Selection) -> dg.Definitions:
                 description="Any assets of this selection in one process; what the refresh runs.",
                 executor_def=dg.in_process_executor,
             ),
-            refresh_job(selection),
+            *([] if declarative else [refresh_job(selection)]),
             subspace_basis.verify_job(selection),
+            maintenance_job(selection),
         ],
-        schedules=[selection.nightly_schedule(selection.job_name("refresh"))],
+        schedules=[] if declarative else [nightly_schedule(selection)],
+        sensors=automation_sensors(selection) if declarative else [],
     )

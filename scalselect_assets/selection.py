@@ -5,11 +5,11 @@ store. Declarations are YAML files that `definitions.py` finds and that ``scalse
 """
 
 from pathlib import Path
-from typing import Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypedDict
 
 import dagster as dg
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from resources.vlm import TargetModel
 from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
@@ -17,6 +17,12 @@ from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import shard_partitions
 
 DECLARATION_TYPE = "scalselect_assets.selection.Selection"
+
+
+# Fields that say when and for whom the results are made.
+_DRIVING = {
+    *("settle_seconds", "owners", "automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
+}
 
 
 class SelectionFileError(ValueError):
@@ -28,7 +34,10 @@ class AssetOptions(TypedDict):
 
     key: dg.AssetKey
     group_name: str
+    owners: list[str]
     partitions_def: dg.PartitionsDefinition[str] | None
+    backfill_policy: dg.BackfillPolicy | None
+    automation_condition: dg.AutomationCondition[Any] | None
 
 
 class Selection(dg.Component, dg.Model, dg.Resolvable):
@@ -82,9 +91,29 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     text_only: Literal["drop", "keep"] = Field(
         default="drop", description="Whether rows without an image are added to the training dataset."
     )
+    settle_seconds: float = Field(
+        default=3.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="A shard whose file or images were modified more recently is taken to be still being "
+        "written, and waits.",
+    )
+    owners: list[Annotated[str, StringConstraints(pattern=r"^(team:[\w-]+|[^@\s]+@[^@\s]+)$")]] = Field(
+        default=[], description="Who is asked about the assets, as the UI shows: addresses or team:<name>."
+    )
+    automation: Literal["refresh", "declarative", "declarative_nightly"] = Field(
+        default="refresh",
+        description="What brings the selection up to date: the refresh (by hand, by `scalselect run` or by "
+        "the schedule <name>_nightly_rescoring), or Dagster's automation conditions through the sensors "
+        "<name>_discovery and <name>_automation, as changes come or at the tick of nightly_cron. Each is off "
+        "until a person turns it on.",
+    )
+    automation_seconds: int = Field(
+        default=30, ge=1, description="How often the two sensors of declarative automation look."
+    )
     nightly_cron: str = Field(
         default="0 2 * * *",
-        description="When the schedule <name>_nightly_rescoring refreshes, once a person has turned it on.",
+        description="When the schedule, or nightly declarative automation, begins.",
     )
     nightly_timezone: str = Field(default="UTC", description="In which nightly_cron is read: an IANA name.")
 
@@ -104,10 +133,17 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     @model_validator(mode="after")
     def _schedule_is_possible(self) -> Self:
         try:
-            self.nightly_schedule("any")
+            dg.ScheduleDefinition(
+                job_name="any", cron_schedule=self.nightly_cron, execution_timezone=self.nightly_timezone
+            )
         except dg.DagsterInvalidDefinitionError as error:
             raise ValueError(f"nightly_cron or nightly_timezone: {error}") from error
         return self
+
+    @property
+    def is_declarative(self) -> bool:
+        """Whether Dagster's automation conditions drive it, and not the refresh."""
+        return self.automation != "refresh"
 
     @property
     def rank_rule(self) -> RankRule:
@@ -129,36 +165,31 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
             "attention_mass": self.attention_mass,
         }
 
+    def result_settings(self) -> dict[str, Any]:
+        """All that may change a result or what is told of it: not when it is made, nor who is asked."""
+        return self.model_dump(exclude=_DRIVING)
+
     def key(self, asset: str) -> dg.AssetKey:
         """The asset key of this selection's ``asset``."""
         return dg.AssetKey([self.name, asset])
 
     def asset_options(self, asset: str, *, by_shard: bool) -> AssetOptions:
-        """Key, group and partitions of this selection's ``asset``."""
+        """What every asset of this selection has in common, for ``asset``."""
+        from scalselect_assets.automation import automation_condition
+
         return {
             "key": self.key(asset),
             "group_name": self.name,
+            "owners": self.owners,
             "partitions_def": self.partitions if by_shard else None,
+            # One run for all shards of a backfill, so that the model is loaded once.
+            "backfill_policy": dg.BackfillPolicy.single_run() if by_shard else None,
+            "automation_condition": automation_condition(self, asset),
         }
 
     def job_name(self, job: str) -> str:
         """Job names are global to a deployment, so they carry the selection's name."""
         return f"{self.name}_{job}"
-
-    def nightly_schedule(self, job_name: str) -> dg.ScheduleDefinition:
-        """The refresh, night by night; off until a person turns it on.
-
-        Dagster launches it once per tick of the cron, whatever ran meanwhile; a refresh that finds another
-        one working on the store fails and says so, and one that finds nothing stale makes no further run.
-        """
-        return dg.ScheduleDefinition(
-            name=self.job_name("nightly_rescoring"),
-            job_name=job_name,
-            cron_schedule=self.nightly_cron,
-            execution_timezone=self.nightly_timezone,
-            default_status=dg.DefaultScheduleStatus.STOPPED,
-            description="Embed what is new or changed since the last time, rescore the pool, select again.",
-        )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
         """The graph of this selection; see `scalselect_assets.graph`."""

@@ -4,9 +4,8 @@ import ast
 import os
 import subprocess
 import sys
-from datetime import datetime
 from pathlib import Path
-from zoneinfo import ZoneInfo
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -131,16 +130,50 @@ def test_several_selections_share_a_deployment() -> None:
     assert dg.Definitions.validate_loadable(defs) is None
 
 
-def test_each_selection_has_a_nightly_schedule_that_a_person_turns_on() -> None:
+def test_a_refreshed_selection_has_a_nightly_schedule_that_a_person_turns_on() -> None:
     defs = build_defs([selection("pool", nightly_cron="30 3 * * 1-5", nightly_timezone="Asia/Seoul")])
     schedule = defs.resolve_schedule_def("pool_nightly_rescoring")
     assert schedule.job_name == "pool_refresh"
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("30 3 * * 1-5", "Asia/Seoul")
     assert schedule.default_status is dg.DefaultScheduleStatus.STOPPED
-    with dg.build_schedule_context(
-        scheduled_execution_time=datetime(2026, 11, 23, 3, 30, tzinfo=ZoneInfo("Asia/Seoul"))
-    ) as context:
-        assert len(schedule.evaluate_tick(context).run_requests or ()) == 1
+    assert drivers(defs) == {"pool_nightly_rescoring", "pool_refresh"}
+    assert conditions(defs) == {None}
+
+
+@pytest.mark.parametrize("automation", ["declarative", "declarative_nightly"])
+def test_a_declarative_selection_has_two_sensors_that_a_person_turns_on(automation: str) -> None:
+    defs = build_defs([selection("pool", automation=automation, automation_seconds=7)])
+    for name in ("pool_discovery", "pool_automation"):
+        sensor = defs.resolve_sensor_def(name)
+        assert sensor.default_status is dg.DefaultSensorStatus.STOPPED
+        assert sensor.minimum_interval_seconds == 7
+    assert drivers(defs) == {"pool_discovery", "pool_automation"}
+    assert None not in conditions(defs)
+    assert all(condition.is_serializable for condition in conditions(defs))  # evaluated by the daemon
+    assert dg.Definitions.validate_loadable(defs) is None
+
+
+def drivers(defs: dg.Definitions) -> set[str]:
+    """What could make a run by itself, and what such a run would be of."""
+    repository = defs.get_repository_def()
+    return {
+        *(schedule.name for schedule in repository.schedule_defs),
+        *(sensor.name for sensor in repository.sensor_defs),
+        *({"pool_refresh"} & set(repository.job_names)),
+    }
+
+
+def conditions(defs: dg.Definitions) -> set[Any]:
+    graph = defs.resolve_asset_graph()
+    return {graph.get(dg.AssetKey(["pool", name])).automation_condition for name in ASSET_MODULES}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"automation": "both"}, {"automation_seconds": 0}, {"automation": "eager"}]
+)
+def test_a_way_to_automate_that_there_is_not_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="automation"):
+        selection("pool", **wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"nightly_cron": "at night"}, {"nightly_timezone": "Europe/Atlantis"}])

@@ -1,0 +1,386 @@
+"""Declarative automation: when Dagster itself materializes what, for deployments without the refresh.
+
+What lies here: a condition for each asset, the sensor that finds shards, the sensor that evaluates the
+conditions, and the nightly schedule of the refresh. A selection has either the refresh and its schedule, or
+the conditions and their sensors, never both; all of them are off until a person turns them on.
+
+How the conditions work together. An asset is *due* from the tick on which something that it is made from has
+changed until it is requested. A due asset is requested once nothing before it on the path is due or in
+progress, so that a wave of changes runs through the path once: the shards, each in one run, then the basis,
+the scores, and the subset with the training dataset. Shards and the basis in turn wait while anything after
+the basis is in progress, so that no change falls between what a run reads and what it writes. What failed is
+not due until something before it changes, so it is neither tried again and again nor waited for.
+
+*Nightly* holds back what begins a wave (a new or changed file, a removed shard, changed settings) until the
+next tick of ``nightly_cron``; what follows from it runs at once. A shard that is found during the night's
+wave is not part of it and does not hold it up.
+
+Changes are told by data versions: what was made again as it was changes nothing. On the first evaluation
+after the sensor is turned on, only what is missing counts as changed, so a selection that was refreshed
+should be up to date when it is handed over. An event that is stored while a tick looks may be seen by that
+tick and by the next, and be followed twice; a daemon with DAGSTER_AUTOMATION_TICK_SETTLE_SECONDS above 0 in
+its environment sees each once.
+
+Costs: some hundred conditions per tick, whatever the number of shards; and one run, with a process of its
+own, per shard for its vectors and another for its scores.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+import dagster as dg
+
+from resources.identity import digest
+from resources.locks import StoreBusyError
+from resources.storage import StorageResource
+from scalselect_assets import ASSET_MODULES, reuse
+from scalselect_assets.refresh import SHARD_FILES, SHARD_MANIFEST, discover, report_discovery
+from scalselect_assets.selection import Selection
+
+AC = dg.AutomationCondition
+Condition: TypeAlias = dg.AutomationCondition[Any]
+
+RAW, EMBEDDINGS, MOMENTS, BASIS, SCORES, SUBSET, DATASET = ASSET_MODULES
+
+AUTOMATION_TAG = "scalselect/automation"
+"""On every run that the conditions ask for: the selection's name."""
+
+_UNFINISHED: Final = {
+    dg.DagsterRunStatus.QUEUED: "queued",
+    dg.DagsterRunStatus.NOT_STARTED: "about to start",
+    dg.DagsterRunStatus.STARTING: "about to start",
+    dg.DagsterRunStatus.STARTED: "in progress",
+    dg.DagsterRunStatus.CANCELING: "being canceled",
+}
+_STARTING_SECONDS = 600.0  # importing everything on a busy machine takes less
+
+
+def automation_condition(selection: Selection, asset: str) -> Condition | None:
+    """When Dagster requests ``asset`` by itself; never, where the refresh drives the selection."""
+    if not selection.is_declarative:
+        return None
+    conditions: dict[str, Callable[[Selection], Condition]] = {
+        RAW: raw_samples_condition,
+        EMBEDDINGS: attention_embeddings_condition,
+        MOMENTS: embedding_moments_condition,
+        BASIS: subspace_basis_condition,
+        SCORES: importance_scores_condition,
+        SUBSET: selected_subset_condition,
+        DATASET: training_dataset_condition,
+    }
+    return conditions[asset](selection)
+
+
+# The conditions, in path order
+
+
+def raw_samples_condition(selection: Selection) -> Condition:
+    """Fires for a shard whose file or images are new or changed, or if the image root changes.
+
+    Waits for the shard's own vectors and for assets over all shards, which would otherwise be of two versions
+    of it. It would loop if reading a shard changed what discovery sees of it.
+    """
+    moments = AC.asset_matches(selection.key(MOMENTS), AC.run_in_progress())
+    return (
+        _raw_due(selection)
+        & ~AC.any_deps_missing()
+        & ~AC.run_in_progress()
+        & ~AC.asset_matches(selection.key(EMBEDDINGS), AC.run_in_progress() | moments)
+        & ~AC.asset_matches(selection.key(BASIS), _in_progress_from_basis(selection))
+    )
+
+
+def attention_embeddings_condition(selection: Selection) -> Condition:
+    """Fires for a shard with its rows, in one run with them, and for all shards if the model changes.
+
+    Does not fire when that run fails on its way here: the next version of the file does. It would loop if
+    embedding a shard materialized its rows.
+    """
+    return (
+        _due_with(selection, RAW)
+        & AC.asset_matches(selection.key(RAW), _present_and_quiet())
+        & ~AC.run_in_progress()
+        & ~AC.asset_matches(selection.key(MOMENTS), AC.run_in_progress())
+        & ~AC.asset_matches(selection.key(BASIS), _in_progress_from_basis(selection))
+    )
+
+
+def embedding_moments_condition(selection: Selection) -> Condition:
+    """Fires for a shard with its vectors, in one run with them, and for all shards if their scaling changes.
+
+    It would loop if the moments of a shard materialized its vectors.
+    """
+    return (
+        _due_with(selection, EMBEDDINGS)
+        & AC.asset_matches(selection.key(EMBEDDINGS), _present_and_quiet())
+        & ~AC.run_in_progress()
+        & ~AC.asset_matches(selection.key(BASIS), _in_progress_from_basis(selection))
+    )
+
+
+def subspace_basis_condition(selection: Selection) -> Condition:
+    """Fires once for any number of shards that came, went or changed, or if the rank rule changes.
+
+    Waits for all shards that are due or in progress, so it does not fire while files arrive faster than they
+    are embedded, and for the assets after it. A shard that failed is left out. Moments that are as they were
+    do not fire it. It would loop if making a basis changed the moments of a shard or the set of shards.
+    """
+    return _basis_due(selection) & ~_shards_busy(selection) & ~_in_progress_from_basis(selection)
+
+
+def importance_scores_condition(selection: Selection) -> Condition:
+    """Fires for all shards when the basis has another version, one run for each shard.
+
+    Waits for a basis that is about to be made, and does not fire where making it failed. A shard without
+    vectors has no scores to be made. It would loop if scoring a shard made a basis.
+    """
+    unsettled = _basis_busy(selection) | AC.execution_failed()
+    return _scores_due(selection) & ~AC.run_in_progress() & ~AC.asset_matches(selection.key(BASIS), unsettled)
+
+
+def selected_subset_condition(selection: Selection) -> Condition:
+    """Fires once when scores or the basis have another version, after all scores; or if the budget changes.
+
+    A shard whose scoring failed stops it, since scores of two bases cannot be compared. It would loop if
+    selecting scored a shard.
+    """
+    unscored = _scores_due(selection) | AC.run_in_progress() | AC.execution_failed()
+    return (
+        _subset_due(selection)
+        & ~AC.run_in_progress()
+        & ~AC.asset_matches(selection.key(BASIS), _basis_busy(selection))
+        & ~AC.asset_matches(selection.key(SCORES), unscored)
+        & ~AC.asset_matches(selection.key(DATASET), AC.run_in_progress())
+    )
+
+
+def training_dataset_condition(selection: Selection) -> Condition:
+    """Fires with the subset, in one run with it; alone after a basis that is as it was, or if text is kept.
+
+    A basis is made again without another version where a shard came that cannot be read: the manifest then
+    names the shard as left out. It would loop if writing the dataset made a subset or a basis.
+    """
+    subset = AC.asset_matches(selection.key(SUBSET), _changed_by_others(selection))
+    basis = AC.asset_matches(selection.key(BASIS), AC.newly_updated())
+    with_subset = AC.asset_matches(selection.key(SUBSET), AC.will_be_requested())
+    unselected = (_subset_due(selection) | AC.missing()) & ~AC.will_be_requested()
+    return (
+        (with_subset | _due(subset | basis) | _begun(selection, AC.code_version_changed()))
+        & ~AC.run_in_progress()
+        & ~AC.asset_matches(selection.key(BASIS), _basis_busy(selection))
+        & ~AC.asset_matches(selection.key(SCORES), _scores_due(selection) | AC.run_in_progress())
+        & ~AC.asset_matches(selection.key(SUBSET), unselected | AC.run_in_progress())
+    )
+
+
+# What makes an asset due. These are also asked about from the assets after it. What a `since` remembers is
+# kept by the asset and by the outermost kinds of its two conditions: no two of one asset may agree in those.
+
+
+def _due(trigger: Condition) -> Condition:
+    """From the tick on which ``trigger`` is true until the asset is requested.
+
+    Being materialized is no end of it: a run that is in progress has read what there was before.
+    """
+    return trigger.since(AC.newly_requested()).with_label("due")
+
+
+def _begun(selection: Selection, change: Condition) -> Condition:
+    """As ``_due`` for what begins a wave: ``change``, or that the asset is missing.
+
+    A change that is first seen on the tick after a request came after it, and makes the asset due again. In
+    nightly automation, the asset is due from the next tick of the cron on.
+    """
+    pending = (AC.newly_missing() | change).since(AC.newly_requested() & ~change).with_label("begun")
+    if selection.automation != "declarative_nightly":
+        return pending
+    tick = AC.cron_tick_passed(selection.nightly_cron, selection.nightly_timezone)
+    return _due(pending & tick)
+
+
+def _changed_by_others(selection: Selection) -> Condition:
+    """Another version, not from a run of ours, which materializes what follows as well."""
+    ours = AC.any_new_update_has_run_tags(tag_values={AUTOMATION_TAG: selection.name})
+    return AC.data_version_changed() & ~ours
+
+
+def _due_with(selection: Selection, before: str) -> Condition:
+    """Due in a shard where the asset ``before`` it is requested or has changed, or if settings change.
+
+    Other than for ``_due``, being materialized ends it: the lock of a shard orders who reads and writes it.
+    """
+    changed = AC.asset_matches(selection.key(before), _changed_by_others(selection))
+    return (
+        AC.asset_matches(selection.key(before), AC.will_be_requested())
+        | changed.since(AC.newly_requested() | AC.newly_updated())
+        | _begun(selection, AC.code_version_changed())
+    )
+
+
+def _raw_due(selection: Selection) -> Condition:
+    file = AC.asset_matches(selection.key(SHARD_FILES), AC.newly_updated())
+    return _begun(selection, file | AC.code_version_changed())
+
+
+def _basis_due(selection: Selection) -> Condition:
+    shard_set = AC.asset_matches(selection.key(SHARD_MANIFEST), AC.newly_updated())
+    due = _due(AC.asset_matches(selection.key(MOMENTS), AC.data_version_changed())) | _begun(
+        selection, shard_set | AC.code_version_changed()
+    )
+    some_moments = AC.asset_matches(selection.key(MOMENTS), ~AC.missing())
+    return (due & some_moments).with_label(f"{BASIS} due")
+
+
+def _scores_due(selection: Selection) -> Condition:
+    # A basis of other settings may leave its version and change which shards keep their scores.
+    settings = AC.code_version_changed() | AC.asset_matches(selection.key(BASIS), AC.code_version_changed())
+    due = _due(AC.asset_matches(selection.key(BASIS), AC.data_version_changed())) | _begun(
+        selection, settings
+    )
+    return (due & ~AC.any_deps_missing()).with_label(f"{SCORES} due")
+
+
+def _subset_due(selection: Selection) -> Condition:
+    due = _due(
+        AC.asset_matches(selection.key(SCORES), AC.data_version_changed())
+        | AC.asset_matches(selection.key(BASIS), AC.data_version_changed())
+    ) | _begun(selection, AC.code_version_changed())
+    some_scores = AC.asset_matches(selection.key(SCORES), ~AC.missing())
+    return (due & some_scores).with_label(f"{SUBSET} due")
+
+
+# What an asset waits for
+
+
+def _present_and_quiet() -> Condition:
+    """Materialized or about to be in the same run, and not being materialized now."""
+    return ~(AC.missing() & ~AC.will_be_requested()) & ~AC.run_in_progress()
+
+
+def _shards_busy(selection: Selection) -> Condition:
+    """As seen from the basis: a shard is due or in progress."""
+    changed = _begun(selection, AC.code_version_changed())
+    has_rows = AC.asset_matches(selection.key(RAW), ~AC.missing())
+    has_vectors = AC.asset_matches(selection.key(EMBEDDINGS), ~AC.missing())
+    return (
+        AC.asset_matches(selection.key(RAW), _raw_due(selection) | AC.run_in_progress())
+        | AC.asset_matches(selection.key(EMBEDDINGS), (changed & has_rows) | AC.run_in_progress())
+        | AC.asset_matches(selection.key(MOMENTS), (changed & has_vectors) | AC.run_in_progress())
+    ).with_label("a shard is due or in progress")
+
+
+def _basis_busy(selection: Selection) -> Condition:
+    """As seen from the basis: it is, or a shard is, due or in progress."""
+    return _basis_due(selection) | AC.run_in_progress() | _shards_busy(selection)
+
+
+def _in_progress_from_basis(selection: Selection) -> Condition:
+    """As seen from the basis: it, scores of any shard, or an asset after them is in progress."""
+    scores, subset, dataset = (
+        AC.asset_matches(selection.key(asset), AC.run_in_progress()) for asset in (SCORES, SUBSET, DATASET)
+    )
+    busy = AC.run_in_progress() | scores | subset | dataset
+    return busy.with_label("an asset over all shards is in progress")
+
+
+# Sensors and the schedule
+
+
+def automation_sensors(selection: Selection) -> list[dg.SensorDefinition]:
+    """What drives a declarative selection: one sensor finds shards, the other evaluates the conditions."""
+    return [
+        discovery_sensor(selection),
+        dg.AutomationConditionSensorDefinition(
+            selection.job_name("automation"),
+            target=dg.AssetSelection.groups(selection.name),
+            run_tags={AUTOMATION_TAG: selection.name},
+            default_status=dg.DefaultSensorStatus.STOPPED,
+            minimum_interval_seconds=selection.automation_seconds,
+            description="Materialize what has changed and what follows from it, each in its turn.",
+            # A backfill starts up to half a minute later and is seen to end as much later.
+            emit_backfills=False,
+        ),
+    ]
+
+
+def discovery_sensor(selection: Selection) -> dg.SensorDefinition:
+    """Finds new, changed and removed shards and tells Dagster; requests nothing."""
+
+    @dg.sensor(
+        name=selection.job_name("discovery"),
+        minimum_interval_seconds=selection.automation_seconds,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="Find new, changed and removed shards.",
+    )
+    def discovery(context: dg.SensorEvaluationContext, storage: StorageResource) -> dg.SkipReason:
+        artifacts = storage.artifacts(selection.store)
+        source = storage.samples(selection.source, selection.image_root, selection.store)
+        found = discover(source, artifacts, selection.settle_seconds)
+        if not found.versions:
+            # A file system that is not mounted looks like a pool without shards.
+            return dg.SkipReason(f"no shard in {selection.source} can be read now; Dagster's shards stay")
+        # Events that a sensor returns would be stored before the partitions that they are about.
+        added, removed = report_discovery(selection, context.instance, found)
+        for shard in removed:
+            reuse.forget(artifacts, shard)
+        state = digest(dict(found.versions))
+        told = f"{len(found.versions)} shards, {len(found.unsettled)} still being written"
+        if state == context.cursor and not added and not removed:
+            return dg.SkipReason(f"nothing has changed: {told}")
+        context.update_cursor(state)
+        return dg.SkipReason(f"reported {len(added)} new and {len(removed)} removed shards: {told}")
+
+    return discovery
+
+
+def nightly_schedule(selection: Selection) -> dg.ScheduleDefinition:
+    """The refresh, night by night; off until a person turns it on.
+
+    Dagster launches it once per tick of the cron. A tick that finds another refresh at work is skipped, and
+    says so; a refresh that finds nothing stale makes no further run.
+    """
+
+    @dg.schedule(
+        name=selection.job_name("nightly_rescoring"),
+        job_name=selection.job_name("refresh"),
+        cron_schedule=selection.nightly_cron,
+        execution_timezone=selection.nightly_timezone,
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+        description="Embed what is new or changed since the last time, rescore the pool, select again.",
+    )
+    def nightly_rescoring(
+        context: dg.ScheduleEvaluationContext, storage: StorageResource
+    ) -> dg.RunRequest | dg.SkipReason:
+        at_work = _refresh_at_work(selection, context.instance, storage)
+        return dg.SkipReason(f"{at_work}; the next tick looks again") if at_work else dg.RunRequest()
+
+    return nightly_rescoring
+
+
+def _refresh_at_work(
+    selection: Selection, instance: dg.DagsterInstance, storage: StorageResource
+) -> str | None:
+    """Who refreshes the selection now, or is about to; nobody where only the record of a dead run says so."""
+    records = instance.get_run_records(
+        dg.RunsFilter(job_name=selection.job_name("refresh"), statuses=list(_UNFINISHED))
+    )
+    told = {
+        record.dagster_run.run_id: f"run {record.dagster_run.run_id} of {record.dagster_run.job_name} is "
+        f"{_UNFINISHED[record.dagster_run.status]}"
+        for record in records
+    }
+    try:
+        with storage.locks(selection.store).refreshing():
+            pass
+    except StoreBusyError as error:
+        return next(iter(told.values()), str(error))
+    now = time.time()
+    for record in records:
+        # A run without the lock waits for its turn, is about to take it, or is dead. Dagster ends dead ones
+        # where its launcher can look after runs; elsewhere, after a power cut, they stay so for ever.
+        waiting = record.dagster_run.status is dg.DagsterRunStatus.QUEUED
+        starting = now - record.update_timestamp.timestamp() < _STARTING_SECONDS
+        if waiting or starting or instance.run_launcher.supports_check_run_worker_health:
+            return told[record.dagster_run.run_id]
+    return None
