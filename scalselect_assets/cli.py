@@ -1,4 +1,4 @@
-"""The command line: `scalselect run`, `demo`, `status`, `verify`, `split`, `ui`.
+"""The command line: `scalselect run`, `demo`, `status`, `verify`, `clean`, `split`, `ui`.
 
 What a run computes, Dagster computes; this module turns options into a declared selection, opens the store's
 Dagster instance, shows progress and says what came out. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -9,10 +9,10 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -37,10 +37,13 @@ from resources.shard_reader import ShardFormatError, split_shard
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import deployment
+from scalselect_assets.maintenance import DEFAULT_RETENTION_DAYS
+from scalselect_assets.maintenance import clean as clean_store
 from scalselect_assets.method.rank import FixedRank, parse_rank_rule
 from scalselect_assets.method.selection import parse_budget
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.refresh import Refresh, RefreshReport, discover, summary
+from scalselect_assets.sample_lineage import SampleLineage, trace
 from scalselect_assets.selection import Selection, read_selection
 from scalselect_assets.subspace_basis import REBUILD_TOLERANCE, rebuild_difference
 from scalselect_assets.training_dataset import is_complete
@@ -223,6 +226,14 @@ def demo(
 @app.command()
 def status(
     store: Annotated[str, typer.Option(help="The store to look at.")],
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Follow one sample back to its file, its model and the runs that made it: by its key, the "
+            "first 6 or more characters of it, its id, or SHARD#ROW.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -230,9 +241,15 @@ def status(
     with _user_errors(verbose=verbose):
         selection = read_selection(_declaration(store))
         storage = StorageResource()
+        if sample is not None:
+            with deployment.open_instance(selection) as instance:
+                _tell_lineage(trace(selection, storage, instance, sample), as_json=as_json)
+            return
         artifacts = storage.artifacts(selection.store)
         discovery = discover(
-            storage.samples(selection.source, selection.image_root, selection.store), artifacts
+            storage.samples(selection.source, selection.image_root, selection.store),
+            artifacts,
+            selection.settle_seconds,
         )
         with deployment.open_instance(selection) as instance:
             refresh = _make_refresh(selection, instance, VlmResource(), _Bars(), verbose=verbose)
@@ -243,6 +260,7 @@ def status(
             **result,
             "shards": len(discovery.versions),
             "pending": pending,
+            "being_written": list(discovery.unsettled),
             "shards_removed": sorted(known - set(discovery.versions)),
         }
         if as_json:
@@ -280,6 +298,43 @@ def verify(
             remedy = f"scalselect run {selection.source} --store {store} --rebuild-basis"
             _err.print(f"[red]made anew by: {escape(remedy)}[/red]", **_PLAIN)
             raise typer.Exit(1)
+
+
+@app.command()
+def clean(
+    store: Annotated[str, typer.Option(help="The store to clean.")],
+    retention_days: Annotated[
+        float, typer.Option(min=0, help="How long a thing must have been unneeded.")
+    ] = DEFAULT_RETENTION_DAYS,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Remove what nothing needs any more: leftovers, old versions, shards that left, other models' tables.
+
+    What left the pool, and tables of another model, go at the second cleaning that finds them unneeded.
+    """
+    with _user_errors(verbose=verbose):
+        selection = read_selection(_declaration(store))
+        with deployment.open_instance(selection) as instance:
+            report = clean_store(
+                selection,
+                StorageResource(),
+                instance,
+                retention=timedelta(days=retention_days),
+                dry_run=dry_run,
+            )
+        if as_json:
+            _print_json(report.to_json())
+            return
+        went = "would go" if dry_run else "removed"
+        for verdict, groups in ((went, report.removed_by_kind()), ("kept", report.kept_by_reason())):
+            for group in groups:
+                told = f"{group['count']:,} {group['kind'].replace('_', ' ')}, {group['bytes']:,} bytes"
+                _out.print(f"{verdict:<24}{told}: {escape(group['why'])}", **_PLAIN)
+        _out.print(f"{report.bytes_freed:,} bytes {'would be ' if dry_run else ''}freed.", **_PLAIN)
 
 
 @app.command()
@@ -333,10 +388,8 @@ def ui(
         environment["PYTHONSAFEPATH"] = "1"
         folder = str(Path(located.origin).parent)
         command = [sys.executable, "-m", "dagster", "dev", "-f", located.origin, "-d", folder]
-        finished = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
-            [*command, "-h", host, "-p", str(port)], env=environment, check=False
-        )
-        raise typer.Exit(finished.returncode)
+        # In this process' place, so that a signal reaches Dagster, which stops what it has started.
+        os.execve(sys.executable, [*command, "-h", host, "-p", str(port)], environment)  # noqa: S606
 
 
 # From options to a declared selection
@@ -442,6 +495,9 @@ def _refresh_and_tell(
     result = {
         **summary(StorageResource().artifacts(selection.store)),
         "shards_embedded": report.embedded,
+        "samples_computed": report.computed_rows,
+        "samples_reused": report.reused_rows,
+        "being_written": report.unsettled,
         "failed": report.failed,
         "failed_checks": report.failed_checks,
     }
@@ -482,6 +538,19 @@ def _make_refresh(
     )
 
 
+def _tell_lineage(lineage: SampleLineage, *, as_json: bool) -> None:
+    """Print a sample's lineage; what does not fit in it gives exit code 1."""
+    if as_json:
+        _print_json(lineage.to_json())
+    else:
+        for label, value in lineage.lines():
+            _out.print(f"{label:<30}{escape(value)}".rstrip(), **_PLAIN)
+    for problem in lineage.problems:
+        _err.print(f"[red]inconsistent:[/red] {escape(problem)}", **_PLAIN)
+    if lineage.problems:
+        raise typer.Exit(1)
+
+
 def _print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -513,12 +582,23 @@ def _print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
 
 
 def _print_work(report: RefreshReport) -> None:
+    if report.unsettled:
+        _out.print(
+            f"Still being written, and left as they were: {', '.join(report.unsettled[:20])}; "
+            "run again when that has ended."
+        )
     if not report.runs and not report.failed:
-        _out.print("Nothing to do: everything is up to date.")
+        _out.print(
+            "Nothing to do: everything else is up to date."
+            if report.unsettled
+            else "Nothing to do: everything is up to date."
+        )
         return
     _out.print(
-        f"{len(report.embedded)} shards embedded, {len(report.added)} new, {len(report.removed)} removed, "
-        f"{len(report.runs)} Dagster runs."
+        f"{len(report.embedded)} shards embedded ({report.computed_rows:,} samples computed, "
+        f"{report.reused_rows:,} taken over), {len(report.added)} new, {len(report.removed)} removed, "
+        f"{len(report.runs)} Dagster runs.",
+        **_PLAIN,
     )
 
 

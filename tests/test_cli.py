@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,6 +126,8 @@ def test_a_failing_shard_is_named_and_the_exit_code_is_1(
         (("run", "pool", "--model", "MODEL", "--budget", "1000"), 1, "1000"),
         (("run", "textual", "--model", "MODEL"), 1, "no sample of the pool is embedded"),
         (("status", "--store", "nowhere"), 2, "is not a store"),
+        (("clean", "--store", "nowhere"), 2, "is not a store"),
+        (("clean", "--store", "pool", "--retention-days", "-1"), 2, "retention-days"),
         (("split", "pool/a.jsonl", "--rows", "0", "--out", "o"), 2, "rows"),
         (("split", "pool/images/0.png", "--rows", "2", "--out", "o"), 1, "0.png"),
     ],
@@ -180,6 +183,44 @@ def test_a_basis_is_verified_rebuilt_and_told_apart_from_a_wrong_one(
     assert scalselect("verify", "--store", "s").returncode == 0
 
 
+def test_a_sample_is_followed_back_and_the_store_cleaned(
+    scalselect: Command, tmp_path: Path, demo_vlm: Path
+) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 4, seed=0)
+    first = summary_of(scalselect("run", "pool", "--model", demo_vlm, "--store", "s", "--json"))
+    sample = pl.read_parquet(first["selected_subset"]).row(0, named=True)
+    found = summary_of(scalselect("status", "--store", "s", "--sample", sample["sample_key"][:10], "--json"))
+    assert found["sample"]["state"] == "selected"
+    assert found["importance_scores"]["leverage"] == sample["leverage"]
+    run_id = found["subspace_basis"]["made_by"]["run_id"]
+    shown = scalselect("status", "--store", "s", "--sample", sample["source_id"])
+    assert shown.returncode == 0
+    assert f"\n  run                         /runs/{run_id}\n" in shown.stdout
+    unknown = scalselect("status", "--store", "s", "--sample", "nobody")
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert "no sample 'nobody' among 4 rows of 1 shards" in unknown.stderr
+
+    lance = tmp_path / "s" / "lance"
+    before = sorted(lance.iterdir())
+    assert scalselect("run", "pool", "--store", "s", "--attention-mass", "0.7").returncode == 0
+    rehearsed = scalselect("clean", "--store", "s", "--retention-days", "0", "--dry-run")
+    assert "would go                1 tables of other models, " in rehearsed.stdout
+    assert len(list(lance.iterdir())) == 2
+    kept = scalselect("clean", "--store", "s")
+    assert "kept                    1 tables of other models, " in kept.stdout
+    assert kept.stdout.endswith("\n0 bytes freed.\n")
+    freed = sum(path.stat().st_size for path in before[0].rglob("*") if path.is_file())
+    cleaned = summary_of(scalselect("clean", "--store", "s", "--retention-days", "0", "--json"))
+    assert (cleaned["bytes_freed"], cleaned["removed"][0]["names"]) == (freed, [before[0].stem])
+    assert "Nothing to do" in scalselect("run", "pool", "--store", "s").stdout
+
+    shutil.rmtree(next(lance.iterdir()))
+    gone = scalselect("status", "--store", "s", "--sample", sample["sample_key"])
+    assert gone.returncode == 1
+    assert "cannot be read" in gone.stderr
+    assert "Traceback" not in gone.stderr
+
+
 def test_split_makes_shards_that_run(scalselect: Command, tmp_path: Path, demo_vlm: Path) -> None:
     write_pool_shard(tmp_path / "big", "all.jsonl", 5, seed=0)
     rows = [json.loads(line) for line in (tmp_path / "big" / "all.jsonl").read_text().splitlines()]
@@ -211,5 +252,5 @@ def test_a_split_into_the_files_own_folder_is_refused(scalselect: Command, tmp_p
 def test_help_lists_the_commands(scalselect: Command) -> None:
     finished = scalselect("--help")
     assert finished.returncode == 0
-    for command in ("run", "demo", "status", "verify", "split", "ui"):
+    for command in ("run", "demo", "status", "verify", "clean", "split", "ui"):
         assert f" {command} " in finished.stdout
