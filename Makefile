@@ -6,7 +6,7 @@ DEMO := .scalselect
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test lint format clean
+.PHONY: help install demo dev test lint format screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ lint: install  ## Check style and types
 format: install  ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+screenshots: install  ## Take the README's pictures of the UI again (after `make demo`; needs Chromium)
+	$(BIN)/python docs/images/screenshots.py --store $(DEMO)/demo
 
 clean:  ## Remove the environment, caches and the demo
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
