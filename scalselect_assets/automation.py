@@ -84,6 +84,8 @@ def raw_samples_condition(selection: Selection) -> Condition:
     moments = AC.asset_matches(selection.key(MOMENTS), AC.run_in_progress())
     return (
         _raw_due(selection)
+        # Discovery may be at work: the next tick is the first to know what came before this one.
+        & ~AC.initial_evaluation()
         & ~AC.any_deps_missing()
         & ~AC.run_in_progress()
         & ~AC.asset_matches(selection.key(EMBEDDINGS), AC.run_in_progress() | moments)
@@ -187,12 +189,13 @@ def _due(trigger: Condition) -> Condition:
 
 
 def _begun(selection: Selection, change: Condition) -> Condition:
-    """As ``_due`` for what begins a wave: ``change``, or that the asset is missing.
+    """As ``_due`` for what begins a wave: ``change``, or that the asset is missing when automation begins.
 
     A change that is first seen on the tick after a request came after it, and makes the asset due again. In
     nightly automation, the asset is due from the next tick of the cron on.
     """
-    pending = (AC.newly_missing() | change).since(AC.newly_requested() & ~change).with_label("begun")
+    trigger = (AC.missing() & AC.initial_evaluation()) | change
+    pending = trigger.since(AC.newly_requested() & ~change).with_label("begun")
     if selection.automation != "declarative_nightly":
         return pending
     tick = AC.cron_tick_passed(selection.nightly_cron, selection.nightly_timezone)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -71,6 +72,43 @@ def demo_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from scalselect_assets.demo.model import write_demo_vlm
 
     return write_demo_vlm(tmp_path_factory.mktemp("models") / "demo-vlm")
+
+
+@pytest.fixture(scope="session")
+def dagster_templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the schemas of Dagster's SQLite files are kept to be copied."""
+    return tmp_path_factory.mktemp("dagster")
+
+
+@pytest.fixture(scope="module")
+def quick_dagster(dagster_templates: Path) -> Iterator[None]:
+    """For modules with many refreshes; see `tests.quick_dagster`."""
+    from tests.quick_dagster import quick_storage
+
+    with quick_storage(dagster_templates):
+        yield
+
+
+@pytest.fixture(scope="session")
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, int]], Path]:
+    """An empty folder with a pool of ``{shard: n_rows}`` in it, as ``make_pool`` writes it.
+
+    The folder is the same one for the same shards in every test, and so are the times of its files, so that
+    what one test's refresh has made of it is up to date in the next one's.
+    """
+    root = tmp_path_factory.mktemp("standing")
+
+    def make(shards: dict[str, int]) -> Path:
+        folder = root / "-".join(f"{shard}-{n_rows}" for shard, n_rows in shards.items())
+        untouched = folder.with_suffix(".untouched")
+        if not untouched.exists():
+            for number, (shard, n_rows) in enumerate(shards.items()):
+                write_pool_shard(untouched / "pool", shard, n_rows, seed=1000 * number)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(untouched, folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -58,16 +58,25 @@ class Automation:
     def discover(self) -> None:
         report_discovery(self.selection, self.instance, Discovery(self.files, dict.fromkeys(self.files)))
 
-    def tick(self) -> list["Requested"]:
-        """One evaluation, a minute after the last; what is requested, by run."""
+    def tick(self, meanwhile: Callable[[], None] = lambda: None) -> list["Requested"]:
+        """One evaluation, a minute after the last; what is requested, by run.
+
+        What happens ``meanwhile`` does so after the tick has noted the last event that it knows of.
+        """
         self.now += timedelta(minutes=1)
+        storage = self.instance.event_log_storage
+        last_event = storage.get_maximum_record_id()
+        meanwhile()
         # Within a tick the daemon reads the partitions once, this function some thousand times.
         shards = self.instance.get_dynamic_partitions("pool_shards")
-        with patch.multiple(
-            self.instance,
-            get_dynamic_partitions=lambda partitions_def_name: shards,  # noqa: ARG005
-            has_dynamic_partition=lambda partitions_def_name, partition_key: (  # noqa: ARG005
-                partition_key in shards
+        with (
+            patch.object(storage, "get_maximum_record_id", lambda: last_event),
+            patch.multiple(
+                self.instance,
+                get_dynamic_partitions=lambda partitions_def_name: shards,  # noqa: ARG005
+                has_dynamic_partition=lambda partitions_def_name, partition_key: (  # noqa: ARG005
+                    partition_key in shards
+                ),
             ),
         ):
             result = dg.evaluate_automation_conditions(
@@ -234,23 +243,19 @@ def filled(a_filled_instance: tuple[Path, Any], tmp_path: Path) -> Iterator[Auto
 
 
 def test_nothing_new_requests_nothing(filled: Automation) -> None:
-    assert [filled.settle() for _ in range(3)] == [{}, {}, {}]
+    assert [filled.settle() for _ in range(2)] == [{}, {}]
 
 
 def test_it_does_not_matter_which_sensor_is_turned_on_first(automation: Automation) -> None:
     automation.files = {"a": "1"}
     automation.discover()
+    assert automation.tick() == []
     assert automation.settle() == wave("a", scored="a")
 
 
 def test_a_new_shard_costs_itself_and_one_rescoring(filled: Automation) -> None:
     filled.files["d"] = "1"
     assert filled.settle() == wave("d", scored="abcd")
-
-
-def test_a_changed_shard_costs_itself_and_one_rescoring(filled: Automation) -> None:
-    filled.files["a"] = "2"
-    assert filled.settle() == wave("a", scored="abc")
 
 
 def test_a_removed_shard_costs_one_rescoring(filled: Automation) -> None:
@@ -280,7 +285,6 @@ def test_a_shard_that_cannot_be_read_holds_nobody_up_and_its_repair_heals(filled
     filled.unreadable = {"a"}
     filled.files |= {"a": "2", "b": "2"}
     assert filled.settle() == wave("b", scored="abc")
-    assert filled.settle() == {}
     filled.unreadable = set()
     filled.files["a"] = "3"
     assert filled.settle() == wave("a", scored="abc")
@@ -290,8 +294,6 @@ def test_a_new_shard_that_cannot_be_read_is_left_out_and_named(filled: Automatio
     filled.unreadable, filled.files["d"] = {"d"}, "1"
     # The basis looks and finds no change; the dataset's manifest names the shard.
     assert filled.settle() == {BASIS: 1, DATASET: 1}
-    filled.files["b"] = "2"
-    assert filled.settle() == wave("b", scored="abc")
     filled.unreadable, filled.files["d"] = set(), "2"
     assert filled.settle() == wave("d", scored="abcd")
 
@@ -340,27 +342,27 @@ def test_a_shard_that_changes_during_the_rescoring_waits_for_its_end_and_is_not_
 
 
 @pytest.mark.parametrize(("settle_seconds", "seen_twice"), [("0", True), ("0.01", False)])
-def test_a_change_that_is_reported_during_a_tick_is_not_lost(
-    filled: Automation, monkeypatch: pytest.MonkeyPatch, settle_seconds: str, seen_twice: bool
+@pytest.mark.parametrize("shard", ["a", "d"])
+def test_a_shard_that_is_reported_during_a_tick_is_not_lost(
+    filled: Automation, monkeypatch: pytest.MonkeyPatch, shard: str, settle_seconds: str, seen_twice: bool
 ) -> None:
     """The next tick looks from the last event that this one knew of, and this one may see later ones."""
     monkeypatch.setenv("DAGSTER_AUTOMATION_TICK_SETTLE_SECONDS", settle_seconds)
-    storage = filled.instance.event_log_storage
-    look = storage.get_maximum_record_id
-
-    def look_and_be_late() -> int | None:
-        last = look()
-        filled.files["a"] = "2"
-        filled.discover()
-        return last
-
-    with monkeypatch.context() as late:
-        late.setattr(storage, "get_maximum_record_id", look_and_be_late)
-        requested = filled.tick()
-    assert requested == ([(list(SHARD), "a")] if seen_twice else [])
+    filled.files[shard] = "2"
+    requested = filled.tick(meanwhile=filled.discover)
+    assert requested == ([(list(SHARD), shard)] if seen_twice else [])
     filled.start(requested)
     filled.finish()
-    assert filled.settle() == wave("a", scored="abc")
+    assert filled.settle() == wave(shard, scored="".join(filled.files))
+
+
+def test_shards_that_are_reported_during_the_first_tick_are_made_once(
+    automation: Automation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_AUTOMATION_TICK_SETTLE_SECONDS", "0.01")
+    automation.files = {"a": "1", "b": "1"}
+    assert automation.tick(meanwhile=automation.discover) == []
+    assert automation.settle() == wave("a", "b", scored="ab")
 
 
 def test_a_shard_that_changes_while_it_is_embedded_is_embedded_again(filled: Automation) -> None:
@@ -394,7 +396,6 @@ def test_a_changed_setting_recomputes_what_depends_on_it(
 ) -> None:
     filled.settings[setting] = value
     assert filled.settle() == expected
-    assert filled.settle() == {}
 
 
 def test_scores_follow_a_basis_of_other_settings_that_is_as_it_was(filled: Automation) -> None:

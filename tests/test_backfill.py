@@ -13,7 +13,7 @@ from scalselect_assets.refresh import report_discovery, settled_discovery
 from tests.conftest import write_lines
 from tests.test_refresh import WHOLE, Bench, ran
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
 SHARDS = ["a.jsonl", "b.jsonl", "c.jsonl"]
 BY_SHARD = ("raw_samples", "attention_embeddings", "embedding_moments")

@@ -1,11 +1,12 @@
 """The command line as people use it: what it prints, what it exits with, what a second run does."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,42 @@ import pytest
 from upath import UPath
 
 from resources.artifacts import ArtifactStore
+from scalselect_assets import cli
 from scalselect_assets.demo.pool import DEMO_REJECTIONS
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
+
 
 @pytest.fixture
-def scalselect(tmp_path: Path) -> Command:
-    """Run the installed command in a folder of its own."""
+def scalselect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """Run the command in a folder of its own, in this process, which has imported what takes seconds."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"COLUMNS": "60", "LANCEDB_LOG": "error", "OMP_WAIT_POLICY": "PASSIVE"}.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["scalselect", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
+
+    level = logging.getLogger("scalselect").level
+    yield run
+    logging.getLogger("scalselect").setLevel(level)
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Command:
+    """Run the installed command in a folder of its own, as people do."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -45,8 +73,10 @@ def summary_of(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return result
 
 
-def test_the_demo_accounts_for_every_row_and_does_nothing_twice(scalselect: Command, tmp_path: Path) -> None:
-    first = summary_of(scalselect("demo", "--json"))
+def test_the_demo_accounts_for_every_row_and_does_nothing_twice(
+    installed: Command, scalselect: Command, tmp_path: Path
+) -> None:
+    first = summary_of(installed("demo", "--json"))
     assert first["rejected"] == {reason.value: n for reason, n in sorted(DEMO_REJECTIONS.items())}
     assert first["rows"] == first["embedded"] + sum(first["rejected"].values()) == 480
     assert first["selected"] == 74  # 0.16 · 463 = 74.08
@@ -59,7 +89,7 @@ def test_the_demo_accounts_for_every_row_and_does_nothing_twice(scalselect: Comm
     rows = [json.loads(line) for line in Path(first["training_dataset"]).read_text().splitlines()]
     assert sum(row["source"] == "rare" for row in rows) >= 8
 
-    second = scalselect("demo")
+    second = installed("demo")
     assert second.returncode == 0
     assert "Nothing to do" in second.stdout
     status = scalselect("status", "--store", ".scalselect/demo")
@@ -97,11 +127,11 @@ def test_a_real_pool_end_to_end_and_then_with_one_more_shard(
 
 
 def test_a_failing_shard_is_named_and_the_exit_code_is_1(
-    scalselect: Command, tmp_path: Path, demo_vlm: Path
+    installed: Command, tmp_path: Path, demo_vlm: Path
 ) -> None:
     write_pool_shard(tmp_path / "pool", "good.jsonl", 3, seed=0)
     (tmp_path / "pool" / "picture.json").write_bytes(png_bytes(1))
-    finished = scalselect("run", "pool", "--model", demo_vlm)
+    finished = installed("run", "pool", "--model", demo_vlm)
     assert finished.returncode == 1
     assert "rows in                 3" in finished.stdout
     assert "picture.json" in finished.stderr
@@ -249,8 +279,8 @@ def test_a_split_into_the_files_own_folder_is_refused(scalselect: Command, tmp_p
     assert scalselect("split", "all.jsonl", "--rows", 1, "--out", ".").returncode == 2
 
 
-def test_help_lists_the_commands(scalselect: Command) -> None:
-    finished = scalselect("--help")
+def test_help_lists_the_commands(installed: Command) -> None:
+    finished = installed("--help")
     assert finished.returncode == 0
     for command in ("run", "demo", "status", "verify", "clean", "split", "ui"):
         assert f" {command} " in finished.stdout

@@ -16,12 +16,13 @@ from scalselect_assets.subspace_basis import rebuild_difference
 from tests.conftest import write_pool_shard
 from tests.test_refresh import WHOLE, Bench, ran
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
 
 @pytest.fixture
-def bench(make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path) -> Bench:
-    return Bench(make_pool({f"{name}.jsonl": 4 for name in "abcd"}), tmp_path / "store", demo_vlm)
+def bench(standing: Callable[..., Path], demo_vlm: Path) -> Bench:
+    folder = standing({f"{name}.jsonl": 4 for name in "abcd"})
+    return Bench(folder / "pool", folder / "store", demo_vlm)
 
 
 def expected_scores(bench: Bench, k: int | None = None) -> tuple[dict[str, float], int]:
@@ -47,7 +48,7 @@ def assert_exact(bench: Bench, k: int | None = None) -> None:
 
 
 def test_a_new_a_changed_and_a_removed_shard_each_cost_their_own_moments(bench: Bench) -> None:
-    bench.refresh()
+    bench.first_refresh()
     assert (
         bench.metadata("subspace_basis")["rebuilt"],
         bench.metadata("subspace_basis")["moments_read"],
@@ -72,7 +73,7 @@ def test_a_new_a_changed_and_a_removed_shard_each_cost_their_own_moments(bench: 
 
 
 def test_a_rebuild_is_one_switch_and_changes_no_score(bench: Bench) -> None:
-    bench.refresh()
+    bench.first_refresh()
     before = bench.scores()
     report = bench.refresh(rebuild_basis=True)
     assert ran(report) == ["subspace_basis"]
@@ -82,7 +83,7 @@ def test_a_rebuild_is_one_switch_and_changes_no_score(bench: Bench) -> None:
 
 
 def test_the_comparison_with_a_rebuild_tells_equal_from_different(bench: Bench) -> None:
-    bench.refresh()
+    bench.first_refresh()
     selection = bench.selection
     job = build_defs([selection], {"storage": bench.storage, "vlm": bench.vlm}).resolve_job_def(
         "bench_verify_basis"
@@ -113,7 +114,7 @@ def test_the_comparison_with_a_rebuild_tells_equal_from_different(bench: Bench) 
 def test_preprocessing_gives_the_scores_of_the_preprocessed_matrix(
     bench: Bench, options: dict[str, bool], moments_anew: bool
 ) -> None:
-    bench.refresh()
+    bench.first_refresh()
     versions = {bench.artifacts.read_header("subspace_basis", suffix=".safetensors")["data_version"]}
     bench.options.update(options)
     report = bench.refresh()
@@ -127,7 +128,7 @@ def test_preprocessing_gives_the_scores_of_the_preprocessed_matrix(
 
 @pytest.mark.parametrize(("rule", "k"), [(3, 3), ("effective_rank", None), ("gavish_donoho", None)])
 def test_a_rank_rule_chooses_the_rank(bench: Bench, rule: str | int, k: int | None) -> None:
-    bench.refresh()
+    bench.first_refresh()
     spectrum = bench.artifacts.read_arrays("subspace_basis")[0]["spectrum"]
     bench.options["rank"] = rule
     bench.refresh()
@@ -135,7 +136,7 @@ def test_a_rank_rule_chooses_the_rank(bench: Bench, rule: str | int, k: int | No
 
 
 def test_the_basis_shows_its_curve_its_alternatives_and_its_drift(bench: Bench) -> None:
-    bench.refresh()
+    bench.first_refresh()
     first = bench.metadata("subspace_basis")
     assert "drift_score_change" not in first
     assert first["energy_curve"].startswith(f"![{first['rank']} of ")
@@ -157,7 +158,7 @@ def test_the_basis_shows_its_curve_its_alternatives_and_its_drift(bench: Bench) 
 
 def test_below_the_drift_bound_only_new_shards_are_scored_and_the_error_is_recorded(bench: Bench) -> None:
     bench.options["max_drift"] = 100.0
-    bench.refresh()
+    bench.first_refresh()
     first_basis = bench.artifacts.read_header("subspace_basis", suffix=".safetensors")["data_version"]
     before = bench.scores()
     write_pool_shard(bench.pool, "e.jsonl", 3, seed=9000)
@@ -199,7 +200,7 @@ def test_below_the_drift_bound_only_new_shards_are_scored_and_the_error_is_recor
 
 def test_lost_scores_of_an_earlier_basis_are_made_again_as_they_were(bench: Bench) -> None:
     bench.options["max_drift"] = 100.0
-    bench.refresh()
+    bench.first_refresh()
     write_pool_shard(bench.pool, "e.jsonl", 3, seed=9000)
     bench.refresh()
     before = bench.scores()
@@ -210,7 +211,7 @@ def test_lost_scores_of_an_earlier_basis_are_made_again_as_they_were(bench: Benc
 
 def test_an_earlier_basis_that_is_lost_is_done_without(bench: Bench) -> None:
     bench.options["max_drift"] = 100.0
-    bench.refresh()
+    bench.first_refresh()
     write_pool_shard(bench.pool, "e.jsonl", 3, seed=9000)
     bench.refresh()
     (earlier,) = bench.artifacts.paths("earlier_bases", suffix=".safetensors")
@@ -224,7 +225,7 @@ def test_an_earlier_basis_that_is_lost_is_done_without(bench: Bench) -> None:
 def test_moments_that_could_not_be_prepared_anew_leave_their_shard_out(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.refresh()
+    bench.first_refresh()
     bench.options["unit_rows"] = True
     write_arrays = ArtifactStore.write_arrays
 
@@ -244,7 +245,7 @@ def test_moments_that_could_not_be_prepared_anew_leave_their_shard_out(
 
 
 def test_vectors_that_are_gone_when_moments_need_them_are_made_again_by_the_next_run(bench: Bench) -> None:
-    bench.refresh()
+    bench.first_refresh()
     for data in bench.store.glob("lance/*a_2ejsonl.lance/data"):
         shutil.rmtree(data)
     bench.options["unit_rows"] = True
@@ -255,7 +256,7 @@ def test_vectors_that_are_gone_when_moments_need_them_are_made_again_by_the_next
 
 def test_without_the_bound_what_was_kept_is_scored_again(bench: Bench) -> None:
     bench.options["max_drift"] = 100.0
-    bench.refresh()
+    bench.first_refresh()
     write_pool_shard(bench.pool, "e.jsonl", 3, seed=9000)
     bench.refresh()
     bench.options["max_drift"] = 0.0

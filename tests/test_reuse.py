@@ -19,7 +19,7 @@ from scalselect_assets.refresh import RefreshError
 from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
 from tests.test_refresh import Bench
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from scalselect_assets.refresh import summary
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
 from tests.test_refresh import Bench
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
 
 def written(bench: Bench) -> Path:
