@@ -84,9 +84,9 @@ def raw_samples_condition(selection: Selection) -> Condition:
     moments = AC.asset_matches(selection.key(MOMENTS), AC.run_in_progress())
     return (
         _raw_due(selection)
-        # Discovery may be at work: the next tick is the first to know what came before this one.
-        & ~AC.initial_evaluation()
         & ~AC.any_deps_missing()
+        # What is reported during a tick is a change on the next one.
+        & ~(AC.newly_missing() & ~_file_changed(selection))
         & ~AC.run_in_progress()
         & ~AC.asset_matches(selection.key(EMBEDDINGS), AC.run_in_progress() | moments)
         & ~AC.asset_matches(selection.key(BASIS), _in_progress_from_basis(selection))
@@ -188,13 +188,13 @@ def _due(trigger: Condition) -> Condition:
     return trigger.since(AC.newly_requested()).with_label("due")
 
 
-def _begun(selection: Selection, change: Condition) -> Condition:
-    """As ``_due`` for what begins a wave: ``change``, or that the asset is missing when automation begins.
+def _begun(selection: Selection, change: Condition, missing: Condition | None = None) -> Condition:
+    """As ``_due`` for what begins a wave: ``change``, or that the asset is ``missing``, by default newly.
 
     A change that is first seen on the tick after a request came after it, and makes the asset due again. In
     nightly automation, the asset is due from the next tick of the cron on.
     """
-    trigger = (AC.missing() & AC.initial_evaluation()) | change
+    trigger = (missing or AC.newly_missing()) | change
     pending = trigger.since(AC.newly_requested() & ~change).with_label("begun")
     if selection.automation != "declarative_nightly":
         return pending
@@ -221,9 +221,15 @@ def _due_with(selection: Selection, before: str) -> Condition:
     )
 
 
+def _file_changed(selection: Selection) -> Condition:
+    return AC.asset_matches(selection.key(SHARD_FILES), AC.newly_updated())
+
+
 def _raw_due(selection: Selection) -> Condition:
-    file = AC.asset_matches(selection.key(SHARD_FILES), AC.newly_updated())
-    return _begun(selection, file | AC.code_version_changed())
+    # A new shard is due when its file is reported, unless that was before the automation began.
+    reported = AC.asset_matches(selection.key(SHARD_FILES), ~AC.missing())
+    change = _file_changed(selection) | AC.code_version_changed()
+    return _begun(selection, change, AC.newly_missing() & reported)
 
 
 def _basis_due(selection: Selection) -> Condition:

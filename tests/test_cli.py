@@ -89,7 +89,7 @@ def test_the_demo_accounts_for_every_row_and_does_nothing_twice(
     rows = [json.loads(line) for line in Path(first["training_dataset"]).read_text().splitlines()]
     assert sum(row["source"] == "rare" for row in rows) >= 8
 
-    second = installed("demo")
+    second = scalselect("demo")
     assert second.returncode == 0
     assert "Nothing to do" in second.stdout
     status = scalselect("status", "--store", ".scalselect/demo")
@@ -127,11 +127,11 @@ def test_a_real_pool_end_to_end_and_then_with_one_more_shard(
 
 
 def test_a_failing_shard_is_named_and_the_exit_code_is_1(
-    installed: Command, tmp_path: Path, demo_vlm: Path
+    scalselect: Command, tmp_path: Path, demo_vlm: Path
 ) -> None:
     write_pool_shard(tmp_path / "pool", "good.jsonl", 3, seed=0)
     (tmp_path / "pool" / "picture.json").write_bytes(png_bytes(1))
-    finished = installed("run", "pool", "--model", demo_vlm)
+    finished = scalselect("run", "pool", "--model", demo_vlm)
     assert finished.returncode == 1
     assert "rows in                 3" in finished.stdout
     assert "picture.json" in finished.stderr
@@ -277,6 +277,19 @@ def test_options_that_failed_are_not_remembered(scalselect: Command, tmp_path: P
 def test_a_split_into_the_files_own_folder_is_refused(scalselect: Command, tmp_path: Path) -> None:
     write_lines(tmp_path / "all.jsonl", [sharegpt_row("a.png")])
     assert scalselect("split", "all.jsonl", "--rows", 1, "--out", ".").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [(("run", "nowhere"), 1, "nowhere"), (("status", "--store", "nowhere"), 2, "is not a store")],
+)
+def test_the_process_ends_with_the_code_and_the_message(
+    installed: Command, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    finished = installed(*arguments)
+    assert finished.returncode == code
+    assert message in " ".join(finished.stderr.replace("│", " ").split())
+    assert (finished.stdout, "Traceback" in finished.stderr) == ("", False)
 
 
 def test_help_lists_the_commands(installed: Command) -> None:

@@ -190,6 +190,12 @@ class DagsterDev:
         self.wait(f"run {run_id}", lambda: self.status(run_id) in _ENDED)
         return self.status(run_id)
 
+    def told(self, run_id: str) -> str:
+        """The end of a run's log, for messages."""
+        return "\n".join(
+            str(entry.message or entry.user_message) for entry in self.instance.all_logs(run_id)[-12:]
+        )
+
     def runs(self) -> list[dg.RunRecord]:
         """All runs, oldest first."""
         return list(self.instance.get_run_records(ascending=True))

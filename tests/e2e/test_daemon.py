@@ -48,8 +48,9 @@ class Deployment:
         self.phases: dict[str, dict[str, Counts]] = {}
         self._seen: dict[str, Counts] = {"refreshed": Counter(), "declared": Counter()}
 
-    def refresh(self) -> dg.DagsterRunStatus:
-        return self.dev.finish(self.dev.launch("refreshed_refresh"))
+    def refresh(self, expected: dg.DagsterRunStatus = dg.DagsterRunStatus.SUCCESS) -> None:
+        run_id = self.dev.launch("refreshed_refresh")
+        assert self.dev.finish(run_id) is expected, self.dev.told(run_id)
 
     def phase(self, name: str) -> dict[str, Counts]:
         """Wait until nothing more happens, and tell what each selection has materialized since the last."""
@@ -104,7 +105,7 @@ def test_both_ways_materialize_exactly_what_is_due(
     def next_phase(
         name: str, expected: Counts, status: dg.DagsterRunStatus = dg.DagsterRunStatus.SUCCESS
     ) -> None:
-        assert deployment.refresh() is status
+        deployment.refresh(status)
         assert deployment.phase(name) == {"refreshed": expected, "declared": expected}
 
     write_pool_shard(pool, "d.jsonl", 3, seed=5000)
@@ -183,7 +184,7 @@ def _the_basis_never_meets_a_shard(dev: DagsterDev) -> None:
 
 def test_a_refresh_that_is_terminated_goes_on_next_time(deployment: Deployment) -> None:
     dev = deployment.dev
-    assert deployment.refresh() is dg.DagsterRunStatus.SUCCESS
+    deployment.refresh()
     before = dev.materializations(deployment.refreshed)
     for number in range(4):
         write_pool_shard(deployment.pool, f"new-{number}.jsonl", 20, seed=10_000 * (number + 1))
@@ -195,9 +196,9 @@ def test_a_refresh_that_is_terminated_goes_on_next_time(deployment: Deployment) 
 
     dev.wait("the first new shard", lambda: bool(embedded()))
     dev.terminate(run_id)
-    assert dev.finish(run_id) is dg.DagsterRunStatus.CANCELED
+    assert dev.finish(run_id) is dg.DagsterRunStatus.CANCELED, dev.told(run_id)
     dev.wait_for_quiet()
     assert 0 < len(embedded()) < 4
     assert not any(asset in AFTER for asset, _ in dev.materializations(deployment.refreshed) - before)
-    assert deployment.refresh() is dg.DagsterRunStatus.SUCCESS
+    deployment.refresh()
     assert embedded() == Counter({("attention_embeddings", f"new-{n}.jsonl"): 1 for n in range(4)})
