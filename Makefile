@@ -6,10 +6,10 @@ DEMO := .scalselect
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test lint format screenshots clean
+.PHONY: help install demo dev test e2e lint format screenshots clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(INSTALLED)  ## Create .venv with the package and everything that the tests need
 
@@ -27,6 +27,9 @@ dev: install  ## Open the Dagster UI (http://127.0.0.1:3000) on the demo's store
 
 test: install  ## Run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+e2e: install  ## Run the tests that start a real Dagster deployment on loopback (ten minutes)
+	$(BIN)/python -m pytest -m e2e
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check
