@@ -6,7 +6,7 @@ DEMO := .scalselect
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test e2e lint format screenshots clean
+.PHONY: help install demo dev test e2e faults lint format screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test: install  ## Run the tests
 
 e2e: install  ## Run the tests that start a real Dagster deployment on loopback (ten minutes)
 	$(BIN)/python -m pytest -m e2e
+
+faults: install  ## Run the tests that kill processes, fill disks and move clocks
+	$(BIN)/python -m pytest -m faults -n auto
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check

@@ -96,7 +96,7 @@ class Children:
         """
         return int(self._ask("start", function, arguments, self._folder))
 
-    def wait(self, pid: int, timeout: float = 60.0) -> Ended:
+    def wait(self, pid: int, timeout: float = 300.0) -> Ended:
         """Wait for a child.
 
         Raises:
@@ -113,7 +113,7 @@ class Children:
             raise ChildError(f"child {pid} ended with status {status}:\n{said}")
         return Ended(pid, status, cpu_seconds, pickle.loads((self._folder / f"{pid}.pickle").read_bytes()))
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> Ended:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> Ended:
         """Start a child and wait for it; raises as ``wait``."""
         return self.wait(self.start(function, *arguments), timeout)
 
@@ -150,10 +150,10 @@ def _prepare() -> None:
         "  class: NoOpComputeLogManager\n"
     )
     plots.energy_curve = lambda *_: dg.MetadataValue.md("")  # type: ignore[assignment]
-    # Dagster reads all its migrations for each run's file, and connects anew for each query.
+    # Dagster makes an engine for each connection, and reads all its migrations for each run's file.
     ScriptDirectory.from_config = cache(ScriptDirectory.from_config)  # type: ignore[method-assign]
     for storage in (sqlite_event_log, sqlite_run_storage):
-        storage.create_engine = _kept_engine
+        storage.create_engine = _engine
     # The only thread so far; LanceDB starts another in each child, after the fork.
     loop = lancedb.background_loop.LOOP
     loop.loop.call_soon_threadsafe(loop.loop.stop)
@@ -162,17 +162,15 @@ def _prepare() -> None:
     gc.freeze()
 
 
-@cache
-def _engine(place: str) -> Any:
+_engines: dict[str, Any] = {}
+
+
+def _engine(place: str, **options: Any) -> Any:
     from sqlalchemy import create_engine
 
-    engine = create_engine(place, connect_args={"timeout": 60})
-    engine.dispose = lambda: None  # type: ignore[method-assign]
-    return engine
-
-
-def _kept_engine(place: str, **_: Any) -> Any:
-    return _engine(place)
+    if place not in _engines:
+        _engines[place] = create_engine(place, **options)
+    return _engines[place]
 
 
 def _own_mounts() -> bool:

@@ -1,11 +1,20 @@
-"""Processes to kill, for all tests of this folder."""
+"""Processes and a pool, for all tests of this folder."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.faults import standin
+from tests.faults.bench import Pool
 from tests.faults.children import Children
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here is of the marker ``faults``."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("faults")
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +26,9 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in takes the place of any model in this process."""
-    monkeypatch.setattr("scalselect_assets.method.loading.load_encoder", standin.load)
+def pool(tmp_path: Path) -> Pool:
+    """Two shards, in each of which a row has an image that cannot be decoded."""
+    pool = Pool(tmp_path / "pool")
+    pool.add("a.jsonl", 5)
+    pool.add("b.jsonl", 9)
+    return pool

@@ -144,6 +144,12 @@ def torn(
     ]
 
 
+def incomplete(bench: FaultBench, pool: Pool) -> list[str]:
+    """What is not as a complete refresh of this pool leaves it."""
+    found, new = contents(bench), expected(pool)
+    return [name for name in new if not same(found.get(name), new[name])]
+
+
 def unembedded(bench: FaultBench) -> list[tuple[str, str]]:
     """The selected samples that have no vector in the tables that the selection was made from."""
     try:

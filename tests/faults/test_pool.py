@@ -11,22 +11,9 @@ from scalselect_assets import materialization
 from tests.faults import standin
 from tests.faults.bench import FaultBench, Pool, problems
 from tests.faults.children import Children
-from tests.faults.invariants import contents, expected, same, torn
+from tests.faults.invariants import contents, expected, incomplete, same, torn
 
 Replace = Callable[[Pool], None]
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Pool:
-    pool = Pool(tmp_path / "pool")
-    pool.add("a.jsonl", 5)
-    pool.add("b.jsonl", 4)
-    return pool
-
-
-def assert_complete(bench: FaultBench, pool: Pool) -> None:
-    found, new = contents(bench), expected(pool)
-    assert [name for name in new if not same(found.get(name), new[name])] == []
 
 
 def replace_while_it_is_read(pool: Pool, store: Path, times: int) -> list[str]:
@@ -57,7 +44,7 @@ def replace_while_it_is_read(pool: Pool, store: Path, times: int) -> list[str]:
         assert same(after["attention_embeddings[a.jsonl]"], before["attention_embeddings[a.jsonl]"])
         assert same(after["attention_embeddings[b.jsonl]"], new["attention_embeddings[b.jsonl]"])
         assert problems(bench) == []
-    assert_complete(bench, pool)
+    assert incomplete(bench, pool) == []
     return said
 
 
@@ -95,7 +82,7 @@ def replace_between_reading_and_embedding(pool: Pool, store: Path) -> list[str]:
     # What was read is what is selected from, as if the other file had come after the refresh.
     assert torn(before, contents(bench), known) == []
     assert problems(bench) == []
-    assert_complete(bench, pool)
+    assert incomplete(bench, pool) == []
     return said
 
 
@@ -128,7 +115,7 @@ def vanish_before_it_is_read(pool: Pool, store: Path) -> list[str]:
     assert sorted(deleted) == ["a.jsonl", "c.jsonl"]
     assert same(after["attention_embeddings[a.jsonl]"], before["attention_embeddings[a.jsonl]"])
     assert problems(bench) == []
-    assert_complete(bench, pool)
+    assert incomplete(bench, pool) == []
     return said
 
 
@@ -165,7 +152,7 @@ def lose_images_before_they_are_embedded(pool: Pool, store: Path) -> list[str]:
     assert after["manifest"]["rows"] == pool_of_now["manifest"]["rows"]
     image.write_bytes(content)
     assert problems(bench) == []
-    assert_complete(bench, pool)
+    assert incomplete(bench, pool) == []
     return said
 
 
