@@ -42,12 +42,12 @@ def files(store: Path) -> list[Path]:
 
 
 def cut_files_short(pool: Pool, store: Path) -> int:
-    """Time and again, cut a third of all files anywhere; returns how many."""
+    """Time and again, cut half of all files anywhere; returns how many."""
     bench, choose, n_cut = FaultBench(pool.folder, store), random.Random(SEED), 0
     heal(bench, pool)
-    for _ in range(6):
+    for _ in range(4):
         there = files(store)
-        for path in choose.sample(there, len(there) // 3):
+        for path in choose.sample(there, len(there) // 2):
             os.truncate(path, choose.randrange(path.stat().st_size))
             n_cut += 1
         pool.change("b.jsonl", [0])  # so that everything is read
