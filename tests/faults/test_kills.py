@@ -17,8 +17,8 @@ from tests.faults.invariants import contents, expected, leftovers, same, torn, u
 from tests.faults.kills import KEPT, STAGES, TABLE, Kill
 
 SEED = 5
-N_KILLS = 60
-KILLS_PER_ROUND = 12
+N_KILLS = 54
+KILLS_PER_ROUND = 18
 
 
 @dataclass
