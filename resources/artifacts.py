@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 import safetensors
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from upath import UPath
@@ -36,7 +37,15 @@ class ArtifactMissingError(FileNotFoundError):
 
 
 class ArtifactCorruptError(RuntimeError):
-    """An asset's output is there but cannot be read; the message names the file and the remedy."""
+    """An asset's output is there but cannot be read; the message names the file and the remedy.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, message: str, path: UPath) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -117,12 +126,12 @@ class ArtifactStore:
         data = json.dumps(value, ensure_ascii=False, indent=1).encode()
         return self._replace(self.path(asset, shard, suffix=".json"), data, durable=durable)
 
-    def read_json(self, asset: str, shard: str | None = None) -> Any:
-        """A JSON file; raises as ``read_frame``."""
+    def read_json(self, asset: str, shard: str | None = None, *, shape: Any = Any) -> Any:
+        """A JSON file of a given shape (a type that pydantic validates); raises as ``read_frame``."""
         path = self.path(asset, shard, suffix=".json")
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
-            return json.loads(data)
+            return TypeAdapter(shape).validate_json(data)
 
     def write_text(self, path: UPath, pieces: Iterable[str]) -> int:
         """Replace a text file from a stream of pieces, in constant memory; returns its size in bytes."""
@@ -174,7 +183,7 @@ class ArtifactStore:
             ValueError,
         ) as error:
             raise ArtifactCorruptError(
-                f"{_what(asset, shard)} cannot be read ({path}: {error}); materialize it again"
+                f"{_what(asset, shard)} cannot be read ({path}: {error}); materialize it again", path
             ) from error
 
     def _replace(self, path: UPath, data: bytes, *, durable: bool = True) -> tuple[UPath, int]:

@@ -143,10 +143,10 @@ def _usable_cores() -> int:
 def _known_card(artifacts: ArtifactStore, signature: str) -> dict[str, Any] | None:
     """The card that the store remembers; none where it is missing or damaged, since it is only a memory."""
     try:
-        card = artifacts.read_json(CARDS, signature)
+        card: dict[str, Any] = artifacts.read_json(CARDS, signature, shape=dict[str, Any])
     except (ArtifactMissingError, ArtifactCorruptError):
         return None
-    return card if isinstance(card, dict) and "fingerprint" in card else None
+    return card if "fingerprint" in card else None
 
 
 def model_signature(model: str, revision: str | None, dtype: str, attention_mass: float) -> str:

@@ -16,7 +16,7 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from pydantic import Field
+from pydantic import BaseModel, Field, field_validator
 
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingStore, EmbeddingTable
@@ -52,14 +52,34 @@ def provenance(fingerprint: str, max_image_pixels: int, raw_version: str) -> str
     )
 
 
+class Receipt(BaseModel):
+    """What makes a table a shard's table.
+
+    Attributes:
+        table: The committed table.
+        header: What the asset says of itself, as artifacts carry it.
+    """
+
+    table: EmbeddingTable
+    header: dict[str, str]
+
+    @field_validator("header")
+    @classmethod
+    def _is_whole(cls, header: dict[str, str]) -> dict[str, str]:
+        if missing := {"data_version", "provenance", "raw_samples", "raw_rows", "container"} - set(header):
+            raise ValueError(f"the header lacks {', '.join(sorted(missing))}")
+        return header
+
+
 def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable, dict[str, str]]:
     """The committed table of a shard and the header that was recorded with it.
 
     Raises:
         ArtifactMissingError: The shard is not embedded.
+        ArtifactCorruptError: The receipt is damaged.
     """
-    receipt = artifacts.read_json(NAME, shard)
-    return EmbeddingTable(**receipt["table"]), receipt["header"]
+    receipt: Receipt = artifacts.read_json(NAME, shard, shape=Receipt)
+    return receipt.table, receipt.header
 
 
 class EmbeddingConfig(dg.Config):

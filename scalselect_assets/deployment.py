@@ -5,6 +5,7 @@ graph from the same declaration.
 """
 
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,21 @@ def instance_folder(selection: Selection) -> Path:
 
 
 def open_instance(selection: Selection) -> dg.DagsterInstance:
-    """The persistent instance of a selection's store, created on first use."""
+    """The persistent instance of a selection's store, created on first use.
+
+    Raises:
+        OSError: Its folder cannot be written; SQLite would say so without a place.
+    """
     folder = instance_folder(selection)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "dagster.yaml"
-    if not config.exists():
-        config.write_text(_DAGSTER_YAML, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "dagster.yaml"
+        if not config.exists():
+            config.write_text(_DAGSTER_YAML, encoding="utf-8")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; Dagster's records must be writable", str(folder)
+        ) from error
     return dg.DagsterInstance.from_config(str(folder))

@@ -385,9 +385,10 @@ class _Survey:
     def _read_notes(self) -> dict[str, float]:
         # Without them everything is seen for the first time, and stays longer.
         try:
-            return {str(what): float(first) for what, first in self._artifacts.read_json(NAME).items()}
-        except (ArtifactMissingError, ArtifactCorruptError, ValueError, TypeError, AttributeError):
+            notes: dict[str, float] = self._artifacts.read_json(NAME, shape=dict[str, float])
+        except (ArtifactMissingError, ArtifactCorruptError):
             return {}
+        return notes
 
     def _unneeded_since(self, what: str) -> float:
         """When a cleaning first found this unneeded: now, if none did."""

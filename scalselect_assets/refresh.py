@@ -492,7 +492,7 @@ class Refresh:
             self._report.failed[shard] = failure.description or "failed"
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this shard's, and it is reported
             self._report.failed[shard] = _message(error)
-            self._forget_unreadable_table(error)
+            self._forget_unreadable(error)
         else:
             return True
         self._log.error(f"shard {shard}: {self._report.failed[shard]}")
@@ -596,19 +596,24 @@ class Refresh:
         try:
             self._materialize(assets, tags=tags)
         except dg.Failure as failure:
-            raise RefreshError(failure.description or f"{assets[0]} failed") from failure
+            told = [failure.description or f"{assets[0]} failed", *self._report.problems()]
+            raise RefreshError("; ".join(told)) from failure
         except Exception as error:
-            if self._forget_unreadable_table(error):
-                raise RefreshError(f"{_cause(error)}: run again, which embeds the shard anew") from error
+            if remedy := self._forget_unreadable(error):
+                raise RefreshError(f"{_cause(error)}: {remedy}") from error
             raise RefreshError(f"{', '.join(assets)}: {_message(error)}") from error
 
-    def _forget_unreadable_table(self, error: Exception) -> bool:
-        """Whether vectors could not be read; without its receipt their shard is embedded again next time."""
+    def _forget_unreadable(self, error: Exception) -> str | None:
+        """Remove what could not be read, so that the next run makes it again; returns how that is told."""
         cause = _cause(error)
-        if not isinstance(cause, EmbeddingTableError):
-            return False
-        self._artifacts.path(attention_embeddings.NAME, cause.shard, suffix=".json").unlink(missing_ok=True)
-        return True
+        if isinstance(cause, EmbeddingTableError):
+            receipt = self._artifacts.path(attention_embeddings.NAME, cause.shard, suffix=".json")
+            receipt.unlink(missing_ok=True)
+            return "run again, which embeds the shard anew"
+        if isinstance(cause, ArtifactCorruptError):
+            cause.path.unlink(missing_ok=True)
+            return "it is removed; run again, which makes it anew"
+        return None
 
     # Runs
 

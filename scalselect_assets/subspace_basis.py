@@ -130,6 +130,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             shards = pool_shards(context, selection.partitions)
             fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
             inputs = moments_headers(selection, artifacts, shards, fingerprint)
+            _require_moments(artifacts, shards, inputs, fingerprint)
             versions = {shard: header["data_version"] for shard, header in inputs.items()}
             pool = pool_moments.update(artifacts, versions, rebuild=config.rebuild)
             if pool is None or pool.moments.n == 0:
@@ -266,6 +267,39 @@ def moments_headers(
         if (header["model_fingerprint"], header["provenance"]) == (fingerprint, expected):
             headers[shard] = header
     return headers
+
+
+def _require_moments(
+    artifacts: ArtifactStore, shards: Sequence[str], inputs: Mapping[str, object], fingerprint: str
+) -> None:
+    """No shard drops out of the selection because a fault came between its vectors and its moments.
+
+    Raises:
+        dg.Failure: A shard of the last basis has vectors of the present model, but not their moments.
+    """
+    try:
+        last = json.loads(artifacts.read_header(NAME, suffix=".safetensors")["shards"])
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return
+    behind = [
+        shard
+        for shard in shards
+        if shard in last and shard not in inputs and _model_of(artifacts, shard) == fingerprint
+    ]
+    if behind:
+        raise dg.Failure(
+            f"{embedding_moments.NAME} of {', '.join(behind)} are not those of the present vectors, so the "
+            "selection stays as it was; materialize them, or run the refresh again",
+            allow_retries=False,
+        )
+
+
+def _model_of(artifacts: ArtifactStore, shard: str) -> str | None:
+    """Fingerprint of the model that made a shard's vectors; none where it has none."""
+    try:
+        return attention_embeddings.recorded_table(artifacts, shard)[0].fingerprint
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return None
 
 
 def _rank_alternatives(

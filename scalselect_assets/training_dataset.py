@@ -10,10 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version as package_version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import dagster as dg
 import polars as pl
+from pydantic import AfterValidator
 from upath import UPath
 
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
@@ -69,9 +70,23 @@ def read_manifest(artifacts: ArtifactStore) -> dict[str, Any]:
 
     Raises:
         ArtifactMissingError: There is none yet.
+        ArtifactCorruptError: It is damaged.
     """
-    manifest: dict[str, Any] = artifacts.read_json(NAME, MANIFEST)
+    manifest: dict[str, Any] = artifacts.read_json(NAME, MANIFEST, shape=_Manifest)
     return manifest
+
+
+def _whole(manifest: dict[str, Any]) -> dict[str, Any]:
+    told = {"data_version", "provenance", "basis_version", "basis_drift", "score_error_bound", "rank", "energy"}
+    counted = {"rows", "embedded", "rejected", "selected"}
+    if missing := {*told, *counted, "shards", "training_file", "files"} - set(manifest):
+        raise ValueError(f"the manifest lacks {', '.join(sorted(missing))}")
+    if manifest["training_file"] not in manifest["files"]:
+        raise ValueError(f"the manifest does not describe its {manifest['training_file']}")
+    return manifest
+
+
+_Manifest: TypeAlias = Annotated[dict[str, Any], AfterValidator(_whole)]
 
 
 def is_complete(artifacts: ArtifactStore) -> bool:

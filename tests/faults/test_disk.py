@@ -241,7 +241,6 @@ def open_records_that_cannot_be_written(pool: Pool, store: Path) -> str:
         return str(error)
 
 
-@pytest.mark.xfail(strict=True, reason="what SQLite says of Dagster's files names no place and no remedy")
 def test_records_that_cannot_be_written_are_told_by_their_place(
     mounting: Children, pool: Pool, tmp_path: Path
 ) -> None:
