@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 import safetensors
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from upath import UPath
@@ -131,7 +131,11 @@ class ArtifactStore:
         path = self.path(asset, shard, suffix=".json")
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
-            return TypeAdapter(shape).validate_json(data)
+            try:
+                return TypeAdapter(shape).validate_json(data)
+            except ValidationError as error:
+                told = (": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
+                raise ValueError("; ".join(told)) from error
 
     def write_text(self, path: UPath, pieces: Iterable[str]) -> int:
         """Replace a text file from a stream of pieces, in constant memory; returns its size in bytes."""

@@ -380,6 +380,7 @@ def ui(
             "DAGSTER_HOME": str(deployment.instance_folder(selection)),
             deployment.SELECTIONS_VARIABLE: str(declaration.absolute()),
         }
+        environment.setdefault(deployment.TICK_SETTLE_VARIABLE, "0.1")
         _err.print(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)")
         # By path, and from its own folder: the current one may have `definitions` or `resources` of its own.
         located = importlib.util.find_spec("definitions")

@@ -21,6 +21,9 @@ from scalselect_assets.selection import Selection, SelectionFileError, read_sele
 SELECTIONS_VARIABLE = "SCALSELECT_SELECTIONS"
 """Environment variable: declaration files or folders of them, separated as in PATH."""
 
+TICK_SETTLE_VARIABLE = "DAGSTER_AUTOMATION_TICK_SETTLE_SECONDS"
+"""Dagster's own; above 0, an event that is stored while a tick looks is seen by one tick only."""
+
 DECLARATION = STORE_MARK
 _DEFAULT_STORES = Path(".scalselect")
 _DAGSTER_YAML = """\

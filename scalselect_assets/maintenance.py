@@ -55,13 +55,13 @@ from scalselect_assets import (
     training_dataset,
 )
 from scalselect_assets.partitions import shards_name
+from scalselect_assets.refresh import SHARD_INDEXES
 from scalselect_assets.selection import Selection
 
 NAME = "maintenance"
 DEFAULT_RETENTION_DAYS: Final = 7.0
 
 _SECONDS_PER_DAY = 86_400
-_SHARD_INDEXES = "shard_index-"  # followed by the version of the code that read the shards
 _WRITING = re.compile(r"\.writing-[0-9a-f]{32}")  # as `ArtifactStore` names a file until it is complete
 _PIN = "scalselect-needed-"
 _NOT_DUE = "the retention time has not passed"
@@ -418,10 +418,11 @@ class _Survey:
                     )
 
     def _set_aside(self) -> Iterator[_Found]:
-        """Parts of shards, which `reuse` numbers from 0 and looks up by number and shard."""
+        """Parts of shards that have left the pool, or that are committed."""
         files = list(map(_File.at, self._artifacts.paths(reuse.SET_ASIDE, suffix=".parquet")))
-        numbers = {file.path.name.partition("_")[0] for file in files}
-        shard_of = {encode_name(f"{number}/{shard}"): shard for number in numbers for shard in self._shards}
+        shard_of = {
+            encode_name(part): shard for shard in self._shards for part in reuse.parts(self._artifacts, shard)
+        }
         by_shard: dict[str, list[_File]] = defaultdict(list)
         for file in files:
             if shard := shard_of.get(file.path.stem):
@@ -441,7 +442,7 @@ class _Survey:
                 yield self._if_due(leftover, committed, partial(reuse.forget, self._artifacts, shard))
 
     def _retired_moments(self) -> Iterator[_Found]:
-        held = {encode_name(f"{shard}@{version}") for shard, version in self._held.items()}
+        held = {encode_name(pool_moments.retired_name(*one)) for one in self._held.items()}
         for path in self._artifacts.paths(pool_moments.RETIRED, suffix=".safetensors"):
             if path.stem not in held:
                 file = _File.at(path)
@@ -500,7 +501,7 @@ class _Survey:
 
     def _outputs(self) -> dict[str, list[_File]]:
         """The files of each shard, by its name in file names, the receipt first."""
-        indexes = [folder.name for folder in self._folders() if folder.name.startswith(_SHARD_INDEXES)]
+        indexes = [folder.name for folder in self._folders() if folder.name.startswith(SHARD_INDEXES)]
         outputs: dict[str, list[_File]] = defaultdict(list)
         for asset, suffix in (*_OUTPUTS, *((index, ".json") for index in indexes)):
             for path in self._artifacts.paths(asset, suffix=suffix):

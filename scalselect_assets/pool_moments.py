@@ -50,7 +50,7 @@ def retire(artifacts: ArtifactStore, shard: str, new_version: str) -> None:
     except (ArtifactMissingError, ArtifactCorruptError):
         return
     if version == held != new_version:
-        artifacts.rename(SHARD_MOMENTS, shard, RETIRED, _retired(shard, version), suffix=".safetensors")
+        artifacts.rename(SHARD_MOMENTS, shard, RETIRED, retired_name(shard, version), suffix=".safetensors")
 
 
 def update(artifacts: ArtifactStore, wanted: Mapping[str, str], *, rebuild: bool) -> PoolMoments | None:
@@ -126,7 +126,7 @@ def _shard_moments(artifacts: ArtifactStore, shard: str, version: str) -> "Momen
     """A shard's moments of one version, in force or set aside."""
     from scalselect_assets.method.moments import Moments
 
-    for asset, name in ((SHARD_MOMENTS, shard), (RETIRED, _retired(shard, version))):
+    for asset, name in ((SHARD_MOMENTS, shard), (RETIRED, retired_name(shard, version))):
         try:
             if _version(artifacts, asset, name) == version:
                 return Moments.from_arrays(artifacts.read_arrays(asset, name)[0])
@@ -147,5 +147,6 @@ def _version(artifacts: ArtifactStore, asset: str, name: str) -> str:
     return artifacts.read_header(asset, name, suffix=".safetensors")["data_version"]
 
 
-def _retired(shard: str, version: str) -> str:
+def retired_name(shard: str, version: str) -> str:
+    """The name of a shard's moments that were set aside."""
     return f"{shard}@{version}"

@@ -45,7 +45,7 @@ def known_vectors(
     if committed is not None and committed[1] == conditions:
         with suppress(EmbeddingTableError):
             known.update(_representations(embeddings.read_all(committed[0])))
-    for part in _parts(artifacts, shard):
+    for part in parts(artifacts, shard):
         try:
             frame, header = artifacts.read_frame(SET_ASIDE, part)
         except ArtifactCorruptError:
@@ -104,7 +104,7 @@ def set_aside(
     from scalselect_assets.method.encoder import Representation
 
     waiting: dict[str, Representation] = {}
-    number, written = len(_parts(artifacts, shard)), time.monotonic()
+    number, written = len(parts(artifacts, shard)), time.monotonic()
     for place, outcome in outcomes:
         if isinstance(outcome, Representation):
             waiting[sample_keys[place]] = outcome
@@ -117,7 +117,7 @@ def set_aside(
 def forget(artifacts: ArtifactStore, shard: str) -> None:
     """Remove what was set aside for a shard: it is committed."""
     # From the last on, so that a crash on the way leaves numbers without a gap, which the next time finds.
-    for part in reversed(_parts(artifacts, shard)):
+    for part in reversed(parts(artifacts, shard)):
         artifacts.path(SET_ASIDE, part, suffix=".parquet").unlink(missing_ok=True)
 
 
@@ -125,12 +125,12 @@ def _part(shard: str, number: int) -> str:
     return f"{number:06d}/{shard}"
 
 
-def _parts(artifacts: ArtifactStore, shard: str) -> list[str]:
+def parts(artifacts: ArtifactStore, shard: str) -> list[str]:
     """The parts of a shard, which are numbered from 0 without a gap."""
-    parts: list[str] = []
-    while artifacts.exists(SET_ASIDE, part := _part(shard, len(parts)), suffix=".parquet"):
-        parts.append(part)
-    return parts
+    found: list[str] = []
+    while artifacts.exists(SET_ASIDE, part := _part(shard, len(found)), suffix=".parquet"):
+        found.append(part)
+    return found
 
 
 def _frame(representations: "dict[str, Representation]") -> pl.DataFrame:

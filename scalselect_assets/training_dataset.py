@@ -77,9 +77,9 @@ def read_manifest(artifacts: ArtifactStore) -> dict[str, Any]:
 
 
 def _whole(manifest: dict[str, Any]) -> dict[str, Any]:
-    told = {"data_version", "provenance", "basis_version", "basis_drift", "score_error_bound", "rank", "energy"}
-    counted = {"rows", "embedded", "rejected", "selected"}
-    if missing := {*told, *counted, "shards", "training_file", "files"} - set(manifest):
+    versions = {"data_version", "provenance", "basis_version", "shards", "training_file", "files"}
+    told = {"rows", "embedded", "rejected", "selected", "rank", "energy", "basis_drift", "score_error_bound"}
+    if missing := (versions | told) - set(manifest):
         raise ValueError(f"the manifest lacks {', '.join(sorted(missing))}")
     if manifest["training_file"] not in manifest["files"]:
         raise ValueError(f"the manifest does not describe its {manifest['training_file']}")

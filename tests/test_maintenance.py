@@ -497,8 +497,8 @@ def test_parts_set_aside_go_with_their_table_committed_and_stay_while_they_are_o
 
 def test_retired_moments_go_when_the_totals_hold_them_no_longer(bench: Bench) -> None:
     arrays, header = bench.artifacts.read_arrays("embedding_moments", "a.jsonl")
-    held = pool_moments._retired("a.jsonl", header["data_version"])
-    for name in (held, pool_moments._retired("a.jsonl", "older")):
+    held = pool_moments.retired_name("a.jsonl", header["data_version"])
+    for name in (held, pool_moments.retired_name("a.jsonl", "older")):
         path, _ = bench.artifacts.write_arrays(pool_moments.RETIRED, arrays, header, name)
         aged(Path(path.path), 8)
     report = cleaned(bench, days=7)
