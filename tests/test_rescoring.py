@@ -12,6 +12,7 @@ import pytest
 
 from resources.artifacts import ArtifactStore
 from scalselect_assets.deployment import build_defs, open_instance
+from scalselect_assets.refresh import RefreshError
 from scalselect_assets.subspace_basis import rebuild_difference
 from tests.conftest import write_pool_shard
 from tests.test_refresh import WHOLE, Bench, ran
@@ -222,10 +223,11 @@ def test_an_earlier_basis_that_is_lost_is_done_without(bench: Bench) -> None:
     assert bench.refresh().runs == []
 
 
-def test_moments_that_could_not_be_prepared_anew_leave_their_shard_out(
+def test_moments_that_could_not_be_prepared_anew_leave_the_selection_as_it_was(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.first_refresh()
+    before = bench.scores()
     bench.options["unit_rows"] = True
     write_arrays = ArtifactStore.write_arrays
 
@@ -236,12 +238,12 @@ def test_moments_that_could_not_be_prepared_anew_leave_their_shard_out(
 
     with monkeypatch.context() as patch:
         patch.setattr(ArtifactStore, "write_arrays", fails_for_b)
-        report = bench.refresh()
-    assert list(report.failed) == ["b.jsonl"]
-    assert not any(key.startswith("b.jsonl") for key in bench.scores())
-    assert_exact(bench)  # of the others, all of unit length
+        with pytest.raises(RefreshError, match=r"embedding_moments of b\.jsonl .*shard b\.jsonl failed"):
+            bench.refresh()
+    assert bench.scores() == before
     assert bench.refresh().failed == {}
-    assert any(key.startswith("b.jsonl") for key in bench.scores())
+    assert bench.scores() != before
+    assert_exact(bench)  # all of unit length
 
 
 def test_vectors_that_are_gone_when_moments_need_them_are_made_again_by_the_next_run(bench: Bench) -> None:
