@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,11 @@ def _without_waiting_for_the_disk(connection: Any, _record: object) -> None:
     """Dagster's SQLite files of a test need not outlive a power cut; waiting took a fifth of the time."""
     if isinstance(connection, sqlite3.Connection):
         connection.execute("PRAGMA synchronous=OFF")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: the daemon's tests mostly wait."""
+    return (os.cpu_count() or 1) + 1
 
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
