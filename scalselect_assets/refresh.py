@@ -33,8 +33,10 @@ from scalselect_assets import (
     embedding_moments,
     importance_scores,
     raw_samples,
+    removed_samples,
     reuse,
     selected_subset,
+    selection_report,
     subspace_basis,
     training_dataset,
 )
@@ -51,12 +53,6 @@ SHARD_INDEXES = "shard_index-"
 SHARD_INDEX = f"{SHARD_INDEXES}{raw_samples.CODE_VERSION}"
 _RECORDS_PER_QUERY = 1000  # Dagster's own limit
 _SHARD_ASSETS = (raw_samples.NAME, attention_embeddings.NAME, embedding_moments.NAME)
-_WHOLE_ASSETS = (
-    subspace_basis.NAME,
-    importance_scores.NAME,
-    selected_subset.NAME,
-    training_dataset.NAME,
-)
 
 
 _Headers: TypeAlias = Mapping[str, Mapping[str, str]]  # by shard, what its output says of itself
@@ -411,12 +407,17 @@ class Refresh:
             return shards
         pool = self._pool()
         if set(pool) - set(discovery.unsettled) != set(discovery.versions):
-            return list(_WHOLE_ASSETS)
+            return self._whole_assets
         inputs = self._basis_inputs(pool)
-        for position, asset in enumerate(_WHOLE_ASSETS):
+        for position, asset in enumerate(self._whole_assets):
             if self._is_stale(asset, pool, inputs):
-                return list(_WHOLE_ASSETS[position:])
+                return self._whole_assets[position:]
         return []
+
+    @property
+    def _whole_assets(self) -> list[str]:
+        """The assets after those by shard."""
+        return [asset for asset in self._selection.assets if asset not in _SHARD_ASSETS]
 
     def _pool(self) -> Sequence[str]:
         """The shards that Dagster knows, in its order."""
@@ -507,7 +508,7 @@ class Refresh:
         inputs = self._basis_inputs(pool)
         if not inputs:
             raise RefreshError(f"no shard could be embedded: {'; '.join(self._report.problems())}")
-        for asset in _WHOLE_ASSETS:
+        for asset in self._whole_assets:
             if asset == importance_scores.NAME:
                 for shard_range in contiguous_ranges(pool, self._unscored_shards(inputs)):
                     self._materialize_or_raise([asset], shard_range)
@@ -526,8 +527,19 @@ class Refresh:
             expected = subspace_basis.provenance(
                 self._selection, {shard: moments["data_version"] for shard, moments in inputs.items()}
             )
+        elif asset == removed_samples.NAME:
+            expected = removed_samples.provenance(self._selection, self._storage, self._plan().version)
         elif asset == selected_subset.NAME:
-            expected = selected_subset.provenance(self._selection, self._plan().version)
+            expected = selected_subset.provenance(
+                self._selection,
+                self._plan().version,
+                selected_subset.Lists.read(self._selection, self._storage).version,
+                self._whole_header(removed_samples.NAME).get("data_version", ""),
+            )
+        elif asset == selection_report.NAME:
+            expected = selection_report.provenance(
+                self._selection, self._whole_header(training_dataset.NAME).get("data_version", "")
+            )
         else:
             subset = self._whole_header(selected_subset.NAME)
             expected = training_dataset.provenance(
@@ -553,7 +565,9 @@ class Refresh:
             if asset == training_dataset.NAME:
                 manifest = training_dataset.read_manifest(self._artifacts)
                 return manifest if training_dataset.is_complete(self._artifacts) else {}
-            suffix = ".parquet" if asset == selected_subset.NAME else ".safetensors"
+            if asset == selection_report.NAME:
+                return selection_report.read_header(self._artifacts)
+            suffix = ".safetensors" if asset == subspace_basis.NAME else ".parquet"
             return self._artifacts.read_header(asset, suffix=suffix)
         except (ArtifactMissingError, ArtifactCorruptError):
             return {}

@@ -320,8 +320,7 @@ def _rank_alternatives(
         ranks.setdefault(_told(rule.describe()), rule.rank(axes.spectrum, axes.n, axes.d))
     compared = {rule: rank for rule, rank in ranks.items() if rank <= max(k, _COMPARED_RANK)}
     x = _sample(storage, selection, shards)
-    budget = selection.budget
-    size = budget_size(min(1.0, budget / axes.n) if isinstance(budget, int) else budget, len(x))
+    size = budget_size(selection.expected_share(axes.n), len(x))
     alternatives = rank_alternatives(x, axes.subspace(max(compared.values())), k, compared, size)
     curve = axes.energy_curve()
     overlaps = {one.rule: round(one.overlap, 4) for one in alternatives}

@@ -76,13 +76,26 @@ IMPORTANCE_SCORES: Table = {
 }
 
 SELECTED_SUBSET: Table = {
-    "rank": Column(pl.Int64(), "Place by normalised leverage over the whole pool, from 1."),
+    "rank": Column(
+        pl.Int64(),
+        "Place in the choice, from 1: rows that are on the list to include, then by the strategy's preference.",
+    ),
     "sample_key": _KEY,
     "source_id": _SOURCE_ID,
     "shard": _SHARD,
     "row": _ROW,
     "leverage": IMPORTANCE_SCORES["leverage"],
     "normalised_leverage": IMPORTANCE_SCORES["normalised_leverage"],
+    "source": Column(pl.String(), "The row's source, by the selection's `source_label`."),
+    "n_text_tokens": Column(pl.Int64(), "Tokens of the model's input that are not vision tokens."),
+    "n_image_tokens": Column(pl.Int64(), "Vision tokens."),
+    "why": Column(pl.String(), "`included` (it is on the list), `kept` (of the last subset), or `chosen`."),
+    "gain": Column(
+        pl.Float64(), "What it added to the span when it was picked (spanning); null with other strategies."
+    ),
+    "inclusion_probability": Column(
+        pl.Float64(), "Probability with which it was drawn, for weighting; null where nothing is drawn."
+    ),
 }
 
 MOMENTS: Table = {
