@@ -15,13 +15,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
 import dagster as dg
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.evaluation_set import (
@@ -35,6 +34,7 @@ from resources.evaluation_set import (
 from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import image_hashes, lineage, raw_samples
+from scalselect_assets.curation import Decontamination
 from scalselect_assets.materialization import Output, materialize_shards
 from scalselect_assets.method.conversation import Conversation
 from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError
@@ -69,58 +69,6 @@ DECONTAMINATION: Table = {
     ),
     "detail": Column(pl.String(), "What was found, and what else matches."),
 }
-
-
-class Decontamination(BaseModel):
-    """What is looked for in the pool, and how alike it has to be."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    images: str | None = Field(default=None, description="Folder (or file, or URI) of evaluation images.")
-    texts: str | None = Field(
-        default=None,
-        description="File (or folder, or URI) of evaluation texts: .txt with one per line, or .jsonl.",
-    )
-    text_field: str = Field(default="text", description="The field of a .jsonl line that holds the text.")
-    max_hamming: int | None = Field(
-        default=4,
-        ge=0,
-        le=32,
-        description="Perceptual hashes (64 bits) that differ in at most as many are the same image. Stored "
-        "again or resized it differs by 0 to 2, cropped by a hundredth at each side by up to 6. Null "
-        "compares bytes only, for pools of drawings, which look alike.",
-    )
-    ngram: int = Field(default=13, ge=1, description="Words of an n-gram, as in GPT-3's decontamination.")
-    short_ngram: int = Field(
-        default=8,
-        ge=1,
-        description="Words of an n-gram of texts that have fewer than `ngram`; still shorter texts are not "
-        "looked for.",
-    )
-    min_overlap: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Share of an evaluation text's n-grams that a sample must have; with 0, one will do.",
-    )
-    common_ngrams: int = Field(
-        default=10,
-        ge=1,
-        description="N-grams that more evaluation texts than this share are a benchmark's prompt and do not "
-        "count.",
-    )
-
-    @model_validator(mode="after")
-    def _something_is_looked_for(self) -> Self:
-        if self.images is None and self.texts is None:
-            raise ValueError("name evaluation images or texts, or leave decontamination out")
-        if self.short_ngram > self.ngram:
-            raise ValueError(f"short_ngram is {self.short_ngram}; it is at most ngram, {self.ngram}")
-        return self
-
-    def matching(self) -> dict[str, object]:
-        """All but where the files are: what a result depends on beside them."""
-        return self.model_dump(exclude={"images", "texts"})
 
 
 @dataclass(frozen=True, slots=True)

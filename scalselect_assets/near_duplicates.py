@@ -21,7 +21,6 @@ import dagster as dg
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from resources.artifacts import ArtifactStore
 from resources.embedding_store import EmbeddingStore, EmbeddingTable
@@ -36,6 +35,7 @@ from scalselect_assets import (
     subspace_basis,
 )
 from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.curation import NearDuplicates
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import SELECTED_SUBSET, Column, Table, column_schema, polars_schema
@@ -77,26 +77,6 @@ _RANKED = pl.Schema(
         "content": pl.String(),
     }
 )
-
-
-class NearDuplicates(BaseModel):
-    """How alike samples have to be for one to go."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    cosine: float = Field(
-        default=0.995,
-        gt=0,
-        le=1,
-        description="Cosine of two samples' vectors, from the pool's mean, from which on they are "
-        "near-duplicates. What it means depends on the model: look at what a threshold removes.",
-    )
-    exact_up_to: int = Field(
-        default=50_000,
-        ge=0,
-        description="Pools of so many samples are searched exactly; larger ones with LanceDB's IVF index, "
-        "whose measured recall is told.",
-    )
 
 
 def provenance(settings: NearDuplicates | None, score_version: str, basis_version: str) -> str:

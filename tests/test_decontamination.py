@@ -16,9 +16,9 @@ from PIL import Image
 from resources.evaluation_set import EvaluationSetError, EvaluationText
 from resources.storage import StorageResource
 from scalselect_assets import decontamination, image_hashes, raw_samples
+from scalselect_assets.curation import Decontamination
 from scalselect_assets.decontamination import (
     DECONTAMINATION,
-    Decontamination,
     contaminated,
     evaluation_version,
     read_evaluation_set,

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from resources.samples import content_key, occurrence_key, parse_row
 from resources.storage import StorageResource
 from scalselect_assets import attention_embeddings, importance_scores, near_duplicates, subspace_basis
+from scalselect_assets.curation import NearDuplicates
 from scalselect_assets.method.moments import MomentsAccumulator
 from scalselect_assets.method.subspace import principal_axes
-from scalselect_assets.near_duplicates import NEAR_DUPLICATES, NearDuplicates
+from scalselect_assets.near_duplicates import NEAR_DUPLICATES
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import IMPORTANCE_SCORES, polars_schema
 from tests.conftest import sharegpt_row
