@@ -142,8 +142,8 @@ class EmbeddingStore:
         try:
             table = connection.create_table(name, data, mode="overwrite")
         except (ValueError, RuntimeError) as error:
-            if system_error := _system_error(error, self.folder / f"{name}.lance"):
-                raise system_error from error
+            if reported := system_error(error, self.folder / f"{name}.lance"):
+                raise reported from error
             if not is_local(self.folder) or _is_whole(connection, name):
                 raise
             # LanceDB reads a table before it replaces it, and a power cut may leave one whose last commit is
@@ -185,7 +185,7 @@ class EmbeddingStore:
                 content_sha256=kept[_CONTENT_FIELD],
             )
         except (ValueError, RuntimeError, KeyError) as error:
-            refused = _system_error(error, self.folder / f"{name}.lance")
+            refused = system_error(error, self.folder / f"{name}.lance")
             if refused is not None and refused.errno in _NOT_THE_TABLE:
                 raise refused from error
             return None
@@ -274,7 +274,7 @@ class EmbeddingStore:
         # LanceDB reports a missing table and a missing version as ValueError, and damaged ones, whose rows
         # it only meets on the way, as RuntimeError; vectors of another length do not fit the recorded shape.
         except (ValueError, RuntimeError, OSError) as error:
-            refused = _system_error(error, self.folder / f"{table.table}.lance")
+            refused = system_error(error, self.folder / f"{table.table}.lance")
             if refused is not None and refused.errno in _NOT_THE_TABLE:
                 raise refused from error
             raise EmbeddingTableError(
@@ -299,7 +299,7 @@ def table_name(fingerprint: str, shard: str) -> str:
     return f"{fingerprint}--{encode_name(shard)}"
 
 
-def _system_error(error: Exception, place: UPath) -> OSError | None:
+def system_error(error: Exception, place: UPath) -> OSError | None:
     """What the operating system said, which LanceDB gives as text in errors without a type."""
     number = _OS_ERROR.search(str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(place)) if number else None
