@@ -1,4 +1,4 @@
-"""Each strategy prefers what its name says, draws with the probabilities that it records, and repeats itself."""
+"""Strategies prefer what their names say, draw by the probabilities they record, and repeat themselves."""
 
 from itertools import combinations, pairwise
 
