@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import dagster as dg
+from pydantic import ConfigDict, Field, model_validator
 
 from scalselect_assets.method.choice import KeepEarlier
 from scalselect_assets.method.quotas import Budget, Quota
@@ -24,8 +25,8 @@ Label: TypeAlias = Annotated[
 _COUNT_OR_SHARE = Field(ge=0)
 
 
-class _Declared(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Declared(dg.Model, dg.Resolvable):
+    model_config = ConfigDict(frozen=True)
 
 
 class TokenBudget(_Declared):

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from resources.vlm import TargetModel
+from scalselect_assets import ASSET_MODULES
 from scalselect_assets.choice_settings import (
     Comparison,
     DeclaredQuota,
@@ -20,6 +21,7 @@ from scalselect_assets.choice_settings import (
     StrategyName,
     TokenBudget,
 )
+from scalselect_assets.curation import Decontamination, NearDuplicates
 from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.method.quotas import Budget
 from scalselect_assets.method.selection import budget_size
@@ -35,7 +37,9 @@ _DRIVING = {
 
 
 # Fields that the choice depends on.
-_CHOICE = {"budget", "strategy", "seed", "source_label", "quotas", "include", "exclude", "keep_earlier", "compare"}
+_CHOICE = {
+    *("budget", "strategy", "seed", "source_label", "quotas", "include", "exclude", "keep_earlier", "compare"),
+}
 
 
 _EXPECTED_SHARE = 0.16  # of rows, where a budget is a number of tokens: the paper's
@@ -125,6 +129,13 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     keep_earlier: KeptEarlier | None = Field(
         default=None, description="Bounds on how far the choice moves from the last one; by default none."
     )
+    near_duplicates: NearDuplicates | None = Field(
+        default=None, description="Remove samples that repeat one of higher leverage; by default none."
+    )
+    decontamination: Decontamination | None = Field(
+        default=None, description="Remove samples that an evaluation set holds; by default none."
+    )
+    report: bool = Field(default=True, description="Whether the result is told on a page for people.")
     compare: Comparison | None = Field(
         default=Comparison(), description="What the choice is measured beside; null for nothing."
     )

@@ -128,6 +128,13 @@ class Terms:
         bought = tokens * int(np.count_nonzero(allowed)) // max(1, int(costs[allowed].sum()))
         return max(1, self.n_held, min(int(np.count_nonzero(allowed)), bought))
 
+    @property
+    def cells(self) -> NDArray[np.int64]:
+        """The combination of labels that each row has, as a number, (n,) int64; rows of one count alike."""
+        if not self.columns:
+            return np.zeros(self.n, dtype=np.int64)
+        return _combinations(self.columns)[1]
+
     def take(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         """The first choice in an order of preference that meets the terms.
 
@@ -263,9 +270,7 @@ class _Cells:
     def __init__(self, terms: Terms) -> None:
         self._size = terms.size or 0
         self._columns = terms.columns
-        stacked = np.stack([column.codes for column in terms.columns])
-        combinations, codes = np.unique(stacked, axis=1, return_inverse=True)
-        self.codes: NDArray[np.int64] = codes.reshape(-1).astype(np.int64)
+        combinations, self.codes = _combinations(terms.columns)
         # (labels, cells) by column: which cells a label is made of.
         self._members = [
             np.arange(len(column.values))[:, None] == combination
@@ -306,6 +311,14 @@ class _Cells:
                 "combinations of labels; expected an answer. Name fewer labels, or use fewer columns."
             )
         return bool(answer.status == 0)
+
+
+def _combinations(columns: Sequence[Column]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The c combinations of codes that occur, (columns, c), and which of them each row has, (n,)."""
+    combinations, codes = np.unique(
+        np.stack([column.codes for column in columns]), axis=1, return_inverse=True
+    )
+    return combinations, codes.reshape(-1).astype(np.int64)
 
 
 class _Reserve:

@@ -268,7 +268,7 @@ class LeverageSampling:
 class Spanning:
     """Rows that span the dominant subspace together; see `spanning.spanning_order`, also for the cost.
 
-    Records ``gain``, and as figures ``gain_ratio``, ``n_passes`` and ``prior_weight``.
+    Records ``gain``, and as figures ``gap``, ``n_picked``, ``n_passes`` and ``prior_weight``.
 
     Attributes:
         passes: How often the projections are read at most, 3 or more.
@@ -292,7 +292,8 @@ class Spanning:
             spanned.gain,
             {"gain": spanned.gain},
             {
-                "gain_ratio": spanned.gain_ratio,
+                "gap": spanned.gap,
+                "n_picked": float(spanned.n_picked),
                 "n_passes": float(spanned.n_passes),
                 "prior_weight": spanned.prior_weight,
             },
