@@ -82,6 +82,18 @@ def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable
     return receipt.table, receipt.header
 
 
+def limit_devices(instance: dg.DagsterInstance) -> None:
+    """Give the pool its default limit, if the instance has one and the pool has no limit yet.
+
+    Dagster does so when it first looks at its queue, but only after it has decided about what waits there, so
+    that several runs would hold a model at once.
+    """
+    storage = instance.event_log_storage
+    has_limit = any(limit.name == DEVICE_POOL for limit in storage.get_pool_limits())
+    if instance.global_op_concurrency_default_limit is not None and not has_limit:
+        storage.initialize_concurrency_limit_to_default(DEVICE_POOL)
+
+
 class EmbeddingConfig(dg.Config):
     """What a person may ask of one run."""
 

@@ -35,6 +35,7 @@ from resources.identity import digest
 from resources.locks import StoreBusyError
 from resources.storage import StorageResource
 from scalselect_assets import ASSET_MODULES, reuse
+from scalselect_assets.attention_embeddings import limit_devices
 from scalselect_assets.refresh import SHARD_FILES, SHARD_MANIFEST, discover, report_discovery
 from scalselect_assets.selection import Selection
 
@@ -363,6 +364,7 @@ def discovery_sensor(selection: Selection) -> dg.SensorDefinition:
         description="Find new, changed and removed shards.",
     )
     def discovery(context: dg.SensorEvaluationContext, storage: StorageResource) -> dg.SkipReason:
+        limit_devices(context.instance)  # before the first shard's run is asked for
         artifacts = storage.artifacts(selection.store)
         source = storage.samples(selection.source, selection.image_root, selection.store)
         found = discover(source, artifacts, selection.settle_seconds)

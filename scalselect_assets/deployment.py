@@ -16,6 +16,7 @@ from resources.progress import LogProgress
 from resources.sample_source import STORE_MARK
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
+from scalselect_assets.attention_embeddings import limit_devices
 from scalselect_assets.selection import Selection, SelectionFileError, read_selection
 
 SELECTIONS_VARIABLE = "SCALSELECT_SELECTIONS"
@@ -110,4 +111,6 @@ def open_instance(selection: Selection) -> dg.DagsterInstance:
         raise OSError(
             error.errno, f"{error.strerror}; Dagster's records must be writable", str(folder)
         ) from error
-    return dg.DagsterInstance.from_config(str(folder))
+    instance = dg.DagsterInstance.from_config(str(folder))
+    limit_devices(instance)
+    return instance

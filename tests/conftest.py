@@ -22,6 +22,7 @@ def _without_waiting_for_the_disk(connection: Any, _record: object) -> None:
         connection.execute("PRAGMA synchronous=OFF")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than cores: the daemon's tests mostly wait."""
     return (os.cpu_count() or 1) + 1

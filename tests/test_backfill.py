@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from resources import vlm
+from scalselect_assets.attention_embeddings import DEVICE_POOL, limit_devices
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.method import loading
 from scalselect_assets.refresh import report_discovery, settled_discovery
@@ -17,6 +19,28 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
 SHARDS = ["a.jsonl", "b.jsonl", "c.jsonl"]
 BY_SHARD = ("raw_samples", "attention_embeddings", "embedding_moments")
+
+
+def device_limits(instance: dg.DagsterInstance) -> list[int]:
+    return [limit.limit for limit in instance.event_log_storage.get_pool_limits()]
+
+
+def test_the_device_pool_has_its_limit_before_the_first_run(bench: Bench) -> None:
+    with open_instance(bench.selection) as instance:
+        assert device_limits(instance) == [1]
+
+
+def test_a_limit_that_a_person_has_set_stays(bench: Bench) -> None:
+    with open_instance(bench.selection) as instance:
+        instance.event_log_storage.set_concurrency_slots(DEVICE_POOL, 4)
+    with open_instance(bench.selection) as instance:
+        assert device_limits(instance) == [4]
+
+
+def test_an_instance_without_limits_gets_none() -> None:
+    with dg.instance_for_test() as instance:
+        limit_devices(instance)
+        assert device_limits(instance) == []
 
 
 @pytest.fixture
