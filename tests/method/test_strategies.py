@@ -1,5 +1,6 @@
 """Strategies prefer what their names say, draw by the probabilities they record, and repeat themselves."""
 
+import tracemalloc
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -272,7 +273,7 @@ def test_no_subset_is_better_than_spanning_by_more_than_the_gap(passes: int):
 def exact_greedy(u: NDArray[np.float64], size: int, weight: float) -> NDArray[np.int64]:
     matrix, chosen = weight * np.eye(u.shape[1]), []
     for _ in range(size):
-        forms = np.einsum("ij,jk,ik->i", u, np.linalg.inv(matrix), u)
+        forms = (u @ np.linalg.inv(matrix) * u).sum(axis=1)
         forms[chosen] = -1
         chosen.append(int(forms.argmax()))
         matrix += np.outer(u[chosen[-1]], u[chosen[-1]])
@@ -341,6 +342,27 @@ def test_blocks_of_any_size_give_a_choice_that_spans(block: int):
     pool = of_rows(u)
     chosen = choose(pool, Spanning(), agree(pool, Budget(30)), blocks_of(u, block)).rows
     assert len(set(groups[chosen])) == len(SIZES)
+
+
+@pytest.mark.parametrize("passes", [3, 6, 10])
+def test_spanning_reads_the_pool_as_often_as_it_says_and_holds_no_more_than_blocks(passes: int):
+    n, k, block = 30_000, 24, 500
+    n_read = 0
+
+    def stream():
+        nonlocal n_read
+        n_read += 1
+        for start in range(0, n, block):
+            yield np.random.default_rng(start).normal(size=(block, k)) / np.sqrt(n)
+
+    pool = candidates(np.ones(n))
+    terms = agree(pool, Budget(60))
+    tracemalloc.start()
+    spanned = spanning_order(pool, terms, stream, passes=passes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert n_read == spanned.n_passes <= passes
+    assert peak < n * k * 8 / 2
 
 
 def test_rows_that_add_nothing_come_last_in_tie_order():
