@@ -252,8 +252,8 @@ def log_det(u: NDArray[np.float64], chosen: NDArray[np.int64], weight: float) ->
     )
 
 
-@pytest.mark.parametrize("passes", [3, 5, 6, 10, 40])
-def test_no_subset_is_better_than_spanning_by_more_than_the_gap(passes: int):
+@pytest.mark.parametrize(("passes", "share"), [(3, 0.3), (5, 0.1), (6, 0.01), (10, 0.01), (40, 0.01)])
+def test_no_subset_is_better_than_spanning_by_more_than_the_gap(passes: int, share: float):
     for seed in range(4):
         u = whitened(np.random.default_rng(seed).normal(size=(12, 4)) ** 3)
         pool = of_rows(u)
@@ -266,7 +266,7 @@ def test_no_subset_is_better_than_spanning_by_more_than_the_gap(passes: int):
         )
         got = log_det(u, chosen, spanned.prior_weight)
         assert best - got <= spanned.gap * 4 + 1e-9
-        assert best - got < 0.2 * best
+        assert best - got < share * best
         assert spanned.n_passes <= passes
 
 
@@ -346,7 +346,7 @@ def test_blocks_of_any_size_give_a_choice_that_spans(block: int):
 
 @pytest.mark.parametrize("passes", [3, 6, 10])
 def test_spanning_reads_the_pool_as_often_as_it_says_and_holds_no_more_than_blocks(passes: int):
-    n, k, block = 30_000, 24, 500
+    n, k, block = 10_000, 64, 500
     n_read = 0
 
     def stream():
