@@ -313,6 +313,11 @@ def test_the_gain_of_a_row_is_what_it_adds_to_the_other_chosen_ones(passes: int)
         more = log_det(u, np.append(chosen, row), spanned.prior_weight)
         assert spanned.gain[row] == pytest.approx(more - whole, abs=1e-9)
     assert spanned.gain[[4, 9]].tolist() == [0, 0]
+    # The gap is the derivative of log det towards the 49 rows in whose direction it is largest.
+    inverse = np.linalg.inv(spanned.prior_weight * np.eye(8) + u[chosen].T @ u[chosen])
+    forms = (u @ inverse * u).sum(axis=1)
+    best = np.sort(forms[terms.eligible])[-49:].sum()
+    assert spanned.gap == pytest.approx((best - forms[picked].sum()) / 8, abs=1e-12)
     for part in (picked, rest):
         assert all(spanned.gain[a] >= spanned.gain[b] for a, b in pairwise(part))
 
