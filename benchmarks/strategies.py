@@ -5,7 +5,8 @@ of growing size with each strategy, and prints a Markdown table: seconds by size
 grow (1 is linear), the memory asked for beside the pool itself, and what the largest pool's choice spans. The
 pool's projections are held in memory and given as blocks, as a store would give them.
 
-Times are the best of some rounds in one process; memory is what `tracemalloc` saw, in a run of its own.
+Times are CPU seconds of the process, which other work on the machine changes little, the best of some rounds;
+memory is what `tracemalloc` saw, in a run of its own, for the largest pool.
 """
 
 import argparse
@@ -75,19 +76,24 @@ def terms_by_name(pool: Pool, share: float) -> dict[str, Terms]:
     }
 
 
-def measure(pool: Pool, name: str, terms: Terms, rounds: int) -> tuple[float, int, Choice]:
-    """Seconds (the best round), bytes and the choice."""
+def measure(pool: Pool, name: str, terms: Terms, rounds: int) -> tuple[float, Choice]:
+    """CPU seconds (the best round) and the choice."""
     strategy = strategy_named(name, stratify_by="source")
     seconds = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = time.process_time()
         choice = choose(pool.candidates, strategy, terms, pool.blocks)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
+    return min(seconds), choice
+
+
+def peak_bytes(pool: Pool, name: str, terms: Terms) -> int:
+    """The most memory that a choice asks for at once, beside the pool."""
     tracemalloc.start()
-    choice = choose(pool.candidates, strategy, terms, pool.blocks)
+    choose(pool.candidates, strategy_named(name, stratify_by="source"), terms, pool.blocks)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return min(seconds), peak, choice
+    return peak
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: list[dict[str, Any]] = []
     print(
         f"k = {options.k}, {options.share:.0%} chosen, blocks of {options.block_rows} rows, "
-        f"{machine.use_cores(None)} cores\n"
+        f"{machine.use_cores(None)} cores; CPU seconds\n"
     )
     print(
         "| strategy | terms | "
@@ -107,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         + " | grows as n^ | MiB | groups covered | mean log eigenvalue | smallest eigenvalue |"
     )
     print("|---|---|" + "---:|" * (len(options.rows) + 5))
-    for name in STRATEGIES:
+    for name in options.strategies:
         for kind in options.terms:
             measured = {
                 n: measure(pool, name, terms_by_name(pool, options.share)[kind], options.rounds)
@@ -115,11 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
             seconds = [measured[n][0] for n in options.rows]
             exponent = float(np.polyfit(np.log(options.rows), np.log(seconds), 1)[0])
-            rows = measured[largest][2].rows
-            pool = pools[largest]
+            pool, choice = pools[largest], measured[largest][1]
+            rows = choice.rows
             span = span_measures(pool.blocks, rows, largest, np.ones(options.k))
             covered = label_coverage(pool.candidates.labels["group"], rows).covered
-            mib = measured[largest][1] / machine.MIB
+            mib = peak_bytes(pool, name, terms_by_name(pool, options.share)[kind]) / machine.MIB
             print(
                 f"| {name} | {kind} | "
                 + " | ".join(f"{value:.3f}" for value in seconds)
@@ -135,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "mib": mib,
                     "groups_covered": covered,
                     "span": asdict(span),
-                    "figures": dict(measured[largest][2].figures),
+                    "figures": dict(choice.figures),
                 }
             )
     if options.json:
@@ -152,6 +158,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rows", nargs="+", type=int, default=[10_000, 20_000, 40_000], help="sizes of the pools")
     add("--k", type=int, default=64, help="directions (64)")
+    add("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     add("--share", type=float, default=0.16, help="of the rows, or tokens, that is chosen (0.16)")
     add("--terms", nargs="+", choices=("rows", "quotas", "tokens"), default=["rows", "quotas", "tokens"])
     add("--block-rows", type=int, default=1024, help="of the projections' stream (1024)")

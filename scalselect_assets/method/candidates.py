@@ -43,8 +43,10 @@ class Labels:
     @classmethod
     def of(cls, labels: Iterable[str]) -> "Labels":
         """The labels of the rows, in their order."""
-        values, codes = np.unique(np.array(list(labels), dtype=np.str_), return_inverse=True)
-        return cls(codes.astype(np.int64), tuple(values.tolist()))
+        of_rows = list(labels)
+        values = tuple(sorted(set(of_rows)))
+        code_of = {value: code for code, value in enumerate(values)}
+        return cls(np.array([code_of[value] for value in of_rows], dtype=np.int64), values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -56,9 +56,9 @@ class Spanned:
             and excluded rows.
         n_picked: How many rows of ``order`` were picked. The few that are missing where the passes end too
             soon are the first of the others, which do not know of each other.
-        gap: No admissible choice of as many rows has a log det M larger by more than this for each of the k
-            directions; 0.0 proves the best choice. Far above the truth where there are few more rows than
-            directions.
+        gap: No choice of as many rows (the size of a budget of rows, the number picked for one of tokens) has
+            a log det M larger by more than this for each of the k directions; 0.0 proves the best choice. Far
+            above the truth where there are few more rows than directions.
         n_passes: How often the blocks were read.
         prior_weight: w.
     """
@@ -238,7 +238,9 @@ class _Design:
         By concavity, log det M' - log det M <= tr(M⁻¹(M' - M)): the sum of the forms of other rows, less that
         of these.
         """
-        k, size = len(self._matrix), self._terms.expected_size - self._terms.n_held
+        k, size = len(self._matrix), int(np.count_nonzero(self.chosen))
+        if self._terms.size is not None:
+            size = self._terms.size - self._terms.n_held
         forms = self._forms[self._terms.eligible]
         largest = (
             np.partition(forms, len(forms) - size)[len(forms) - size :] if 0 < size < len(forms) else forms
