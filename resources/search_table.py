@@ -27,6 +27,7 @@ _QUERIES = 256  # at a time, which LanceDB takes as lists of numbers
 _FIRST_LIMIT = 64
 _LIMIT_GROWTH = 8
 _PROBES = 20
+_LEAST_INDEXED = 100  # fewer rows give no partitions worth the name
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def search_table(
         store: Beside whose tables it lies.
         dimension: d.
         batches: (m, d) float32 unit vectors, in the order of their positions.
-        exact_up_to: Up to so many vectors every search reads them all; above, they are indexed (IVF, with
-            the vectors as they are).
+        exact_up_to: Up to so many vectors (and up to 100) every search reads them all; above, they are
+            indexed (IVF, with the vectors as they are).
 
     Raises:
         OSError: The disk is full, read-only or not there.
@@ -149,7 +150,7 @@ def search_table(
             reader = pa.RecordBatchReader.from_batches(schema, _records(schema, batches))
             table = connection.create_table(SEARCH_TABLE, reader)
             n = table.count_rows()
-            indexed = n > exact_up_to
+            indexed = n > max(exact_up_to, _LEAST_INDEXED)
             if indexed:
                 config = IvfFlat(distance_type="dot", num_partitions=math.isqrt(n))
                 table.create_index("vector", config=config)
