@@ -27,6 +27,7 @@ _QUERIES = 256  # at a time, which LanceDB takes as lists of numbers
 _FIRST_LIMIT = 64
 _LIMIT_GROWTH = 8
 _PROBES = 20
+_ROUNDING = 1e-5  # of float32 distances; the range is without its end
 _LEAST_INDEXED = 100  # fewer rows give no partitions worth the name
 
 
@@ -105,7 +106,7 @@ class SearchTable:
             rows = (
                 self.table.search(list(queries), vector_column_name="vector")
                 .distance_type("dot")
-                .distance_range(None, 1 - cosine)
+                .distance_range(None, 1 - cosine + _ROUNDING)
                 .nprobes(_PROBES)
                 .limit(limit)
                 .select(["position", "_distance"])

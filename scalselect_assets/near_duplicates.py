@@ -305,9 +305,15 @@ def _recall(vectors: "SearchTable", kept: NDArray[np.int64], cosine: float) -> f
     queries = vectors.take(kept[::step])
     there = pairs_within(queries, vectors.scan(), cosine)
     found = pairs_within(queries, vectors.near(queries, cosine), cosine)
-    keys = (pairs[:, 0] * vectors.n + pairs[:, 1] for pairs in (there, found))
     # Each row is within the threshold of itself, so there are some; unless none has a direction.
-    return float(np.isin(*keys).mean()) if len(there) else 1.0
+    hit = np.isin(_pair_numbers(there, vectors.n), _pair_numbers(found, vectors.n))
+    return float(hit.mean()) if len(there) else 1.0
+
+
+def _pair_numbers(pairs: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """One number for each (p, 2) pair of a query and a position below n."""
+    numbers: NDArray[np.int64] = pairs[:, 0] * n + pairs[:, 1]
+    return numbers
 
 
 def _frame(ranked: pl.DataFrame, ranks: NDArray[np.int64], removals: "Removals") -> pl.DataFrame:
