@@ -27,6 +27,8 @@ _QUERIES = 256  # at a time, which LanceDB takes as lists of numbers
 _FIRST_LIMIT = 64
 _LIMIT_GROWTH = 8
 _PROBES = 20
+_ROUNDING = 1e-5  # of float32 distances; the range is without its end
+_LEAST_INDEXED = 100  # fewer rows give no partitions worth the name
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class SearchTable:
             rows = (
                 self.table.search(list(queries), vector_column_name="vector")
                 .distance_type("dot")
-                .distance_range(None, 1 - cosine)
+                .distance_range(None, 1 - cosine + _ROUNDING)
                 .nprobes(_PROBES)
                 .limit(limit)
                 .select(["position", "_distance"])
@@ -131,8 +133,8 @@ def search_table(
         store: Beside whose tables it lies.
         dimension: d.
         batches: (m, d) float32 unit vectors, in the order of their positions.
-        exact_up_to: Up to so many vectors every search reads them all; above, they are indexed (IVF, with
-            the vectors as they are).
+        exact_up_to: Up to so many vectors (and up to 100) every search reads them all; above, they are
+            indexed (IVF, with the vectors as they are).
 
     Raises:
         OSError: The disk is full, read-only or not there.
@@ -149,7 +151,7 @@ def search_table(
             reader = pa.RecordBatchReader.from_batches(schema, _records(schema, batches))
             table = connection.create_table(SEARCH_TABLE, reader)
             n = table.count_rows()
-            indexed = n > exact_up_to
+            indexed = n > max(exact_up_to, _LEAST_INDEXED)
             if indexed:
                 config = IvfFlat(distance_type="dot", num_partitions=math.isqrt(n))
                 table.create_index("vector", config=config)

@@ -241,7 +241,9 @@ def find(
         told: dict[str, Any] = {
             "search": "ivf" if vectors.indexed else "exact",
             "searched": vectors.n,
-            "recall": _recall(vectors, order, settings.cosine) if vectors.indexed else 1.0,
+            "recall": _recall(vectors, order[removals.kept[order]], settings.cosine)
+            if vectors.indexed
+            else 1.0,
         }
     frame = _frame(ranked, ranks, removals)
     groups = (
@@ -295,15 +297,23 @@ def _directions(
             )
 
 
-def _recall(vectors: "SearchTable", order: NDArray[np.int64], cosine: float) -> float:
-    """Share of the pairs within the threshold that the index finds, for rows all over the ranking."""
+def _recall(vectors: "SearchTable", kept: NDArray[np.int64], cosine: float) -> float:
+    """Share of what is within the threshold that the index finds, for kept rows from all over the ranking."""
     from scalselect_assets.method.near_duplicates import pairs_within
 
-    step = -(-len(order) // _RECALL_QUERIES)
-    queries = vectors.take(order[::step])
+    step = -(-len(kept) // _RECALL_QUERIES)
+    queries = vectors.take(kept[::step])
     there = pairs_within(queries, vectors.scan(), cosine)
     found = pairs_within(queries, vectors.near(queries, cosine), cosine)
-    return len(found & there) / len(there)  # each row is within the threshold of itself
+    # Each row is within the threshold of itself, so there are some; unless none has a direction.
+    hit = np.isin(_pair_numbers(there, vectors.n), _pair_numbers(found, vectors.n))
+    return float(hit.mean()) if len(there) else 1.0
+
+
+def _pair_numbers(pairs: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """One number for each (p, 2) pair of a query and a position below n."""
+    numbers: NDArray[np.int64] = pairs[:, 0] * n + pairs[:, 1]
+    return numbers
 
 
 def _frame(ranked: pl.DataFrame, ranks: NDArray[np.int64], removals: "Removals") -> pl.DataFrame:

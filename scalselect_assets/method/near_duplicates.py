@@ -128,14 +128,17 @@ def near_duplicates(
     return removals
 
 
-def pairs_within(queries: NDArray[np.float32], candidates: Candidates, cosine: float) -> set[tuple[int, int]]:
-    """Number of the query and position of every candidate with at least this cosine to it."""
-    pairs: set[tuple[int, int]] = set()
+def pairs_within(queries: NDArray[np.float32], candidates: Candidates, cosine: float) -> NDArray[np.int64]:
+    """Number of the query and position of every candidate with at least this cosine to it, (p, 2), sorted."""
+    pairs = [np.empty((0, 2), np.int64)]
     for positions, y in candidates:
-        for row, query in zip(*np.nonzero(y @ queries.T >= cosine - _MARGIN), strict=True):
-            if _cosines(y[row : row + 1], queries[query : query + 1])[0] >= cosine:
-                pairs.add((int(query), int(positions[row])))
-    return pairs
+        rows, numbers = np.nonzero(y @ queries.T >= cosine - _MARGIN)
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            row, number = rows[start : start + _BLOCK_ROWS], numbers[start : start + _BLOCK_ROWS]
+            within = _cosines(y[row], queries[number]) >= cosine
+            pairs.append(np.stack([number[within], positions[row[within]]], axis=1))
+    unique: NDArray[np.int64] = np.unique(np.concatenate(pairs), axis=0)
+    return unique
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -139,11 +139,12 @@ def test_directions_are_those_of_the_subspaces_own_geometry() -> None:
 def test_pairs_are_those_of_the_definition() -> None:
     matrix = clustered(80)
     vectors, queries = VectorsInMemory(matrix), matrix[[4, 9]]
-    want = {
-        (query, row)
+    want = [
+        [query, row]
         for query in range(2)
         for row in range(80)
         if round(float(queries[query].astype(float) @ matrix[row]), 6) >= 0.9
-    }
-    assert pairs_within(queries, vectors.near(queries, 0.9), 0.9) == want
-    assert {(0, 4), (1, 9)} <= want
+    ]
+    assert pairs_within(queries, vectors.near(queries, 0.9), 0.9).tolist() == want
+    assert [0, 4] in want
+    assert [1, 9] in want

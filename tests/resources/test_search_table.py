@@ -63,7 +63,17 @@ def test_no_number_of_copies_hides_one(store: EmbeddingStore) -> None:
     x[500:1500] = unit_rows(x[3] + 0.005 * np.random.default_rng(8).normal(size=(1000, D)))
     with search_table(store, D, batches(x), exact_up_to=0) as table:
         pairs = pairs_within(x[[3]], table.near(x[[3]], 0.99), 0.99)
-    assert pairs == {(0, place) for place in [3, *range(500, 1500)]}
+        itself = pairs_within(x[[3]], table.near(x[[3]], 1.0), 1.0)
+    assert pairs.tolist() == [[0, place] for place in [3, *range(500, 1500)]]
+    assert [0, 3] in itself.tolist()
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 101])
+def test_pools_of_any_size_are_searched(store: EmbeddingStore, n: int) -> None:
+    x = planted(n, n // 2)
+    with search_table(store, D, batches(x), exact_up_to=0) as table:
+        assert table.indexed == (n > 100)
+        assert near_duplicates(np.arange(n), table, 0.98).kept.sum() == n - n // 2
 
 
 def test_nothing_of_it_stays_whatever_happens(store: EmbeddingStore) -> None:
