@@ -328,7 +328,7 @@ def _basis_busy(selection: Selection) -> Condition:
 
 def _in_progress_from_basis(selection: Selection) -> Condition:
     """As seen from the basis: it, scores of any shard, or an asset after them is in progress."""
-    busy = AC.run_in_progress()
+    busy: Condition = AC.run_in_progress()
     for asset in selection.assets[selection.assets.index(SCORES) :]:
         busy |= AC.asset_matches(selection.key(asset), AC.run_in_progress())
     return busy.with_label("an asset over all shards is in progress")

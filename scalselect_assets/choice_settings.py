@@ -1,4 +1,4 @@
-"""What a selection declares about its choice: what may be spent, on what terms, and what it is compared with."""
+"""What a selection declares of its choice: what may be spent, on what terms, and what it is compared with."""
 
 from typing import Annotated, Literal, Self, TypeAlias
 

@@ -1,9 +1,9 @@
 """The choice beside others of the same size and on the same terms: what each of them spans, covers, repeats.
 
-Top leverage is no proof of a good choice; these numbers, of the choice itself and of the comparators, are what
-can be said of it before a model is trained. Strategies that draw are drawn several times. Costs: one pass over
-the vectors of the pool to project them and one to read those of the chosen rows; n·k·4 bytes of temporary
-disk; and, for the subset's own subspace, an eigendecomposition for each strategy of the pool's dimension.
+High leverage is no proof of a good choice; these numbers, of the choice itself and of the comparators, are
+what can be said of it before a model is trained. Strategies that draw are drawn several times. Costs: one pass
+over the vectors of the pool to project them and one to read those of the chosen rows; n·k·4 bytes of temporary
+disk; and, for the subset's own subspace, an eigendecomposition of a d × d matrix for each strategy and seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -10,9 +10,7 @@ The evaluation set's version is the hash of its files' names and bytes. It is pa
 a file that is added or changed makes every shard's list stale, and nothing else of it does.
 """
 
-import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -35,13 +33,11 @@ from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import image_hashes, lineage, raw_samples
 from scalselect_assets.curation import Decontamination
-from scalselect_assets.materialization import Output, materialize_shards
 from scalselect_assets.method.conversation import Conversation
 from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError
 from scalselect_assets.method.rejection import RejectionReason
-from scalselect_assets.partitions import shard_check
 from scalselect_assets.selection import Selection
-from scalselect_assets.tables import RAW_SAMPLES, Column, Table, column_schema, polars_schema
+from scalselect_assets.tables import RAW_SAMPLES, Column, Table, polars_schema
 from scalselect_assets.text_overlap import NgramIndex, TextMatch
 
 NAME: Final = "decontamination"
@@ -126,90 +122,84 @@ def read_evaluation_set(storage: StorageResource, store: str, settings: Decontam
     )
 
 
-def provenance(settings: Decontamination | None, raw_version: str, evaluation_version: str) -> str:
-    """What the list of one shard is computed from; without settings, nothing is looked for."""
+def provenance(settings: Decontamination, raw_version: str, evaluation_version: str) -> str:
+    """What the list of one shard is computed from."""
     return lineage.provenance(
         NAME,
         CODE_VERSION,
         hashes=image_hashes.KIND,
-        settings=None if settings is None else settings.matching(),
+        settings=settings.matching(),
         evaluation_set=evaluation_version,
         raw_samples=raw_version,
     )
 
 
-def build(selection: Selection) -> dg.AssetsDefinition:
-    """The asset for one selection."""
-    settings: Decontamination | None = selection.decontamination  # type: ignore[attr-defined, unused-ignore]
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What was found in some shards.
 
-    @dg.asset(
-        **selection.asset_options(NAME, by_shard=True),
-        deps=[selection.key(raw_samples.NAME)],
-        kinds={"polars", "parquet"},
-        code_version=lineage.shown_code_version(
-            CODE_VERSION, settings=None if settings is None else settings.model_dump()
-        ),
-        metadata={"dagster/column_schema": column_schema(DECONTAMINATION)},
-        check_specs=[
-            shard_check(
-                selection.partitions,
-                selection.key(NAME),
-                "some_rows_are_uncontaminated",
-                "The shard is no copy of the evaluation set, as one whose rows all match it is.",
-            )
-        ],
-    )
-    def decontamination(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
-        """The samples that repeat an image or a text of the evaluation set, each with what it repeats."""
-        artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
-        evaluation = _evaluation_of(storage, selection, settings)
+    Attributes:
+        frame: Of `DECONTAMINATION` with the shard, by shard and row.
+        told: What of the evaluation set was looked for, and what it took.
+        whole_shards: Shards of which every sample is contaminated.
+    """
 
-        def look(shard: str) -> Output:
-            start = time.monotonic()
-            raw, raw_header = artifacts.read_frame(raw_samples.NAME, shard)
-            candidates = trainable(raw)
-            hashes, n_decoded = pl.DataFrame(schema=polars_schema(image_hashes.HASHES)), 0
-            if settings is not None and evaluation.images is not None:
+    frame: pl.DataFrame
+    told: Mapping[str, str | int]
+    whole_shards: tuple[str, ...]
+
+
+def look(
+    storage: StorageResource, selection: Selection, evaluation: EvaluationSet, shards: Sequence[str]
+) -> Looked:
+    """Look through shards; those that were looked through before, as they are, are not read again.
+
+    Raises:
+        ArtifactMissingError: A shard's raw samples are not there.
+    """
+    settings = selection.decontamination
+    frames = [pl.DataFrame(schema={"shard": pl.String(), **polars_schema(DECONTAMINATION)})]
+    if settings is None:
+        return Looked(frames[0], {}, ())
+    artifacts = storage.artifacts(selection.store)
+    source = storage.samples(selection.source, selection.image_root, selection.store)
+    whole: list[str] = []
+    n_decoded = n_shards = 0
+    for shard in shards:
+        raw_version = artifacts.read_header(raw_samples.NAME, shard)["data_version"]
+        made_from = provenance(settings, raw_version, evaluation.version)
+        known = _known(artifacts, shard, made_from)
+        if known is None:
+            candidates = trainable(artifacts.read_frame(raw_samples.NAME, shard)[0])
+            hashes = pl.DataFrame(schema=polars_schema(image_hashes.HASHES))
+            if evaluation.images is not None:
                 named = candidates["images"].explode().drop_nulls().to_list()
-                hashes, n_decoded = image_hashes.shard_hashes(
-                    artifacts, shard, raw_header["data_version"], named, source.open_image
+                hashes, decoded = image_hashes.shard_hashes(
+                    artifacts, shard, raw_version, named, source.open_image
                 )
-            frame = pl.DataFrame(schema=polars_schema(DECONTAMINATION))
-            if settings is not None:
-                frame = contaminated(candidates, hashes, evaluation, settings)
-            data_version = digest(
-                raw_header["data_version"], hashlib.sha256(frame.write_ndjson().encode()).hexdigest()
+                n_decoded += decoded
+            n_shards += 1
+            known = contaminated(candidates, hashes, evaluation, settings), candidates.height
+            artifacts.write_frame(
+                NAME, known[0], {"provenance": made_from, "looked_at": str(candidates.height)}, shard
             )
-            made_from = provenance(settings, raw_header["data_version"], evaluation.version)
-            header = lineage.header(
-                data_version,
-                made_from,
-                raw_samples=raw_header["data_version"],
-                evaluation_set=evaluation.version,
-            )
-            path, size = artifacts.write_frame(NAME, frame, header, shard)
-            return Output(
-                data_version,
-                made_from,
-                {
-                    "dagster/partition_row_count": frame.height,
-                    "looked_at": candidates.height,
-                    "contaminated": raw_samples.reason_counts(frame),
-                    "images": hashes.height,
-                    "images_decoded": n_decoded,
-                    "images_not_opened": hashes["image_sha256"].null_count(),
-                    **_told(evaluation),
-                    "seconds": time.monotonic() - start,
-                    "bytes": size,
-                    "dagster/uri": str(path),
-                },
-                (_remaining(candidates, frame),),
-            )
+        frame, n_candidates = known
+        if n_candidates and frame.height == n_candidates:
+            whole.append(shard)
+        frames.append(frame.select(pl.lit(shard).alias("shard"), *polars_schema(DECONTAMINATION).names()))
+    told = {"shards_looked_through": n_shards, "images_decoded": n_decoded, **_told(evaluation)}
+    return Looked(pl.concat(frames), told, tuple(whole))
 
-        return materialize_shards(context, storage.locks(selection.store), look, work=NAME)
 
-    return decontamination
+def _known(artifacts: ArtifactStore, shard: str, made_from: str) -> tuple[pl.DataFrame, int] | None:
+    """What was found in a shard before, and in how many samples, where that still holds."""
+    try:
+        if artifacts.read_header(NAME, shard).get("provenance") != made_from:
+            return None
+        frame, header = artifacts.read_frame(NAME, shard)
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return None
+    return frame, int(header["looked_at"])
 
 
 def trainable(raw: pl.DataFrame) -> pl.DataFrame:
@@ -313,18 +303,26 @@ def _said(conversation: str | None, text: str) -> str:
     return "\n".join([value.get("system") or "", *said])
 
 
-def _evaluation_of(
-    storage: StorageResource, selection: Selection, settings: Decontamination | None
-) -> EvaluationSet:
+def evaluation_of(storage: StorageResource, selection: Selection) -> EvaluationSet:
     """The evaluation set; an empty one where none is declared.
 
     Raises:
         dg.Failure: It cannot be used; not retried, since only other files help.
     """
-    if settings is None:
+    if selection.decontamination is None:
         return EvaluationSet("", None, None)
     try:
-        return read_evaluation_set(storage, selection.store, settings)
+        return read_evaluation_set(storage, selection.store, selection.decontamination)
+    except EvaluationSetError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def version_of(storage: StorageResource, selection: Selection) -> str:
+    """The version of a selection's evaluation set, empty where it declares none; raises as ``evaluation_of``."""
+    if selection.decontamination is None:
+        return ""
+    try:
+        return evaluation_version(storage, selection.store, selection.decontamination)
     except EvaluationSetError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
 
@@ -409,12 +407,3 @@ def _evaluation_texts(texts: Sequence[EvaluationFile], settings: Decontamination
             f"{settings.common_ngrams} others. Lower short_ngram, raise common_ngrams, or leave texts out."
         )
     return index
-
-
-def _remaining(candidates: pl.DataFrame, frame: pl.DataFrame) -> dg.AssetCheckResult:
-    return dg.AssetCheckResult(
-        check_name="some_rows_are_uncontaminated",
-        passed=frame.height < candidates.height or candidates.height == 0,
-        severity=dg.AssetCheckSeverity.WARN,
-        metadata={"looked_at": candidates.height, "contaminated": frame.height},
-    )

@@ -10,11 +10,8 @@ exactly, at most n² · d multiplications; with an index, some milliseconds per 
 Nothing of a search serves the next one: the mean moves, and with it every direction, when a shard changes.
 """
 
-import hashlib
-import json
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import dagster as dg
@@ -26,19 +23,13 @@ from resources.artifacts import ArtifactStore
 from resources.embedding_store import EmbeddingStore, EmbeddingTable
 from resources.identity import digest
 from resources.samples import parse_row
-from resources.storage import StorageResource
 from scalselect_assets import (
     attention_embeddings,
     importance_scores,
-    lineage,
-    raw_samples,
-    subspace_basis,
 )
 from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.curation import NearDuplicates
-from scalselect_assets.materialization import Output, at_work
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import SELECTED_SUBSET, Column, Table, column_schema, polars_schema
+from scalselect_assets.tables import SELECTED_SUBSET, Column, Table, polars_schema
 
 if TYPE_CHECKING:
     from resources.search_table import SearchTable
@@ -77,78 +68,6 @@ _RANKED = pl.Schema(
         "content": pl.String(),
     }
 )
-
-
-def provenance(settings: NearDuplicates | None, score_version: str, basis_version: str) -> str:
-    """What the list is computed from; the basis covers vectors, texts and images of every shard."""
-    return lineage.provenance(
-        NAME,
-        CODE_VERSION,
-        settings=None if settings is None else settings.model_dump(),
-        importance_scores=score_version,
-        subspace_basis=basis_version,
-    )
-
-
-def build(selection: Selection) -> dg.AssetsDefinition:
-    """The asset for one selection."""
-    settings: NearDuplicates | None = selection.near_duplicates  # type: ignore[attr-defined, unused-ignore]
-
-    @dg.asset(
-        **selection.asset_options(NAME, by_shard=False),
-        deps=[
-            selection.key(name)
-            for name in (importance_scores.NAME, subspace_basis.NAME, attention_embeddings.NAME)
-        ],
-        kinds={"lancedb", "numpy", "parquet"},
-        code_version=lineage.shown_code_version(
-            CODE_VERSION, settings=None if settings is None else settings.model_dump()
-        ),
-        metadata={"dagster/column_schema": column_schema(NEAR_DUPLICATES)},
-        check_specs=[
-            dg.AssetCheckSpec(
-                "every_partner_is_kept",
-                asset=selection.key(NAME),
-                description="No sample is removed twice, or for one that is removed itself.",
-            )
-        ],
-    )
-    def near_duplicates(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
-        """The samples that repeat one of higher leverage, exactly or nearly, each with the one it repeats."""
-        with at_work(context, storage.locks(selection.store)):
-            start = time.monotonic()
-            artifacts = storage.artifacts(selection.store)
-            subspace, basis = subspace_basis.read_basis(artifacts)
-            plan = ScorePlan.from_header(basis)
-            frame = pl.DataFrame(schema=polars_schema(NEAR_DUPLICATES))
-            told: dict[str, Any] = {}
-            if settings is not None:
-                pool = read_pool(
-                    artifacts, storage.embeddings(selection.store), json.loads(basis["shards"]), plan
-                )
-                frame, told = find(pool, subspace, settings, to_unit_length=selection.unit_rows)
-            data_version = digest(hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
-            made_from = provenance(settings, plan.version, basis["data_version"])
-            header = lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
-            path, size = artifacts.write_frame(NAME, frame, header)
-            return Output(
-                data_version,
-                made_from,
-                {
-                    "dagster/row_count": frame.height,
-                    "embedded": subspace.n,
-                    "kept": subspace.n - frame.height,
-                    "removed_by_reason": raw_samples.reason_counts(frame),
-                    **told,
-                    "basis_version": basis["data_version"],
-                    "seconds": time.monotonic() - start,
-                    "bytes": size,
-                    "dagster/uri": str(path),
-                },
-                (_partners_kept(frame),),
-            ).result()
-
-    return near_duplicates
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +135,13 @@ def read_pool(
         ["normalised_leverage", "sample_key", "shard"], descending=[True, False, False]
     )
     return Pool(ranked, tables, embeddings)
+
+
+def without(pool: Pool, removed: pl.DataFrame) -> Pool:
+    """The pool without some of its rows, by shard and row."""
+    return replace(
+        pool, ranked=pool.ranked.join(removed, on=["shard", "row"], how="anti", maintain_order="left")
+    )
 
 
 def find(
@@ -342,7 +268,8 @@ def _frame(ranked: pl.DataFrame, ranks: NDArray[np.int64], removals: "Removals")
     )
 
 
-def _partners_kept(frame: pl.DataFrame) -> dg.AssetCheckResult:
+def partners_kept(frame: pl.DataFrame) -> dg.AssetCheckResult:
+    """Whether nothing is removed twice, or for something that is removed itself."""
     rows, partners = ["shard", "row"], ["partner_shard", "partner_row"]
     both = frame.join(frame, left_on=partners, right_on=rows, how="semi").height
     repeated = frame.height - frame.select(rows).n_unique()

@@ -229,8 +229,9 @@ class Projections:
         )
         start = 0
         for (shard,), part in frame.group_by("shard", maintain_order=True):
-            place = np.full(int(part["row"].max() or 0) + 1, -1)  # type: ignore[call-overload]
-            place[part["row"].to_numpy()] = np.arange(part.height)
+            numbers = part["row"].to_numpy()
+            place = np.full(numbers.max() + 1, -1)
+            place[numbers] = np.arange(part.height)
             for batch in rows.embeddings.read(rows.table(str(shard))):
                 x = prepared_rows(batch.vector, to_unit_length=unit_rows)
                 self._rows[start + place[batch.row]] = projected(x, subspace)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import dagster as dg
 import polars as pl
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from resources.artifacts import ArtifactStore
 from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import (
@@ -39,13 +39,14 @@ REMOVED_SAMPLES: Table = {
     "shard": near_duplicates.NEAR_DUPLICATES["shard"],
     "row": near_duplicates.NEAR_DUPLICATES["row"],
     "sample_key": near_duplicates.NEAR_DUPLICATES["sample_key"],
-    "reason": Column(
-        pl.String(), "evaluation_image, evaluation_text, exact_duplicate or near_duplicate."
-    ),
+    "reason": Column(pl.String(), "evaluation_image, evaluation_text, exact_duplicate or near_duplicate."),
     "partner": Column(
-        pl.String(), "What it repeats: an evaluation file, of a text with line and beginning, or SHARD#ROW."
+        pl.String(),
+        "The evaluation file that it repeats, of a text with line and beginning; null for samples.",
     ),
-    "partner_key": Column(pl.String(), "Key of the kept sample that it repeats; null for evaluation files."),
+    "partner_shard": near_duplicates.NEAR_DUPLICATES["partner_shard"],
+    "partner_row": near_duplicates.NEAR_DUPLICATES["partner_row"],
+    "partner_key": near_duplicates.NEAR_DUPLICATES["partner_key"],
     "cosine": near_duplicates.NEAR_DUPLICATES["cosine"],
     "distance": decontamination.DECONTAMINATION["distance"],
     "overlap": decontamination.DECONTAMINATION["overlap"],
@@ -151,7 +152,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 made_from,
                 {
                     "dagster/row_count": frame.height,
-                    "removed": frame.height,
+                    "embedded": subspace.n,
                     "removed_by_reason": raw_samples.reason_counts(frame),
                     **told,
                     "basis_version": basis["data_version"],
@@ -174,22 +175,13 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
 
 def _joined(contaminated: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFrame:
-    partner = pl.concat_str("partner_shard", pl.lit("#"), pl.col("partner_row").cast(pl.String))
-    frames = [contaminated, duplicates.with_columns(partner=partner)]
     schema = polars_schema(REMOVED_SAMPLES)
-    return (
-        pl.concat(
-            [
-                frame.select(
-                    *(
-                        pl.col(name).cast(dtype)
-                        if name in frame.columns
-                        else pl.lit(None, dtype).alias(name)
-                        for name, dtype in schema.items()
-                    )
-                )
-                for frame in frames
-            ]
+    frames = [
+        frame.with_columns(
+            pl.lit(None, dtype).alias(name) for name, dtype in schema.items() if name not in frame.columns
         )
-        .sort(["shard", "row"])
-    )
+        .select(schema.names())
+        .cast(schema)
+        for frame in (contaminated, duplicates)
+    ]
+    return pl.concat(frames).sort(["shard", "row"])

@@ -31,6 +31,7 @@ from scalselect_assets import (
     importance_scores,
     lineage,
     raw_samples,
+    removed_samples,
     subspace_basis,
 )
 from scalselect_assets.basis_history import ScorePlan
@@ -49,13 +50,14 @@ CODE_VERSION = "3"
 _SUM_TOLERANCE = 1e-5  # relative; the scores are within this of float64, and their errors do not add up
 
 
-def provenance(selection: Selection, score_version: str, lists_version: str) -> str:
+def provenance(selection: Selection, score_version: str, lists_version: str, removed_version: str) -> str:
     """What the choice is computed from.
 
     Args:
         selection: What is asked for.
         score_version: `ScorePlan.version`, which covers the scores of every shard in the basis.
         lists_version: `Lists.version`.
+        removed_version: Of the removed samples; empty where none are removed.
     """
     return lineage.provenance(
         NAME,
@@ -63,6 +65,7 @@ def provenance(selection: Selection, score_version: str, lists_version: str) -> 
         choice=selection.choice_settings(),
         importance_scores=score_version,
         lists=lists_version,
+        removed_samples=removed_version,
     )
 
 
@@ -99,7 +102,12 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         **selection.asset_options(NAME, by_shard=False),
         deps=[
             selection.key(name)
-            for name in (importance_scores.NAME, subspace_basis.NAME, attention_embeddings.NAME)
+            for name in (
+                importance_scores.NAME,
+                subspace_basis.NAME,
+                attention_embeddings.NAME,
+                *([removed_samples.NAME] if selection.removes_samples else []),
+            )
         ],
         kinds={"polars", "parquet"},
         code_version=lineage.shown_code_version(CODE_VERSION, choice=selection.choice_settings()),
@@ -133,6 +141,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             pool = pool_shards(context, selection.partitions)
             before = _last_selected(artifacts)
             lists = Lists.read(selection, storage)
+            removed, removed_version = removed_samples.read_removed(artifacts, selection)
             chooser = _Chooser(
                 selection,
                 PoolRows(
@@ -145,19 +154,22 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 ),
                 subspace,
                 lists,
+                removed,
                 before,
                 stack,
             )
             chosen, compared = chooser.chosen(), chooser.compared()
             data_version = _content_version(chosen)
-            made_from = provenance(selection, plan.version, lists.version)
+            made_from = provenance(selection, plan.version, lists.version, removed_version)
             header = lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
             artifacts.write_frame(comparison.NAME, compared, header)
             path, n_bytes = artifacts.write_frame(NAME, chosen, header)
             # Where shards keep scores of earlier bases, the sum is off by the bound on their errors at most.
             tolerance = _SUM_TOLERANCE + plan.error_bound
             scores = chooser.rows
-            normalised_sum, leverage_sum = scores["normalised_leverage"].sum(), scores["leverage"].sum()
+            normalised_sum, leverage_sum = (
+                float(scores[name].to_numpy().sum()) for name in ("normalised_leverage", "leverage")
+            )
             return Output(
                 data_version,
                 made_from,
@@ -169,8 +181,8 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     "rank": subspace.k,
                     "leverage_sum": leverage_sum,
                     "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
-                    "leverage_threshold": float(chosen["leverage"].min()),  # type: ignore[arg-type]
-                    "normalised_leverage_threshold": float(chosen["normalised_leverage"].min()),  # type: ignore[arg-type]
+                    "leverage_threshold": float(chosen["leverage"].to_numpy().min()),
+                    "normalised_leverage_threshold": float(chosen["normalised_leverage"].to_numpy().min()),
                     "shards_keeping_scores": len(plan.kept),
                     "score_error_bound": plan.error_bound,
                     "basis_version": basis["data_version"],
@@ -223,6 +235,7 @@ class _Chooser:
         pool: PoolRows,
         subspace: "Subspace",
         lists: Lists,
+        removed: pl.DataFrame,
         before: pl.DataFrame | None,
         stack: ExitStack,
     ) -> None:
@@ -235,11 +248,11 @@ class _Chooser:
         self._candidates = candidates(self.rows, selection.labels)
         include, exclude = self._listed(lists.include), self._listed(lists.exclude)
         self.unknown = include.unknown + exclude.unknown
+        self._n_removed = removed.height
         self._earlier = None if before is None else self._places(before)
-        strategy = strategy_named(
-            selection.strategy, seed=selection.seed, stratify_by=selection.source_label
-        )
-        keep = None if self._earlier is None else selection.keep_earlier
+        strategy = strategy_named(selection.strategy, seed=selection.seed, stratify_by=selection.source_label)
+        declared = None if self._earlier is None else selection.keep_earlier
+        keep = None if declared is None else declared.to_keep()
         self._opened: Projections | None = None
         try:
             self._terms = agree(
@@ -247,7 +260,7 @@ class _Chooser:
                 selection.declared_budget,
                 [quota.to_quota() for quota in selection.quotas],
                 include=include.rows,
-                exclude=exclude.rows,
+                exclude=np.union1d(exclude.rows, self._places(removed)),
             )
             self._choice: Choice = choose(
                 self._candidates,
@@ -255,7 +268,7 @@ class _Chooser:
                 self._terms,
                 self._projections().blocks if strategy.needs_projections else None,
                 earlier=self._earlier if keep is not None else None,
-                keep=keep and keep.to_keep(),
+                keep=keep,
             )
         except (InfeasibleError, ValueError) as error:
             raise dg.Failure(f"the choice cannot be made: {error}", allow_retries=False) from error
@@ -274,7 +287,10 @@ class _Chooser:
                 rank=pl.int_range(1, rows.height + 1, dtype=pl.Int64),
                 source=pl.col(self._selection.source_label),
                 why=self._why(),
-                **{name: recorded.get(name, pl.lit(None, pl.Float64)) for name in ("gain", "inclusion_probability")},
+                **{
+                    name: recorded.get(name, pl.lit(None, pl.Float64))
+                    for name in ("gain", "inclusion_probability")
+                },
             )
             .select(polars_schema(SELECTED_SUBSET).names())
             .cast(polars_schema(SELECTED_SUBSET))
@@ -314,6 +330,7 @@ class _Chooser:
         return {
             "strategy": self._selection.strategy,
             "included": choice.n_held,
+            "removed": self._n_removed,
             "spent": choice.spent,
             "image_tokens": int(self._candidates.n_image_tokens[choice.rows].sum()),
             "text_tokens": int(self._candidates.n_text_tokens[choice.rows].sum()),
@@ -333,18 +350,16 @@ class _Chooser:
         choice = self._choice
         held = self._terms.held[choice.rows]
         why = np.where(held, "included", "chosen").astype(object)
-        why[np.isin(choice.rows, self._kept_rows()) & ~held] = "kept"
+        if choice.kept is not None:
+            why[np.isin(choice.rows, choice.kept.rows) & ~held] = "kept"
         return pl.Series(why.tolist(), dtype=pl.String)
-
-    def _kept_rows(self) -> NDArray[np.int64]:
-        return self._choice.kept_rows
 
     def _listed(self, entries: tuple[str, ...]) -> Listed:
         return find_listed(self.rows, entries) if entries else Listed(np.empty(0, np.int64), ())
 
-    def _places(self, before: pl.DataFrame) -> NDArray[np.int64]:
-        """Rows of the last choice that are still there."""
-        places = self.rows.with_row_index("place").join(before, on=["sample_key", "shard"], how="semi")
+    def _places(self, samples: pl.DataFrame) -> NDArray[np.int64]:
+        """The rows of some samples that are there, ascending."""
+        places = self.rows.with_row_index("place").join(samples, on=["sample_key", "shard"], how="semi")
         return places["place"].cast(pl.Int64).sort().to_numpy()
 
     def _projections(self) -> Projections:

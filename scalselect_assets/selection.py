@@ -22,8 +22,8 @@ from scalselect_assets.choice_settings import (
     TokenBudget,
 )
 from scalselect_assets.curation import Decontamination, NearDuplicates
-from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.method.quotas import Budget
+from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import shard_partitions
 
@@ -38,7 +38,17 @@ _DRIVING = {
 
 # Fields that the choice depends on.
 _CHOICE = {
-    *("budget", "strategy", "seed", "source_label", "quotas", "include", "exclude", "keep_earlier", "compare"),
+    *(
+        "budget",
+        "strategy",
+        "seed",
+        "source_label",
+        "quotas",
+        "include",
+        "exclude",
+        "keep_earlier",
+        "compare",
+    ),
 }
 
 

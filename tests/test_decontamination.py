@@ -36,10 +36,6 @@ LONG = (
 )
 
 
-class Curated(Selection):
-    decontamination: Decontamination | None = None
-
-
 def photograph(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
     """Smooth seeded structure at three scales, as photographs have it."""
     rng = np.random.default_rng(seed)
@@ -430,85 +426,77 @@ def test_an_evaluation_set_is_not_read_again(tmp_path: Path) -> None:
     assert again.images.hashes.tolist() == whole.images.hashes.tolist()
 
 
-# The asset
+# Shards
 
 
-def materialized(
-    folder: Path, settings: Decontamination | None, instance: dg.DagsterInstance
-) -> tuple[pl.DataFrame, dict[str, Any], dict[str, str]]:
-    selection = Curated(
+def looked_through(folder: Path, settings: Decontamination) -> decontamination.Looked:
+    """The pool's shard, read and looked through."""
+    storage = StorageResource()
+    selection = Selection(
         name="pool",
         source=str(folder / "pool"),
         store=str(folder / "store"),
         target_model="m",
         decontamination=settings,
     )
-    instance.add_dynamic_partitions("pool_shards", [SHARD])
-    result = dg.materialize(
-        [raw_samples.build(selection), decontamination.build(selection)],
-        partition_key=SHARD,
-        instance=instance,
-        resources={"storage": StorageResource()},
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("pool_shards", [SHARD])
+        dg.materialize(
+            [raw_samples.build(selection)],
+            partition_key=SHARD,
+            instance=instance,
+            resources={"storage": storage},
+        )
+    return decontamination.look(
+        storage, selection, decontamination.evaluation_of(storage, selection), [SHARD]
     )
-    made = result.asset_materializations_for_node("pool__decontamination")[0]
-    frame, header = StorageResource().artifacts(selection.store).read_frame(decontamination.NAME, SHARD)
-    return frame, {name: value.value for name, value in made.metadata.items()}, header
 
 
-def test_the_asset_records_every_removal_and_loses_no_row(tmp_path: Path) -> None:
+def test_every_removal_is_recorded_and_no_row_is_lost(tmp_path: Path) -> None:
     evaluation = write_images(tmp_path / "evaluation", {"5.png": encoded(photograph(5))})
     pool_of_images(tmp_path, {f"{seed}.jpg": encoded(photograph(seed), "JPEG") for seed in range(8)})
     settings = Decontamination(images=str(evaluation))
-    with dg.DagsterInstance.ephemeral() as instance:
-        frame, told, header = materialized(tmp_path, settings, instance)
-        again, told_again, header_again = materialized(tmp_path, settings, instance)
-        changed, _, header_changed = materialized(
-            tmp_path, Decontamination(images=str(evaluation), max_hamming=None), instance
-        )
-    assert frame.schema == polars_schema(DECONTAMINATION)
-    assert frame["source_id"].to_list() == ["5.jpg"]
-    assert told["contaminated"] == {"evaluation_image": 1}
-    assert told["looked_at"] == 8
-    assert told["images_decoded"] == 8
-    assert told_again["images_decoded"] == 0
-    assert again.equals(frame)
-    assert header_again == header
-    assert changed.is_empty()
-    assert header_changed["provenance"] != header["provenance"]
+    first, again = looked_through(tmp_path, settings), looked_through(tmp_path, settings)
+    by_bytes = looked_through(tmp_path, Decontamination(images=str(evaluation), max_hamming=None))
+    assert first.frame["source_id"].to_list() == ["5.jpg"]
+    assert first.frame["reason"].to_list() == ["evaluation_image"]
+    assert first.frame["shard"].to_list() == [SHARD]
+    assert (first.told["shards_looked_through"], first.told["images_decoded"]) == (1, 8)
+    assert (again.told["shards_looked_through"], again.told["images_decoded"]) == (0, 0)
+    assert again.frame.equals(first.frame)
+    assert by_bytes.frame.is_empty()
+    assert (by_bytes.told["shards_looked_through"], by_bytes.told["images_decoded"]) == (1, 0)
+    raw, _ = StorageResource().artifacts(str(tmp_path / "store")).read_frame(raw_samples.NAME, SHARD)
+    kept = raw.join(first.frame, on=["row", "sample_key"], how="anti")
+    assert kept.height + first.frame.height == raw.height
 
-    raw, raw_header = StorageResource().artifacts(str(tmp_path / "store")).read_frame(raw_samples.NAME, SHARD)
-    kept = raw.join(frame, on=["row", "sample_key"], how="anti")
-    assert kept.height + frame.height == raw.height
-    assert header["raw_samples"] == raw_header["data_version"]
-    assert header["provenance"] == decontamination.provenance(
-        settings, raw_header["data_version"], header["evaluation_set"]
+
+def test_a_damaged_list_of_a_shard_is_made_again(tmp_path: Path) -> None:
+    evaluation = write_images(tmp_path / "evaluation", {"1.png": png_bytes(1)})
+    pool_of_images(tmp_path, {"x.png": png_bytes(1), "y.png": png_bytes(2)})
+    settings = Decontamination(images=str(evaluation))
+    first = looked_through(tmp_path, settings)
+    path = (
+        StorageResource()
+        .artifacts(str(tmp_path / "store"))
+        .path(decontamination.NAME, SHARD, suffix=".parquet")
     )
+    path.write_bytes(path.read_bytes()[:-9])
+    again = looked_through(tmp_path, settings)
+    assert again.told["shards_looked_through"] == 1
+    assert again.frame.equals(first.frame)
 
 
-def test_without_settings_nothing_is_looked_for(tmp_path: Path) -> None:
-    pool_of_images(tmp_path, {"x.png": png_bytes(1)})
-    with dg.DagsterInstance.ephemeral() as instance:
-        frame, told, header = materialized(tmp_path, None, instance)
-    assert frame.is_empty()
-    assert told["images_decoded"] == 0
-    assert header["evaluation_set"] == ""
-
-
-def test_a_shard_that_is_a_copy_of_the_evaluation_set_is_warned_of(tmp_path: Path) -> None:
+def test_a_shard_that_is_a_copy_of_the_evaluation_set_is_told(tmp_path: Path) -> None:
     evaluation = write_images(tmp_path / "evaluation", {"1.png": png_bytes(1)})
     pool_of_images(tmp_path, {"x.png": png_bytes(1)})
-    with dg.DagsterInstance.ephemeral() as instance:
-        materialized(tmp_path, Decontamination(images=str(evaluation)), instance)
-        key = dg.AssetCheckKey(dg.AssetKey(["pool", "decontamination"]), "some_rows_are_uncontaminated")
-        (record,) = instance.event_log_storage.get_asset_check_execution_history(key, limit=5)
-    assert record.event.dagster_event.asset_check_evaluation_data.passed is False  # type: ignore[union-attr]
+    assert looked_through(tmp_path, Decontamination(images=str(evaluation))).whole_shards == (SHARD,)
 
 
 def test_an_evaluation_set_that_cannot_be_used_fails_with_its_reason(tmp_path: Path) -> None:
     pool_of_images(tmp_path, {"x.png": png_bytes(1)})
-    settings = Decontamination(images=str(tmp_path / "nowhere"))
-    with dg.DagsterInstance.ephemeral() as instance, pytest.raises(dg.Failure) as caught:
-        materialized(tmp_path, settings, instance)
+    with pytest.raises(dg.Failure) as caught:
+        looked_through(tmp_path, Decontamination(images=str(tmp_path / "nowhere")))
     assert "nowhere for evaluation images, which does not exist" in str(caught.value.description)
     assert caught.value.allow_retries is False
 

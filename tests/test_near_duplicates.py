@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from resources.samples import content_key, occurrence_key, parse_row
 from resources.storage import StorageResource
-from scalselect_assets import attention_embeddings, importance_scores, near_duplicates, subspace_basis
+from scalselect_assets import attention_embeddings, importance_scores, subspace_basis
 from scalselect_assets.curation import NearDuplicates
 from scalselect_assets.method.moments import MomentsAccumulator
 from scalselect_assets.method.subspace import principal_axes
@@ -28,10 +28,6 @@ from tests.conftest import sharegpt_row
 D = 16
 FINGERPRINT = "f" * 32
 DEFAULTS = NearDuplicates()
-
-
-class Curated(Selection):
-    near_duplicates: NearDuplicates | None = None
 
 
 @dataclass(frozen=True)
@@ -133,16 +129,16 @@ def _keys(rows: Sequence[Row]) -> list[str]:
 def materialized(
     folder: Path, settings: NearDuplicates | None = DEFAULTS
 ) -> tuple[pl.DataFrame, dict[str, Any], dict[str, str]]:
-    selection = Curated(
+    selection = Selection(
         name="pool", source="/pool", store=str(folder), target_model="m", near_duplicates=settings
     )
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.materialize(
-            [near_duplicates.build(selection)], instance=instance, resources={"storage": StorageResource()}
+            [removed_samples.build(selection)], instance=instance, resources={"storage": StorageResource()}
         )
-        made = result.asset_materializations_for_node("pool__near_duplicates")[0]
+        made = result.asset_materializations_for_node("pool__removed_samples")[0]
         assert all(check.passed for check in result.get_asset_check_evaluations())
-    frame, header = StorageResource().artifacts(selection.store).read_frame(near_duplicates.NAME)
+    frame, header = StorageResource().artifacts(selection.store).read_frame(removed_samples.NAME)
     return frame, {name: value.value for name, value in made.metadata.items()}, header
 
 
@@ -296,14 +292,13 @@ def test_made_again_it_is_the_same_and_other_settings_are_another_provenance(tmp
     assert again.equals(first)
     assert header_again == header
     assert other["provenance"] != header["provenance"]
-    assert header["provenance"] != near_duplicates.provenance(DEFAULTS, "scores", "basis-2")
 
 
 def test_without_settings_nothing_is_looked_for(tmp_path: Path) -> None:
     write_store(tmp_path, planted_pool())
     frame, told, _ = materialized(tmp_path, None)
     assert frame.is_empty()
-    assert told["kept"] == told["embedded"] == 230
+    assert told["embedded"] == 230
 
 
 def failure(folder: Path) -> str:

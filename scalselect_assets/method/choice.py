@@ -37,13 +37,13 @@ class KeepEarlier:
                 raise ValueError(f"Got {name} {value}; allowed is 0 to 1. It is a share, such as 0.1.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class KeepCost:
     """What keeping earlier rows has changed and cost, against the choice made without it.
 
     Attributes:
         n_earlier: Earlier rows that are still candidates, the excluded ones included.
-        n_kept: Earlier rows chosen only because they are earlier ones.
+        rows: (n_kept,) int64, earlier rows chosen only because they are earlier ones, ascending.
         churn: Share of the chosen rows that are not earlier ones.
         churn_without: The same of the choice made without keeping.
         leverage: Sum of the normalised leverages of the choice.
@@ -53,12 +53,17 @@ class KeepCost:
     """
 
     n_earlier: int
-    n_kept: int
+    rows: NDArray[np.int64]
     churn: float
     churn_without: float
     leverage: float
     leverage_without: float
     leverage_lost: float
+
+    @property
+    def n_kept(self) -> int:
+        """How many these are."""
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,7 +171,7 @@ def _cost(
     only_kept = np.setdiff1d(rows[was_chosen[rows]], without)
     return KeepCost(
         n_earlier=int(np.count_nonzero(was_chosen)),
-        n_kept=len(only_kept),
+        rows=only_kept,
         churn=float(np.mean(~was_chosen[rows])),
         churn_without=float(np.mean(~was_chosen[without])),
         leverage=leverage,
