@@ -77,15 +77,7 @@ def read_manifest(artifacts: ArtifactStore) -> dict[str, Any]:
 
 
 def _whole(manifest: dict[str, Any]) -> dict[str, Any]:
-    told = {
-        "data_version",
-        "provenance",
-        "basis_version",
-        "basis_drift",
-        "score_error_bound",
-        "rank",
-        "energy",
-    }
+    told = {"data_version", "provenance", "basis_version", "basis_drift", "score_error_bound", "rank", "energy"}
     counted = {"rows", "embedded", "rejected", "selected"}
     if missing := {*told, *counted, "shards", "training_file", "files"} - set(manifest):
         raise ValueError(f"the manifest lacks {', '.join(sorted(missing))}")
