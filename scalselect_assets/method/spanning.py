@@ -112,6 +112,7 @@ def spanning_order(
             f"Got prior {prior}; allowed is any finite number above 0. {DEFAULT_PRIOR} does well."
         )
     design = _Design(candidates.tie_order, terms, projections, prior * terms.expected_size / terms.n)
+    # Two thirds: exchanging rows improved the choice more than finer thresholds did, at any number of passes.
     n_exchanges = 2 * (passes - _FEWEST_PASSES) // 3
     if n_exchanges < _FEWEST_EXCHANGES:
         n_exchanges = 0
