@@ -127,6 +127,13 @@ RANK_ALTERNATIVES: Table = {
     "compared_samples": Column(pl.Int64(), "Samples that they choose from; all of a small pool."),
 }
 
+COMPOSITION: Table = {
+    "source": Column(pl.String(), "Where the rows are from, as the report labels them."),
+    "pool": Column(pl.Int64(), "Rows in the pool."),
+    "embedded": Column(pl.Int64(), "Rows with a vector."),
+    "selected": Column(pl.Int64(), "Rows in the selection."),
+}
+
 TRAINING_ROWS: Table = {
     "id": Column(pl.String(), "As in the pool; absent where the row has none."),
     "messages": Column(pl.List(pl.String()), "Turns with role and content; `conversations` in LLaVA rows."),
