@@ -85,9 +85,10 @@ class LlamaFactory:
         """What `DatasetAttr`, the converter and the plugin would stumble over."""
         verdict = Preflight()
         info = json.loads(folder.path(INFO).read_bytes())
-        verdict.require(list(info) == [setting.name], f"{INFO} does not describe {setting.name}")
-        described = info.get(setting.name, {})
-        path = folder.path(described.get("file_name", FILE))
+        if not verdict.require(list(info) == [setting.name], f"{INFO} does not describe {setting.name}"):
+            return verdict
+        described = info[setting.name]
+        path = folder.path(described["file_name"])
         if not verdict.require(path.exists(), f"{INFO} names {path.name}, which is not there"):
             return verdict
         tags, columns = described["tags"], described["columns"]

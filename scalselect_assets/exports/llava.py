@@ -77,9 +77,10 @@ class Llava:
         require_ascii(folder.path(FILE), verdict)
         for row in read_json_rows(folder.path(FILE), verdict):
             where = f"row {verdict.rows}"
+            if not verdict.require(is_path(row.get("image", "-")), f"{where}: `image` is no single path"):
+                continue
             images = [row["image"]] if "image" in row else []
             verdict.row(len(images))
-            verdict.require(is_path(row.get("image", "-")), f"{where}: `image` is no single path")
             check_llava_turns(row, len(images), where, verdict)
             texts = [turn["value"] for turn in row["conversations"]]
             verdict.require(
