@@ -22,6 +22,7 @@ from scalselect_assets.choice_settings import (
     TokenBudget,
 )
 from scalselect_assets.curation import Decontamination, NearDuplicates
+from scalselect_assets.exports.spec import ExportSpecs
 from scalselect_assets.method.quotas import Budget
 from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.method.selection import budget_size
@@ -151,6 +152,10 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     )
     text_only: Literal["drop", "keep"] = Field(
         default="drop", description="Whether rows without an image are added to the training dataset."
+    )
+    exports: ExportSpecs = Field(
+        default=[],
+        description="Trainers' own formats that the training dataset is written in beside, one of a format.",
     )
     settle_seconds: float = Field(
         default=3.0,
