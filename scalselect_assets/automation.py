@@ -331,7 +331,7 @@ def _in_progress_from_basis(selection: Selection) -> Condition:
     busy: Condition = AC.run_in_progress()
     for asset in selection.assets[selection.assets.index(SCORES) :]:
         busy |= AC.asset_matches(selection.key(asset), AC.run_in_progress())
-    return busy.with_label("an asset over all shards is in progress")
+    return busy
 
 
 # Sensors and the schedule

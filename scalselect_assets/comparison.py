@@ -1,9 +1,9 @@
 """The choice beside others of the same size and on the same terms: what each of them spans, covers, repeats.
 
 High leverage is no proof of a good choice; these numbers, of the choice itself and of the comparators, are
-what can be said of it before a model is trained. Strategies that draw are drawn several times. Costs: one pass
-over the vectors of the pool to project them and one to read those of the chosen rows; n·k·4 bytes of temporary
-disk; and, for the subset's own subspace, an eigendecomposition of a d × d matrix for each strategy and seed.
+what can be said of it before a model is trained. Strategies that draw are drawn several times. Costs: one
+pass over the vectors of the pool to project them, one to read those of the chosen rows; n·k·4 bytes of
+temporary disk; and, for the subset's own subspace, an eigendecomposition of a d × d matrix for each strategy and seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +14,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from resources.artifacts import ArtifactMissingError, ArtifactStore
 from scalselect_assets import pool_moments
 from scalselect_assets.choice_settings import Comparison
 from scalselect_assets.pool_rows import PoolRows, Projections
+from scalselect_assets.report.content import Comparison as ReportComparison
+from scalselect_assets.report.content import Measure, Strategy
 from scalselect_assets.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -210,6 +213,33 @@ def means(comparison: pl.DataFrame) -> pl.DataFrame:
     measures = [name for name in comparison.columns if name not in {"strategy", "seed"}]
     return comparison.group_by("strategy", maintain_order=True).agg(
         pl.col("seed").count().alias("seeds"), *(pl.col(name).cast(pl.Float64).mean() for name in measures)
+    )
+
+
+def for_report(artifacts: ArtifactStore) -> ReportComparison | None:
+    """The comparison as the report shows it; none where nothing was compared."""
+    try:
+        compared, _ = artifacts.read_frame(NAME)
+    except ArtifactMissingError:
+        return None
+    if compared.is_empty():
+        return None
+    averages = means(compared)
+    names = [name for name in averages.columns if name not in {"strategy", "seeds"}]
+    seeds = dict(compared.group_by("strategy").agg(pl.col("seed").drop_nulls().sort()).iter_rows())
+    return ReportComparison(
+        tuple(Measure(name, SUBSET_COMPARISON[name].description) for name in names),
+        tuple(
+            Strategy(
+                name=row["strategy"],
+                seeds=", ".join(map(str, seeds[row["strategy"]])),
+                values=tuple(row[name] for name in names),
+                is_selection=row["strategy"] == CHOICE,
+            )
+            for row in averages.iter_rows(named=True)
+        ),
+        "All strategies choose within the same budget and on the same terms; where one draws, the mean over "
+        "its seeds is shown.",
     )
 
 

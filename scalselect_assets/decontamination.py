@@ -318,7 +318,7 @@ def evaluation_of(storage: StorageResource, selection: Selection) -> EvaluationS
 
 
 def version_of(storage: StorageResource, selection: Selection) -> str:
-    """The version of a selection's evaluation set, empty where it declares none; raises as ``evaluation_of``."""
+    """The version of a selection's evaluation set, empty where it has none; raises as ``evaluation_of``."""
     if selection.decontamination is None:
         return ""
     try:

@@ -6,7 +6,7 @@ held; the texts of a shard are read only where a field of the row names the sour
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from tempfile import TemporaryFile
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from scalselect_assets.method.subspace import Subspace
 
 NO_LABEL = "(none)"
+_ROW = {"text": pl.String(), "images": pl.List(pl.String())}
 _SCORES = ("row", "sample_key", "source_id", "leverage", "normalised_leverage")
+
+
+class SampleListError(RuntimeError):
+    """A list of samples cannot be read; the message names the file and what it should be."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,27 @@ def _label(label: str, shard: str) -> pl.Expr:
     return pl.col("text").str.json_path_match(f"${steps}").fill_null(NO_LABEL)
 
 
+def source_of(label: str) -> Callable[[str, str], str]:
+    """From a shard and the text of one of its rows to the row's label, also for rows that have no vector."""
+
+    def of(shard: str, text: str) -> str:
+        table = pl.DataFrame({"text": [text], "images": [_images(text)]}, schema=_ROW)
+        return str(table.select(_label(label, shard).alias("label")).item())
+
+    return of
+
+
+def _images(text: str) -> list[str]:
+    """The images that a row names, whatever else is wrong with it."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    named = [row.get(field) for field in ("images", "image")] if isinstance(row, dict) else []
+    found = [image for value in named for image in (value if isinstance(value, list) else [value])]
+    return [image for image in found if isinstance(image, str)]
+
+
 def candidates(rows: pl.DataFrame, labels: Sequence[str]) -> "Candidates":
     """The rows as the method takes them, in their order."""
     from scalselect_assets.method.candidates import Candidates, Labels
@@ -177,15 +203,14 @@ def read_list(path: UPath) -> list[str]:
     """The entries of a list of samples: one a line; empty lines and those that begin with # do not count.
 
     Raises:
-        dg.Failure: The file cannot be read as UTF-8 text.
+        SampleListError: The file cannot be read as UTF-8 text.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
-        raise dg.Failure(
+        raise SampleListError(
             f"the list {path} cannot be read ({error}); it is a UTF-8 text file with a source id, a sample "
-            "key or the SHA-256 of an image in each line",
-            allow_retries=False,
+            "key or the SHA-256 of an image in each line"
         ) from error
     return list(
         dict.fromkeys(entry for line in lines if (entry := line.strip()) and not entry.startswith("#"))
@@ -220,7 +245,7 @@ class Projections:
         from scalselect_assets.method.preprocessing import prepared_rows
 
         self.n, self.k = frame.height, subspace.k
-        self._file = TemporaryFile()
+        self._file = TemporaryFile()  # noqa: SIM115 - closed by the context manager that this is
         self._block_rows = max(1, 2**22 // max(1, self.k))
         self._rows: NDArray[np.float32] = (
             np.memmap(self._file, np.float32, "w+", shape=(self.n, self.k))

@@ -538,7 +538,8 @@ class Refresh:
             )
         elif asset == selection_report.NAME:
             expected = selection_report.provenance(
-                self._selection, self._whole_header(training_dataset.NAME).get("data_version", "")
+                self._whole_header(training_dataset.NAME),
+                selection_report.additions_of(self._selection).version,
             )
         else:
             subset = self._whole_header(selected_subset.NAME)
@@ -566,7 +567,8 @@ class Refresh:
                 manifest = training_dataset.read_manifest(self._artifacts)
                 return manifest if training_dataset.is_complete(self._artifacts) else {}
             if asset == selection_report.NAME:
-                return selection_report.read_header(self._artifacts)
+                receipt = selection_report.read_receipt(self._artifacts)
+                return receipt if selection_report.is_complete(self._artifacts) else {}
             suffix = ".safetensors" if asset == subspace_basis.NAME else ".parquet"
             return self._artifacts.read_header(asset, suffix=suffix)
         except (ArtifactMissingError, ArtifactCorruptError):

@@ -3,8 +3,8 @@
 Holds: the chosen samples in order of preference, and beside them (`subset_comparison`) what other strategies
 choose on the same terms, measured alike. By default the N samples of highest leverage over the whole pool,
 ties by `sample_key`, then shard. Refuses scores of other bases than the basis says, and terms that cannot be
-met, with the numbers. Costs: the scores once, some 300 bytes of memory for every row of the pool, and what the
-comparison costs (`comparison`).
+met, with the numbers. Costs: the scores once, some 300 bytes of memory for every row of the pool, and what
+the comparison costs (`comparison`).
 """
 
 import hashlib
@@ -81,7 +81,7 @@ class Lists:
         """The declared lists.
 
         Raises:
-            dg.Failure: One cannot be read.
+            SampleListError: One cannot be read.
         """
         include, exclude = (
             () if place is None else tuple(read_list(storage.path(place)))

@@ -33,7 +33,8 @@ DECLARATION_TYPE = "scalselect_assets.selection.Selection"
 
 # Fields that say when and for whom the results are made.
 _DRIVING = {
-    *("settle_seconds", "owners", "automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
+    *("report", "settle_seconds", "owners"),
+    *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
 
@@ -150,8 +151,10 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     compare: Comparison | None = Field(
         default=Comparison(), description="What the choice is measured beside; null for nothing."
     )
-    text_only: Literal["drop", "keep"] = Field(
-        default="drop", description="Whether rows without an image are added to the training dataset."
+    text_only: Literal["drop", "keep"] | int | float = Field(
+        default="drop",
+        description="Whether rows without an image are added to the training dataset, on top of the budget: "
+        "none, all, or a seeded draw of so many (a fraction of them if a float).",
     )
     exports: ExportSpecs = Field(
         default=[],
@@ -190,6 +193,13 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         if not isinstance(budget, TokenBudget):
             budget_size(budget, budget if isinstance(budget, int) and budget > 0 else 1)
         return budget
+
+    @field_validator("text_only")
+    @classmethod
+    def _text_only_is_possible(cls, text_only: str | int | float) -> str | int | float:
+        if not isinstance(text_only, str):
+            budget_size(text_only, text_only if isinstance(text_only, int) and text_only > 0 else 1)
+        return text_only
 
     @field_validator("rank")
     @classmethod

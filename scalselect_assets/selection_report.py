@@ -23,12 +23,14 @@ from pydantic import AfterValidator
 from upath import UPath
 
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from resources.identity import digest
 from resources.image_root import is_local
 from resources.sample_source import SampleSource
 from resources.samples import parse_row
 from resources.storage import StorageResource
 from scalselect_assets import (
     attention_embeddings,
+    comparison,
     importance_scores,
     lineage,
     plots,
@@ -39,6 +41,7 @@ from scalselect_assets import (
 from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.rejection import RejectionReason
+from scalselect_assets.pool_rows import source_of
 from scalselect_assets.report import charts, told
 from scalselect_assets.report.content import (
     Churn,
@@ -191,13 +194,23 @@ def page_path(artifacts: ArtifactStore) -> UPath:
     return artifacts.path(NAME, PAGE, suffix=".html")
 
 
-def build(selection: Selection, additions: Additions = _NOTHING_MORE) -> dg.AssetsDefinition:
+def additions_of(selection: Selection) -> Additions:
+    """What the report takes from the other assets of its selection."""
+    return Additions(
+        source_of=source_of(selection.source_label),
+        comparison=comparison.for_report,
+        version=digest(selection.source_label),
+    )
+
+
+def build(selection: Selection, additions: Additions | None = None) -> dg.AssetsDefinition:
     """The asset for one selection.
 
     Args:
         selection: The selection.
-        additions: What other parts of the deployment have to say in its report.
+        additions: What other parts of the deployment have to say in its report; by default `additions_of`.
     """
+    additions = additions or additions_of(selection)
 
     @dg.asset(
         **selection.asset_options(NAME, by_shard=False),

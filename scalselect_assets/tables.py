@@ -78,7 +78,7 @@ IMPORTANCE_SCORES: Table = {
 SELECTED_SUBSET: Table = {
     "rank": Column(
         pl.Int64(),
-        "Place in the choice, from 1: rows that are on the list to include, then by the strategy's preference.",
+        "Place in the choice, from 1: rows on the list to include, then by the strategy's preference.",
     ),
     "sample_key": _KEY,
     "source_id": _SOURCE_ID,

@@ -32,6 +32,7 @@ from scalselect_assets import (
     importance_scores,
     lineage,
     raw_samples,
+    removed_samples,
     selected_subset,
     subspace_basis,
 )
@@ -40,6 +41,7 @@ from scalselect_assets.exports import publish
 from scalselect_assets.exports.rows import ExportRow, RowSpool
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.rejection import RejectionReason
+from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import pool_shards
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import TRAINING_ROWS, column_schema
@@ -172,7 +174,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 storage.embeddings(selection.store),
                 source,
                 sorted(inputs),
-                keep_text_only=selection.text_only == "keep",
+                text_only=_text_only_rows(artifacts, selection, sorted(inputs)),
                 spool=spool,
             )
             path, n_bytes = writer.write(subset)
@@ -293,6 +295,44 @@ def _data_version(sha256: str, exports: Mapping[str, publish.Report]) -> str:
     return digest(sha256, {name: file["sha256"] for name, file in publish.files(exports).items()})
 
 
+def _text_only_rows(
+    artifacts: ArtifactStore, selection: Selection, shards: Sequence[str]
+) -> dict[str, set[int]]:
+    """The rows without an image that are kept, by shard: all, none, or a seeded draw within their budget.
+
+    Each row's place in the draw is a hash of its key, so that most stay when the pool grows.
+
+    Raises:
+        dg.Failure: Their budget is more rows than there are.
+    """
+    if selection.text_only == "drop":
+        return {}
+    removed, _ = removed_samples.read_removed(artifacts, selection)
+    frames = []
+    for shard in shards:
+        rejected, _ = artifacts.read_frame(
+            attention_embeddings.REJECTED, shard, columns=["shard", "row", "sample_key", "reason"]
+        )
+        frames.append(rejected.filter(pl.col("reason") == RejectionReason.TEXT_ONLY.value))
+    rows = pl.concat(frames).join(removed, on=["shard", "row"], how="anti")
+    if selection.text_only != "keep" and (rows.height or isinstance(selection.text_only, int)):
+        if isinstance(selection.text_only, int) and selection.text_only > rows.height:
+            raise dg.Failure(
+                f"text_only asks for {selection.text_only} rows without an image, there are {rows.height}; "
+                "lower it, or write it as a fraction",
+                allow_retries=False,
+            )
+        places = [
+            hashlib.sha256(f"{selection.seed} {key}".encode()).hexdigest() for key in rows["sample_key"]
+        ]
+        rows = (
+            rows.with_columns(place=pl.Series(places))
+            .sort(["place", "shard"])
+            .head(budget_size(selection.text_only, rows.height))
+        )
+    return {str(shard): set(part["row"]) for (shard,), part in rows.group_by("shard")}
+
+
 class _DatasetWriter:
     """Streams the chosen rows of all shards into one file, and the exports' spool; keeps count."""
 
@@ -303,7 +343,7 @@ class _DatasetWriter:
         source: SampleSource,
         shards: list[str],
         *,
-        keep_text_only: bool,
+        text_only: Mapping[str, set[int]],
         spool: RowSpool | None = None,
     ) -> None:
         self._artifacts, self._embeddings, self._source = artifacts, embeddings, source
@@ -311,7 +351,7 @@ class _DatasetWriter:
         self.headers: dict[str, dict[str, str]] = {}
         for shard in shards:
             self.tables[shard], self.headers[shard] = attention_embeddings.recorded_table(artifacts, shard)
-        self._keep_text_only, self._spool = keep_text_only, spool
+        self._text_only, self._spool = text_only, spool
         self._schema = _ROWS if spool is None else _EXPORT_ROWS
         self._digest = hashlib.sha256()
         self.rejected: dict[str, dict[str, int]] = {}
@@ -394,7 +434,7 @@ class _DatasetWriter:
         return pl.DataFrame(schema=self._schema)
 
     def _text_only_rows(self, shard: str) -> pl.DataFrame:
-        """The shard's rows without an image where they are kept, else none; counts all rejected rows."""
+        """The shard's rows without an image that are kept; counts all rejected rows."""
         rejected, header = self._artifacts.read_frame(attention_embeddings.REJECTED, shard)
         if header["data_version"] != self.headers[shard]["data_version"]:
             raise dg.Failure(
@@ -403,9 +443,7 @@ class _DatasetWriter:
                 allow_retries=False,
             )
         self.rejected[shard] = raw_samples.reason_counts(rejected)
-        kept = rejected.filter(
-            (pl.col("reason") == RejectionReason.TEXT_ONLY.value) & pl.lit(self._keep_text_only)
-        )
+        kept = rejected.filter(pl.col("row").is_in(self._text_only.get(shard, set())))
         if self._spool is not None:
             for record in rejected.join(kept, on="row", how="anti").sort("row").iter_rows(named=True):
                 self._spool.add_rejection(publish.pool_record(shard, record))
@@ -422,7 +460,7 @@ def _settings(selection: Selection) -> dict[str, Any]:
     return {
         "selection": selection.name,
         "source": selection.source,
-        "budget": selection.budget,
+        **selection.choice_settings(),
         "attention_mass": selection.attention_mass,
         "rank_rule": selection.rank_rule.describe(),
         "preprocessing": {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from resources.samples import content_key, occurrence_key, parse_row
 from resources.storage import StorageResource
-from scalselect_assets import attention_embeddings, importance_scores, subspace_basis
+from scalselect_assets import attention_embeddings, importance_scores, removed_samples, subspace_basis
 from scalselect_assets.curation import NearDuplicates
 from scalselect_assets.method.moments import MomentsAccumulator
 from scalselect_assets.method.subspace import principal_axes
