@@ -149,6 +149,8 @@ def _representations(table: pa.Table) -> "Iterator[tuple[str, Representation]]":
     """Sample key and representation of each row."""
     from scalselect_assets.method.encoder import Representation
 
+    if table.num_rows == 0:
+        return
     vectors = table["vector"].combine_chunks()
     matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), -1)
     columns = zip(*(table[name].to_pylist() for name in _NUMBERS), strict=True)

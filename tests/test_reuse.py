@@ -82,6 +82,16 @@ def test_rows_that_only_move_go_or_come_cost_what_comes(bench: Bench, embedded: 
     assert len(bench.vectors()) == 6
 
 
+def test_a_shard_without_any_vector_gets_its_first(bench: Bench, embedded: list[int]) -> None:
+    write_lines(bench.pool / "b.jsonl", [sharegpt_row(None, "What is one plus one?", "Two.")])
+    bench.refresh()
+    write_lines(bench.pool / "b.jsonl", [sharegpt_row("images/0.png")])
+    embedded.clear()
+    assert bench.refresh().problems() == []
+    assert embedded == [1]
+    assert any(key.startswith("b.jsonl") for key in bench.vectors())
+
+
 def test_an_image_that_is_replaced_under_its_name_is_embedded_again(
     bench: Bench, embedded: list[int]
 ) -> None:
