@@ -4,7 +4,7 @@ Only the settings lie here, so that a declaration can be read without what they 
 (`decontamination`, `near_duplicates`).
 """
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import dagster as dg
 from pydantic import ConfigDict, Field, model_validator
@@ -21,10 +21,9 @@ class Decontamination(dg.Model, dg.Resolvable):
         description="File (or folder, or URI) of evaluation texts: .txt with one per line, or .jsonl.",
     )
     text_field: str = Field(default="text", description="The field of a .jsonl line that holds the text.")
-    max_hamming: int | None = Field(
+    # The bounds stand inside, as Dagster would apply them to null, too.
+    max_hamming: Annotated[int, Field(ge=0, le=32)] | None = Field(
         default=4,
-        ge=0,
-        le=32,
         description="Perceptual hashes (64 bits) that differ in at most as many are the same image. Stored "
         "again or resized it differs by 0 to 2, cropped by a hundredth at each side by up to 6. Null "
         "compares bytes only, for pools of drawings, which look alike.",

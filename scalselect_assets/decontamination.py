@@ -3,8 +3,8 @@
 Holds: one row per contaminated sample with the evaluation image or text that it repeats. Decides from the
 raw samples, before anything is embedded, so that it does not depend on a model. An image matches by its bytes
 or by its perceptual hash (`image_hashes`), a text by its n-grams (`text_overlap`). Costs: images are read and
-decoded once (1 to 3 ms each), then remembered; texts are compared each time, 0.1 ms a row; memory of the
-evaluation set and one shard.
+decoded once (1 to 3 ms each), then remembered; texts are compared each time, about a millisecond for 100
+words; memory of the evaluation set and one shard.
 
 The evaluation set's version is the hash of its files' names and bytes. It is part of the provenance, so that
 a file that is added or changed makes every shard's list stale, and nothing else of it does.
