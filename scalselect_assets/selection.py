@@ -317,6 +317,11 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         )
 
 
+def _absolute(place: str, declaration: Path) -> str:
+    """A path of a declaration, which is relative to the folder that the file is in."""
+    return str((declaration.parent / Path(place).expanduser()).absolute())
+
+
 def read_selection(path: Path) -> Selection:
     """Read one declaration; relative local paths in it are relative to the file's folder.
 
@@ -337,7 +342,14 @@ def read_selection(path: Path) -> Selection:
         if not isinstance(value, str) or "://" in value:
             continue
         if name != "target_model" or value.startswith((".", "~")):
-            attributes[name] = str((path.parent / Path(value).expanduser()).absolute())
+            attributes[name] = _absolute(value, path)
+    if isinstance(evaluation := attributes.get("decontamination"), dict):
+        attributes["decontamination"] = {
+            name: _absolute(value, path)
+            if name in {"images", "texts"} and isinstance(value, str) and "://" not in value
+            else value
+            for name, value in evaluation.items()
+        }
     try:
         # Not through Dagster's templating: it would read a name of digits as a number.
         return Selection.model_validate(attributes)
