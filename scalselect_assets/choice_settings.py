@@ -1,5 +1,6 @@
 """What a selection declares of its choice: what may be spent, on what terms, and what it is compared with."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self, TypeAlias
 
 import dagster as dg
@@ -69,6 +70,30 @@ class DeclaredQuota(_Declared):
     def to_quota(self) -> Quota:
         """As the method takes it."""
         return Quota(self.by, self.floors, self.ceilings)
+
+
+def parse_quota(label: str, floors: Sequence[str], ceilings: Sequence[str]) -> DeclaredQuota | None:
+    """A quota as a command line names it: ``SOURCE=ROWS`` or ``SOURCE=SHARE`` for each bound; none for none.
+
+    Raises:
+        ValueError: A bound is not of this form.
+    """
+    if not floors and not ceilings:
+        return None
+    return DeclaredQuota(by=label, floors=_bounds(floors), ceilings=_bounds(ceilings))
+
+
+def _bounds(written: Sequence[str]) -> dict[str, int | float]:
+    bounds: dict[str, int | float] = {}
+    for one in written:
+        source, separator, bound = one.rpartition("=")
+        if not separator or not source:
+            raise ValueError(f"{one!r} is no bound; write SOURCE=ROWS (3) or SOURCE=SHARE (0.1)")
+        try:
+            bounds[source] = int(bound) if bound.isdecimal() else float(bound)
+        except ValueError as error:
+            raise ValueError(f"{bound!r} in {one!r} is neither a number of rows nor a share") from error
+    return bounds
 
 
 class KeptEarlier(_Declared):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar, get_args
 
 import dagster as dg
 import typer
@@ -37,6 +37,8 @@ from resources.shard_reader import ShardFormatError, split_shard
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import deployment
+from scalselect_assets.choice_settings import StrategyName, parse_quota
+from scalselect_assets.exports.spec import parse_exports
 from scalselect_assets.maintenance import DEFAULT_RETENTION_DAYS
 from scalselect_assets.maintenance import clean as clean_store
 from scalselect_assets.method.rank import FixedRank, parse_rank_rule
@@ -61,6 +63,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _out, _err = Console(), Console(stderr=True)
+_CHOICE: Final = "The choice and its files"
 _PLAIN: Final[dict[str, Any]] = {"highlight": False, "soft_wrap": True}
 
 
@@ -78,13 +81,6 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-
-
-class TextOnly(StrEnum):
-    """What becomes of rows without an image."""
-
-    DROP = "drop"
-    KEEP = "keep"
 
 
 StoreOption = Annotated[
@@ -151,7 +147,79 @@ def run(
         bool, typer.Option("--rebuild-basis", help="Add up the moments of all shards anew.")
     ] = False,
     text_only: Annotated[
-        TextOnly | None, typer.Option(help="Add rows without an image to the dataset? (default: drop)")
+        str | None,
+        typer.Option(
+            help="Rows without an image: drop, keep, or how many (a share or a number). (default: drop)"
+        ),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What is preferred: {', '.join(get_args(StrategyName))}. (default: top_leverage)",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of what is drawn. (default: 0)", rich_help_panel=_CHOICE)
+    ] = None,
+    image_tokens: Annotated[
+        str | None,
+        typer.Option(help="A budget of vision tokens, instead of rows.", rich_help_panel=_CHOICE),
+    ] = None,
+    text_tokens: Annotated[
+        str | None,
+        typer.Option(help="A budget of all other tokens, instead of rows.", rich_help_panel=_CHOICE),
+    ] = None,
+    source_label: Annotated[
+        str | None,
+        typer.Option(
+            help="What names a row's source: shard, shard_folder, image_folder or field:NAME. "
+            "(default: shard_folder)",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SOURCE=ROWS or SOURCE=SHARE of the budget that is chosen at least.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
+    ceiling: Annotated[
+        list[str] | None,
+        typer.Option(help="The same, that is chosen at most.", rich_help_panel=_CHOICE),
+    ] = None,
+    include: Annotated[
+        str | None,
+        typer.Option(
+            help="File of samples that must be chosen: an id, a key or an image's SHA-256 a line.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
+    exclude: Annotated[
+        str | None,
+        typer.Option(help="The same, of samples that must not.", rich_help_panel=_CHOICE),
+    ] = None,
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(
+            help="Remove samples within this cosine of one of higher leverage.", rich_help_panel=_CHOICE
+        ),
+    ] = None,
+    evaluation_images: Annotated[
+        str | None,
+        typer.Option(help="Remove samples whose image is in this folder.", rich_help_panel=_CHOICE),
+    ] = None,
+    evaluation_texts: Annotated[
+        str | None,
+        typer.Option(help="Remove samples that hold a text of this file.", rich_help_panel=_CHOICE),
+    ] = None,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also write for a trainer: FORMAT or FORMAT:order=score,images=copied; see docs/exports.md.",
+            rich_help_panel=_CHOICE,
+        ),
     ] = None,
     store: StoreOption = None,
     name: Annotated[
@@ -179,14 +247,23 @@ def run(
             "target_model": model,
             "model_revision": revision,
             "dtype": dtype and dtype.value,
-            "budget": _budget(budget),
             "attention_mass": attention_mass,
             "energy": energy,
             "rank": _rank(rank),
             "standardise": standardise,
             "unit_rows": unit_rows,
             "max_drift": max_drift,
-            "text_only": text_only and text_only.value,
+            "text_only": _text_only(text_only),
+            "strategy": strategy,
+            "seed": seed,
+            "source_label": source_label,
+            "include": include and _absolute(include),
+            "exclude": exclude and _absolute(exclude),
+            "near_duplicates": None if near_duplicates is None else {"cosine": near_duplicates},
+            **_wanted(budget, image_tokens, text_tokens),
+            **_quotas(source_label, floor or [], ceiling or []),
+            **_evaluation(evaluation_images, evaluation_texts),
+            **_exports(export),
         }
         with _declared(source, store, name, options) as selection:
             _refresh_and_tell(
@@ -470,11 +547,52 @@ def _rank(text: str | None) -> str | int | None:
     return rule.k if isinstance(rule, FixedRank) else text
 
 
-def _budget(text: str | None) -> int | float | None:
+def _budget(option: str, text: str | None) -> int | float | None:
     try:
         return None if text is None else parse_budget(text)
     except ValueError as error:
-        raise typer.BadParameter(f"--budget: {error}") from error
+        raise typer.BadParameter(f"{option}: {error}") from error
+
+
+def _wanted(budget: str | None, image_tokens: str | None, text_tokens: str | None) -> dict[str, Any]:
+    """The one budget that is given, if any."""
+    given = {
+        "rows": _budget("--budget", budget),
+        "image_tokens": _budget("--image-tokens", image_tokens),
+        "text_tokens": _budget("--text-tokens", text_tokens),
+    }
+    (unit, amount), *more = [item for item in given.items() if item[1] is not None] or [("rows", None)]
+    if more:
+        raise typer.BadParameter("--budget, --image-tokens and --text-tokens exclude each other; give one")
+    return {"budget": amount if unit == "rows" else {unit: amount}}
+
+
+def _text_only(text: str | None) -> str | int | float | None:
+    return text if text in {None, "drop", "keep"} else _budget("--text-only", text)
+
+
+def _quotas(label: str | None, floors: list[str], ceilings: list[str]) -> dict[str, Any]:
+    """Quotas by the source; those of other labels are declared in the store's selection.yaml."""
+    try:
+        quota = parse_quota(label or Selection.model_fields["source_label"].default, floors, ceilings)
+    except ValueError as error:
+        raise typer.BadParameter(f"--floor, --ceiling: {error}") from error
+    return {} if quota is None else {"quotas": [quota]}
+
+
+def _evaluation(images: str | None, texts: str | None) -> dict[str, Any]:
+    if images is None and texts is None:
+        return {}
+    return {"decontamination": {"images": images and _absolute(images), "texts": texts and _absolute(texts)}}
+
+
+def _exports(options: list[str] | None) -> dict[str, Any]:
+    if not options:
+        return {}
+    try:
+        return {"exports": parse_exports(options)}
+    except ValueError as error:
+        raise typer.BadParameter(f"--export: {error}") from error
 
 
 # Running and telling

@@ -3,7 +3,7 @@
 High leverage is no proof of a good choice; these numbers, of the choice itself and of the comparators, are
 what can be said of it before a model is trained. Strategies that draw are drawn several times. Costs: one
 pass over the vectors of the pool to project them, one to read those of the chosen rows; n·k·4 bytes of
-temporary disk; and, for the subset's own subspace, an eigendecomposition of a d × d matrix for each strategy and seed.
+temporary disk; and an eigendecomposition of a d × d matrix for each strategy and seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
