@@ -59,7 +59,7 @@ class TokenBudget(_Declared):
 class DeclaredQuota(_Declared):
     """How many of the chosen rows a source has, at least and at most; sources that are not named are free."""
 
-    by: Label
+    by: Label | Literal["source"] = "source"
     floors: dict[str, Annotated[int | float, _COUNT_OR_SHARE]] = Field(
         default={}, description="By source: rows, or a share of the budget if a float; at least so many."
     )
@@ -67,12 +67,16 @@ class DeclaredQuota(_Declared):
         default={}, description="By source: rows, or a share of the budget if a float; at most so many."
     )
 
-    def to_quota(self) -> Quota:
+    def label(self, source_label: str) -> str:
+        """The label that it is by, where the source is ``source_label``."""
+        return source_label if self.by == "source" else self.by
+
+    def to_quota(self, source_label: str) -> Quota:
         """As the method takes it."""
-        return Quota(self.by, self.floors, self.ceilings)
+        return Quota(self.label(source_label), self.floors, self.ceilings)
 
 
-def parse_quota(label: str, floors: Sequence[str], ceilings: Sequence[str]) -> DeclaredQuota | None:
+def parse_quota(floors: Sequence[str], ceilings: Sequence[str]) -> DeclaredQuota | None:
     """A quota as a command line names it: ``SOURCE=ROWS`` or ``SOURCE=SHARE`` for each bound; none for none.
 
     Raises:
@@ -80,7 +84,7 @@ def parse_quota(label: str, floors: Sequence[str], ceilings: Sequence[str]) -> D
     """
     if not floors and not ceilings:
         return None
-    return DeclaredQuota(by=label, floors=_bounds(floors), ceilings=_bounds(ceilings))
+    return DeclaredQuota(floors=_bounds(floors), ceilings=_bounds(ceilings))
 
 
 def _bounds(written: Sequence[str]) -> dict[str, int | float]:

@@ -261,7 +261,7 @@ def run(
             "exclude": exclude and _absolute(exclude),
             "near_duplicates": None if near_duplicates is None else {"cosine": near_duplicates},
             **_wanted(budget, image_tokens, text_tokens),
-            **_quotas(source_label, floor or [], ceiling or []),
+            **_quotas(floor or [], ceiling or []),
             **_evaluation(evaluation_images, evaluation_texts),
             **_exports(export),
         }
@@ -571,10 +571,10 @@ def _text_only(text: str | None) -> str | int | float | None:
     return text if text in {None, "drop", "keep"} else _budget("--text-only", text)
 
 
-def _quotas(label: str | None, floors: list[str], ceilings: list[str]) -> dict[str, Any]:
+def _quotas(floors: list[str], ceilings: list[str]) -> dict[str, Any]:
     """Quotas by the source; those of other labels are declared in the store's selection.yaml."""
     try:
-        quota = parse_quota(label or Selection.model_fields["source_label"].default, floors, ceilings)
+        quota = parse_quota(floors, ceilings)
     except ValueError as error:
         raise typer.BadParameter(f"--floor, --ceiling: {error}") from error
     return {} if quota is None else {"quotas": [quota]}

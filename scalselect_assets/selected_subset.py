@@ -258,7 +258,7 @@ class _Chooser:
             self._terms = agree(
                 self._candidates,
                 selection.declared_budget,
-                [quota.to_quota() for quota in selection.quotas],
+                [quota.to_quota(selection.source_label) for quota in selection.quotas],
                 include=include.rows,
                 exclude=np.union1d(exclude.rows, self._places(removed)),
             )
