@@ -22,7 +22,14 @@ from typing import Any
 
 from upath import UPath
 
-from resources.folders import HashedStream, NewFolder, WrittenFile, remove_folder, replaced_folder
+from resources.folders import (
+    HashedStream,
+    NewFolder,
+    WrittenFile,
+    forget_folder,
+    remove_folder,
+    replaced_folder,
+)
 from resources.identity import digest
 from resources.image_root import ImageRoot, is_local
 from resources.sample_source import SampleSource
@@ -108,7 +115,7 @@ def remove_others(folder: UPath, kept: Sequence[str]) -> None:
     """
     for format_name in EXPORTS:
         if format_name not in kept:
-            remove_folder(folder / format_name)
+            forget_folder(folder / format_name)
     if not kept:
         remove_folder(folder)
 
