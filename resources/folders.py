@@ -82,7 +82,7 @@ class NewFolder:
     @property
     def making(self) -> UPath:
         """Where it lies meanwhile."""
-        return self.target.parent / f"{_MAKING}{self.target.name}"
+        return _beside(self.target, _MAKING)
 
     def place(self, name: str) -> str:
         """Where the file ``name`` will lie, for other files to name: an absolute path or a URI."""
@@ -164,6 +164,16 @@ def replaced_folder(target: UPath) -> Iterator[NewFolder]:
         raise
 
 
+def forget_folder(target: UPath) -> None:
+    """Remove a folder that `replaced_folder` wrote, and what a killed process left beside it.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for path in (target, _beside(target, _MAKING), _beside(target, _REPLACED)):
+        remove_folder(path)
+
+
 def remove_folder(path: UPath) -> None:
     """Remove a folder with all that is in it, if it is there.
 
@@ -187,12 +197,16 @@ def _put_in_force(folder: NewFolder) -> None:
         remove_folder(folder.making)
         return
     target, making = Path(folder.target.path), Path(folder.making.path)
-    replaced = target.with_name(f"{_REPLACED}{target.name}")
+    replaced = Path(_beside(folder.target, _REPLACED).path)
     remove_folder(UPath(replaced))
     if target.exists():
         target.rename(replaced)
     making.rename(target)
     remove_folder(UPath(replaced))
+
+
+def _beside(target: UPath, prefix: str) -> UPath:
+    return target.parent / f"{prefix}{target.name}"
 
 
 @contextmanager

@@ -22,7 +22,14 @@ from typing import Any
 
 from upath import UPath
 
-from resources.folders import HashedStream, NewFolder, WrittenFile, remove_folder, replaced_folder
+from resources.folders import (
+    HashedStream,
+    NewFolder,
+    WrittenFile,
+    forget_folder,
+    remove_folder,
+    replaced_folder,
+)
 from resources.identity import digest
 from resources.image_root import ImageRoot, is_local
 from resources.sample_source import SampleSource
@@ -108,7 +115,7 @@ def remove_others(folder: UPath, kept: Sequence[str]) -> None:
     """
     for format_name in EXPORTS:
         if format_name not in kept:
-            remove_folder(folder / format_name)
+            forget_folder(folder / format_name)
     if not kept:
         remove_folder(folder)
 
@@ -228,18 +235,19 @@ class _Writing:
 
     def _places(self) -> Iterator[int]:
         """The order, a row with an image in front of it where the format's reader needs one there."""
-        places = [int(place) for place in self._order]
-        if not self._export.image_row_first or not places or self._spool.has_image(places[0]):
-            yield from places
-            return
-        leading = self._first_with_image(places)
-        if leading is not None:
+        leading = self._first_with_image() if self._export.image_row_first else None
+        if leading is not None and leading != self._order[0]:
             self.leading = self._spool[leading].sample_key
             yield leading
-        yield from (place for place in places if place != leading)
+        else:
+            leading = None
+        for place in map(int, self._order):
+            if place != leading:
+                yield place
 
-    def _first_with_image(self, places: Sequence[int]) -> int | None:
-        for place in places:
+    def _first_with_image(self) -> int | None:
+        """The first row with an image that can be written."""
+        for place in map(int, self._order):
             if self._spool.has_image(place) and isinstance(self._place(self._spool[place]), PlacedRow):
                 return place
         return None

@@ -210,6 +210,26 @@ def test_llama_factorys_converter_takes_every_row(bench: MakeBench, load: Load) 
         assert (converted["_images"] or []) == images
 
 
+def test_ms_swifts_preprocessor_deletes_no_row(bench: MakeBench, load: Load) -> None:
+    pytest.importorskip(
+        "swift.dataset.preprocessor.core",
+        reason="the trainer `ms-swift` is not installed with its dependencies",
+        exc_type=ImportError,
+    )
+    from swift.dataset.preprocessor.core import AutoPreprocessor
+
+    made = bench()
+    rows = load("json", data_files=str(written(made, "ms_swift") / "train.jsonl"))
+    processed = AutoPreprocessor()(rows, strict=True, load_from_cache_file=False)
+    assert [[(m["role"], m["content"]) for m in row["messages"]] for row in processed] == written_messages(
+        made
+    )
+    assert [[image["path"] for image in row["images"] or []] for row in processed] == [
+        [str(made.folder / image) for image in row.images] for row in made.spooled
+    ]
+    assert processed["channel"][:] == [row.label("source") for row in made.spooled]
+
+
 def test_the_pools_own_reader_takes_the_llava_export_as_it_was(bench: MakeBench) -> None:
     from resources.samples import written_turns
     from resources.shard_reader import iter_rows

@@ -217,6 +217,7 @@ def test_only_declared_exports_stay(bench: MakeBench) -> None:
     specs = [ExportSpec(format="llava"), ExportSpec(format="trl")]
     reports = write_exports(specs, made.spool, made.source, made.target, "d")
     assert list(reports) == ["llava", "trl"]
+    (made.target / ".making-llava").mkdir()  # of a process that was killed
     publish.remove_others(made.target, ["trl"])
     assert [path.name for path in made.target.iterdir()] == ["trl"]
     publish.remove_others(made.target, [])
