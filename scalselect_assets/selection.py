@@ -256,7 +256,9 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     @property
     def labels(self) -> list[str]:
         """The labels that the choice asks of a row, the source first."""
-        return list(dict.fromkeys([self.source_label, *(quota.label(self.source_label) for quota in self.quotas)]))
+        return list(
+            dict.fromkeys([self.source_label, *(quota.label(self.source_label) for quota in self.quotas)])
+        )
 
     def choice_settings(self) -> dict[str, Any]:
         """All that the choice depends on, beside scores and lists."""
