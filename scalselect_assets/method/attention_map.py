@@ -164,7 +164,7 @@ def overlay(image: Image.Image, seen: ImageAttention, *, max_side: int = DEFAULT
         max_side: Of the result, in pixels, from 32 on.
 
     Returns:
-        RGB, at most ``max_side`` wide and high; never larger than needed for 24 pixels a token.
+        RGB, the longer side ``max_side`` pixels but for rounding, and never more.
 
     Raises:
         ValueError: ``image`` is not the one that ``seen`` is of, or ``max_side`` is too small.
@@ -181,7 +181,7 @@ def overlay(image: Image.Image, seen: ImageAttention, *, max_side: int = DEFAULT
     strips = [grid for grid in grids if grid.box is None]
     below = len(strips) * (_STRIP_HEIGHT + _GAP) + (_TEXT_HEIGHT if strips else 0)
     frames = [_frame(image.size, panel) for panel in panels]
-    scale, beside = _fit(frames, max_side, max_side - below, _finest(panels))
+    scale, beside = _fit(frames, max_side, max_side - below)
     drawn = [_panel(image, panel, frame, scale, largest) for panel, frame in zip(panels, frames, strict=True)]
     picture = _joined(drawn, beside=beside)
     if not strips:
@@ -222,22 +222,7 @@ def _frame(size: tuple[int, int], panel: Sequence[GridAttention]) -> Box:
     return min(left), min(top), max(right), max(bottom)
 
 
-def _finest(panels: Sequence[Sequence[GridAttention]]) -> float:
-    """The least side of a token in pixels of the image; infinite without tokens."""
-    sides = [
-        side
-        for panel in panels
-        for grid in panel
-        if grid.box
-        for side in (
-            (grid.box[2] - grid.box[0]) / grid.attention.shape[1],
-            (grid.box[3] - grid.box[1]) / grid.attention.shape[0],
-        )
-    ]
-    return min(sides, default=np.inf)
-
-
-def _fit(frames: Sequence[Box], width: int, height: int, finest: float) -> tuple[float, bool]:
+def _fit(frames: Sequence[Box], width: int, height: int) -> tuple[float, bool]:
     """Pixels drawn per pixel of the image, and whether panels stand side by side."""
     if not frames:
         return 1.0, True
@@ -246,8 +231,7 @@ def _fit(frames: Sequence[Box], width: int, height: int, finest: float) -> tuple
     gaps = _GAP * (len(frames) - 1) + len(frames)  # a pixel each for rounding
     beside = min((width - gaps) / sum(widths), (height - 1) / max(heights))
     below = min((width - 1) / max(widths), (height - gaps) / sum(heights))
-    scale = min(max(beside, below), 24 / finest)
-    return max(scale, 1 / max(*widths, *heights)), beside >= below
+    return max(beside, below, 1 / max(*widths, *heights)), beside >= below
 
 
 def _panel(

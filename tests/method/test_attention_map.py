@@ -55,17 +55,17 @@ def together(images: Sequence[ImageAttention], name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["a tall image", "three images of different shapes in one turn"])
 def test_the_vector_is_the_whole_models_mean_over_the_kept_tokens(
-    family: str, name: str, tiny_encoder: Callable[[str], VlmEncoder], tiny_vlm: Callable[[str], Path]
+    family: str, tiny_encoder: Callable[[str], VlmEncoder], tiny_vlm: Callable[[str], Path]
 ) -> None:
-    sample, encoder = SAMPLES[name], tiny_encoder(family)
-    seen = seen_by(encoder, sample)
-    states, share = whole_model(Reference(tiny_vlm(family)), sample)
-    kept = together(seen.images, "kept")
-    assert kept.sum() == seen.representation.n_dominant_tokens < len(kept)
-    np.testing.assert_allclose(states[kept].mean(0), seen.representation.vector, atol=2e-6, rtol=0)
-    np.testing.assert_allclose(together(seen.images, "attention"), share, atol=1e-6, rtol=0)
+    reference, encoder = Reference(tiny_vlm(family)), tiny_encoder(family)
+    for sample in (SAMPLES["a tall image"], THREE_IMAGES):
+        seen = seen_by(encoder, sample)
+        states, share = whole_model(reference, sample)
+        kept = together(seen.images, "kept")
+        assert kept.sum() == seen.representation.n_dominant_tokens < len(kept)
+        np.testing.assert_allclose(states[kept].mean(0), seen.representation.vector, atol=2e-6, rtol=0)
+        np.testing.assert_allclose(together(seen.images, "attention"), share, atol=1e-6, rtol=0)
 
 
 def whole_model(reference: Reference, sample: ChatSample) -> tuple[np.ndarray, np.ndarray]:
@@ -108,11 +108,9 @@ def test_a_sample_that_is_rejected_has_its_rejection_for_a_map(demo: VlmEncoder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", SAMPLES)
-def test_every_vision_token_has_one_place(
-    family: str, name: str, tiny_encoder: Callable[[str], VlmEncoder]
-) -> None:
-    for image in seen_by(tiny_encoder(family), SAMPLES[name]).images:
+def test_every_vision_token_has_one_place(family: str, tiny_encoder: Callable[[str], VlmEncoder]) -> None:
+    encoder = tiny_encoder(family)
+    for image in [image for sample in SAMPLES.values() for image in seen_by(encoder, sample).images]:
         tokens = [part.ravel() for grid in image.layout.grids for part in (grid.tokens, grid.line_ends)]
         assert sorted(np.concatenate(tokens)) == list(range(image.layout.n_tokens))
         assert all(grid.box is not None for grid in image.layout.grids), image.layout.note
@@ -141,7 +139,7 @@ def patch_by_patch(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sizes", [(WIDE,), (TALL,), (SQUARE, TALL)], ids=["wide", "tall", "two images"])
+@pytest.mark.parametrize("sizes", [(WIDE,), (SQUARE, TALL)], ids=["one image", "two images"])
 def test_what_is_painted_where_a_token_is_said_to_look_changes_that_token_most(
     family: str, sizes: tuple[tuple[int, int], ...], patch_by_patch: Callable[[str], VlmEncoder]
 ) -> None:
@@ -159,7 +157,7 @@ def test_what_is_painted_where_a_token_is_said_to_look_changes_that_token_most(
     for place, layout in enumerate(layouts):
         for number in generator.permutation(len(layout.grids))[:3]:
             grid = layout.grids[number]
-            for row, column in corners_and_inner(grid.tokens.shape, generator):
+            for row, column in a_corner_and_another(grid.tokens.shape, generator):
                 painted = [image.copy() for image in plain]
                 if not paint(painted[place], grid, row, column):
                     continue
@@ -172,13 +170,12 @@ def test_what_is_painted_where_a_token_is_said_to_look_changes_that_token_most(
                 assert np.delete(change, np.s_[start : start + layout.n_tokens]).max(initial=0) < 1e-6
                 n_painted += 1
         start += layout.n_tokens
-    assert n_painted >= 4
+    assert n_painted >= 2 * len(sizes) - 1  # one place may be padding
 
 
-def corners_and_inner(shape: tuple[int, ...], generator: np.random.Generator) -> list[tuple[int, int]]:
+def a_corner_and_another(shape: tuple[int, ...], generator: np.random.Generator) -> list[tuple[int, int]]:
     rows, columns = shape
-    inner = int(generator.integers(rows)), int(generator.integers(columns))
-    return [(0, 0), (rows - 1, columns - 1), inner]
+    return [(rows - 1, 0), (int(generator.integers(rows)), int(generator.integers(columns)))]
 
 
 def paint(image: Image.Image, grid: Grid, row: int, column: int) -> bool:
@@ -328,7 +325,7 @@ def test_a_drawing_is_a_png_of_the_size_that_is_asked_for_and_the_same_each_time
     png = overlay_png(pixels("4:300x140"), seen, max_side=max_side)
     picture = Image.open(io.BytesIO(png))
     assert picture.format == "PNG"
-    assert max_side / 2 < max(picture.size) <= max_side
+    assert max_side - 10 <= max(picture.size) <= max_side
     assert png == overlay_png(pixels("4:300x140"), seen, max_side=max_side)
 
 
