@@ -25,7 +25,7 @@ DEFAULT_MAX_SIDE = 768
 
 # Dark blue over grey to yellow: lightness alone tells the order, and no red stands against green.
 _HEAT: Final = np.array([[0, 34, 78], [66, 78, 107], [124, 123, 120], [187, 175, 106], [254, 232, 56]], float)
-_OPAQUE = 0.7  # how much of a cell is heat and how much image
+_SHADE = 0.45  # how much the image darkens the heat, so that its shapes stay visible
 _UNSEEN = 0.35  # brightness of what no token shows
 _PADDING = 48  # grey of what is outside the image
 _KEPT, _KEPT_SHADOW = (255, 255, 255), (0, 0, 0)
@@ -257,7 +257,7 @@ def _panel(
         rows = _edges(grid.box[1] - top, grid.box[3] - top, grid.attention.shape[0], scale, height)
         heat = _spread(_heat(grid.attention, largest), rows, columns)
         part = (slice(rows[0], rows[-1]), slice(columns[0], columns[-1]))
-        pixels[part] = _OPAQUE * heat + (1 - _OPAQUE) * background[part]
+        pixels[part] = heat * (1 - _SHADE + _SHADE * background[part] / 255)
         outlines.append((grid.kept, rows, columns))
     picture = Image.fromarray(np.rint(pixels).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
@@ -305,12 +305,15 @@ def _outline(
             lines.append(((left, top), (left, bottom), (1, 0)))
         if not around[row + 1, column + 2]:
             lines.append(((right, top), (right, bottom), (-1, 0)))
-    narrow = min(np.diff(rows).min(initial=99), np.diff(columns).min(initial=99)) < 6
-    if not narrow:
+    cell = min(np.diff(rows).min(), np.diff(columns).min())
+    thick = 1 if cell < 24 else 2
+    if cell >= 6:
         for (x0, y0), (x1, y1), (dx, dy) in lines:
-            draw.line(((x0 + dx, y0 + dy), (x1 + dx, y1 + dy)), fill=_KEPT_SHADOW)
-    for start, end, _ in lines:
-        draw.line((start, end), fill=_KEPT)
+            for step in range(thick, 2 * thick):
+                draw.line(((x0 + step * dx, y0 + step * dy), (x1 + step * dx, y1 + step * dy)), _KEPT_SHADOW)
+    for (x0, y0), (x1, y1), (dx, dy) in lines:
+        for step in range(thick):
+            draw.line(((x0 + step * dx, y0 + step * dy), (x1 + step * dx, y1 + step * dy)), _KEPT)
 
 
 def _strip(grid: GridAttention, largest: float, width: int) -> Image.Image:
