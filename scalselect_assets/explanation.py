@@ -374,7 +374,7 @@ class _Scored:
 
     def explanation(self, n_similar: int, n_directions: int, n_exemplars: int) -> Explanation:
         """All that is told of the sample."""
-        from scalselect_assets.method.directions import strongest_directions
+        from scalselect_assets.method.directions import coordinates, strongest_directions
 
         place = self._place
         tokens = self._store.row(self._table, place, [*_VECTOR_COLUMNS, "vision_attention"])
@@ -384,8 +384,7 @@ class _Scored:
         subspace = read_scoring_basis(self._artifacts, self._plan, version)
         subset, score = self._score(subspace, version)
         strongest = strongest_directions(subspace, vector, n_directions)
-        leverage = strongest.coordinate[0] ** 2
-        whole = float(leverage.sum() / max(strongest.share[0].sum(), np.finfo(float).tiny))
+        whole = float(np.square(coordinates(subspace, vector)).sum())
         if abs(min(whole, 1.0) - score.leverage) > _SCORE_TOLERANCE * max(score.leverage, 1e-12):
             raise ExplanationError(
                 f"the score of {place} is {score.leverage:.9g}, and its vector gives {whole:.9g}; "
@@ -424,14 +423,14 @@ class _Scored:
                 f"{selected_subset.NAME} was chosen by another basis ({header['subspace_basis']}) than the "
                 f"present one ({self._plan.basis}); {self._store.remedy}"
             )
-        own, _ = self._scores(place.shard, ["row", "leverage", "normalised_leverage"])
+        own = self._scores(place.shard, ["row", "leverage", "normalised_leverage"])
         own = own.filter(pl.col("row") == place.row)
         if not own.height:
             raise ExplanationError(f"{place} has no score; {self._store.remedy}")
         normalised = float(own["normalised_leverage"][0])
         before = pool = 0
         for shard in sorted(self._in_basis):
-            scores, _ = self._scores(shard, ["sample_key", "normalised_leverage"])
+            scores = self._scores(shard, ["sample_key", "normalised_leverage"])
             pool += scores.height
             key_first = pl.col("sample_key") < place.sample_key
             if shard < place.shard:
@@ -452,7 +451,7 @@ class _Scored:
             basis=version,
         )
 
-    def _scores(self, shard: str, columns: list[str]) -> tuple[pl.DataFrame, dict[str, str]]:
+    def _scores(self, shard: str, columns: list[str]) -> pl.DataFrame:
         """A shard's scores, if they are of the basis that they are to be of."""
         scores, header = self._artifacts.read_frame(importance_scores.NAME, shard, columns=columns)
         if header["subspace_basis"] != (wanted := self._plan.of_shard(shard)):
@@ -460,7 +459,7 @@ class _Scored:
                 f"the scores of shard {shard!r} are of basis {header['subspace_basis']}, and are to be of "
                 f"{wanted}; {self._store.remedy}"
             )
-        return scores, header
+        return scores
 
     def _selected_rank(self, subset: pl.DataFrame) -> int | None:
         found = subset.filter(

@@ -8,7 +8,7 @@ vision tower's patches become tokens. For any other model nothing is claimed: it
 ====================================  ====================================================================
 family                                layout of an image
 ====================================  ====================================================================
-LLaVA-1.5, Gemma 3                    one grid; of Gemma 3 with pan and scan one per crop
+LLaVA-1.5, Gemma 3                    one grid
 InternVL, Idefics3, SmolVLM           one grid per tile, and one of the whole image, in the model's order
 LLaVA-NeXT, LLaVA-OneVision           one grid of the whole image and one of all tiles together, whose rows
                                       each end in a token that shows nothing; where a OneVision row has
