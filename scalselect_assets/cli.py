@@ -1,4 +1,4 @@
-"""The command line: `scalselect run`, `demo`, `status`, `verify`, `clean`, `split`, `ui`.
+"""The command line: `scalselect run`, `demo`, `status`, `explain`, `verify`, `clean`, `split`, `ui`.
 
 What a run computes, Dagster computes; this module turns options into a declared selection, opens the store's
 Dagster instance, shows progress and says what came out. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -38,6 +38,12 @@ from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import deployment
 from scalselect_assets.choice_settings import StrategyName, parse_quota
+from scalselect_assets.explanation import (
+    DEFAULT_SIMILAR,
+    SampleAttention,
+    attention_of,
+)
+from scalselect_assets.explanation import explain as explain_sample
 from scalselect_assets.exports.spec import parse_exports
 from scalselect_assets.maintenance import DEFAULT_RETENTION_DAYS
 from scalselect_assets.maintenance import clean as clean_store
@@ -45,6 +51,7 @@ from scalselect_assets.method.rank import FixedRank, parse_rank_rule
 from scalselect_assets.method.selection import parse_budget
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.refresh import Refresh, RefreshReport, discover, summary
+from scalselect_assets.sample_directions import DEFAULT_DIRECTIONS
 from scalselect_assets.sample_lineage import SampleLineage, trace
 from scalselect_assets.selection import Selection, read_selection
 from scalselect_assets.subspace_basis import REBUILD_TOLERANCE, rebuild_difference
@@ -351,6 +358,67 @@ def status(
             _out.print(f"Out of date: {', '.join(pending[:20])}; `scalselect run` brings it up to date.")
         else:
             _out.print(f"All {len(discovery.versions)} shards and what follows from them are up to date.")
+
+
+@app.command()
+def explain(
+    sample: Annotated[
+        str,
+        typer.Argument(
+            metavar="SAMPLE",
+            help="Its key, the first 6 or more characters of it, its id, or SHARD#ROW.",
+        ),
+    ],
+    store: Annotated[str, typer.Option(help="The store to look at.")],
+    similar: Annotated[
+        int, typer.Option(min=0, help="How many of the samples most like it.")
+    ] = DEFAULT_SIMILAR,
+    directions: Annotated[
+        int, typer.Option(min=1, help="How many of the directions that its leverage comes from.")
+    ] = DEFAULT_DIRECTIONS,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Load the model and say what it looked at.")
+    ] = False,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Load the model and draw what it looked at; further images of the sample get -2, -3, ...",
+        ),
+    ] = None,
+    max_side: Annotated[int, typer.Option(min=32, help="Longest side of such a drawing, in pixels.")] = 768,
+    device: DeviceOption = Device.AUTO,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say why a sample was selected, or not: its leverage and rank, where they come from, what it is like."""
+    with _user_errors(verbose=verbose):
+        selection = read_selection(_declaration(store))
+        storage = StorageResource()
+        with deployment.open_instance(selection) as instance:
+            shards = instance.get_dynamic_partitions(shards_name(selection.name))
+        told = explain_sample(
+            selection, storage, sample, similar=similar, directions=directions, shards=shards
+        )
+        seen = None
+        if attention or image is not None:
+            seen = attention_of(selection, storage, VlmResource(device=device.value), told.sample)
+        drawings = _draw(seen, image, max_side) if seen is not None and image is not None else []
+        if as_json:
+            extra = {} if seen is None else {"attention_map": seen.to_json()}
+            _print_json({**told.to_json(), **extra, "drawings": list(map(str, drawings))})
+        else:
+            lines = [
+                *told.lines(),
+                *(seen.lines() if seen else ()),
+                *(("drawn in", str(f)) for f in drawings),
+            ]
+            for label, value in lines:
+                _out.print(f"{label:<24}{escape(value)}".rstrip(), **_PLAIN)
+        for problem in told.problems:
+            _err.print(f"[red]inconsistent:[/red] {escape(problem)}", **_PLAIN)
+        if told.problems:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -668,6 +736,16 @@ def _tell_lineage(lineage: SampleLineage, *, as_json: bool) -> None:
         _err.print(f"[red]inconsistent:[/red] {escape(problem)}", **_PLAIN)
     if lineage.problems:
         raise typer.Exit(1)
+
+
+def _draw(seen: SampleAttention, file: Path, max_side: int) -> list[Path]:
+    """Write a drawing for each image; the first bears the name that was asked for."""
+    files = []
+    for number, png in enumerate(seen.pngs(max_side), start=1):
+        files.append(file if number == 1 else file.with_stem(f"{file.stem}-{number}"))
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        files[-1].write_bytes(png)
+    return files
 
 
 def _print_json(value: Mapping[str, Any]) -> None:

@@ -34,10 +34,11 @@ from scalselect_assets import (
     removed_samples,
     subspace_basis,
 )
-from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.pool_rows import Listed, PoolRows, Projections, candidates, find_listed, read_list
+from scalselect_assets.sample_directions import directions_of_rows
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import SELECTED_SUBSET, column_schema, polars_schema
 
@@ -278,7 +279,7 @@ class _Chooser:
         choice = self._choice
         rows = self.rows[choice.rows]
         recorded = {
-            name: pl.Series(choice.recorded[name])
+            name: pl.Series(choice.recorded[name]).fill_nan(None)
             for name in ("gain", "inclusion_probability")
             if name in choice.recorded
         }
@@ -292,9 +293,28 @@ class _Chooser:
                     for name in ("gain", "inclusion_probability")
                 },
             )
+            .join(self._directions(rows), on=["shard", "row"], how="left", maintain_order="left")
             .select(polars_schema(SELECTED_SUBSET).names())
             .cast(polars_schema(SELECTED_SUBSET))
         )
+
+    def _directions(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The strongest directions of some rows, by shard and row, each of the basis that it is scored with."""
+        plan, found = self._pool.plan, []
+        bases = {plan.basis: self._subspace}
+        for (shard,), part in rows.group_by("shard", maintain_order=True):
+            version = plan.of_shard(str(shard))
+            if version not in bases:
+                bases[version] = read_scoring_basis(self._pool.artifacts, plan, version)
+            directions = directions_of_rows(
+                self._pool.embeddings,
+                self._pool.table(str(shard)),
+                bases[version],
+                part["row"].sort().to_list(),
+                unit_rows=self._selection.unit_rows,
+            )
+            found.append(directions.with_columns(shard=pl.lit(shard, pl.String)))
+        return pl.concat(found)
 
     def compared(self) -> pl.DataFrame:
         """A frame of `comparison.SUBSET_COMPARISON`; empty where nothing is to be compared."""
@@ -437,6 +457,7 @@ def _churn(before: pl.DataFrame | None, chosen: pl.DataFrame) -> dict[str, int |
 
 
 def _content_version(chosen: pl.DataFrame) -> str:
+    chosen = chosen.drop("strongest_directions")  # which follow from the rest, up to rounding
     content = hashlib.sha256()
     for part in chosen.iter_slices(100_000):  # as text, a row takes some hundred bytes
         content.update(part.write_ndjson().encode())

@@ -75,6 +75,12 @@ IMPORTANCE_SCORES: Table = {
     ),
 }
 
+STRONGEST_DIRECTIONS = Column(
+    pl.List(pl.Struct({"direction": pl.Int32(), "share": pl.Float64(), "coordinate": pl.Float64()})),
+    "The directions that most of the leverage comes from, strongest first: number from 1, share of the "
+    "leverage, and coordinate in that direction, whose sign tells the side of the mean.",
+)
+
 SELECTED_SUBSET: Table = {
     "rank": Column(
         pl.Int64(),
@@ -96,6 +102,7 @@ SELECTED_SUBSET: Table = {
     "inclusion_probability": Column(
         pl.Float64(), "Probability with which it was drawn, for weighting; null where nothing is drawn."
     ),
+    "strongest_directions": STRONGEST_DIRECTIONS,
 }
 
 MOMENTS: Table = {

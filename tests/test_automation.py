@@ -157,7 +157,11 @@ class Automation:
             ],
             SCORES: lambda: self._stored(BASIS),
             REMOVED: lambda: [self._stored(BASIS), str(settings.near_duplicates)],
-            SUBSET: lambda: [self._stored(BASIS), settings.budget, made.get(REMOVED) or self._stored(REMOVED)],
+            SUBSET: lambda: [
+                self._stored(BASIS),
+                settings.budget,
+                made.get(REMOVED) or self._stored(REMOVED),
+            ],
             DATASET: lambda: made.get(SUBSET) or self._stored(SUBSET),
             REPORT: lambda: made.get(DATASET) or self._stored(DATASET),
         }
