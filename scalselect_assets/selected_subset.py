@@ -299,7 +299,7 @@ class _Chooser:
         )
 
     def _directions(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """The strongest directions of some rows, by shard and row, each of the basis that it is scored with."""
+        """The strongest directions of some rows, by shard and row, each of the basis that scores it."""
         plan, found = self._pool.plan, []
         bases = {plan.basis: self._subspace}
         for (shard,), part in rows.group_by("shard", maintain_order=True):
