@@ -236,7 +236,7 @@ def test_the_choice_is_measured_beside_others_of_its_size(bench: Bench) -> None:
     assert compared["shared_with_last"].is_not_null().all()
     told = metadata(bench)
     assert told["choice_leverage_share"] == pytest.approx(choice["leverage_share"])
-    assert [record.data["seeds"] for record in told["comparison"]] == [0, 0, 0, 2, 2, 2, 0]
+    assert [record.data["seeds"] for record in told["comparison"].records] == [0, 0, 0, 2, 2, 2, 0]
 
 
 def test_a_pool_beyond_the_declared_size_is_not_compared(bench: Bench) -> None:

@@ -16,6 +16,7 @@ from resources.embedding_store import EmbeddingTableError
 from scalselect_assets import attention_embeddings
 from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
 from scalselect_assets.explanation import (
+    DEFAULT_SIMILAR,
     Explanation,
     ExplanationError,
     attention_of,
@@ -343,7 +344,7 @@ def test_an_explanation_is_json_and_lines_that_hold_what_it_says(refreshed: Benc
     read_back = json.loads(json.dumps(found.to_json()))
     assert read_back["score"]["leverage"] == found.score.leverage
     assert read_back["sample"]["shard"] == found.sample.shard
-    assert len(read_back["similar"]) == explanation.DEFAULT_SIMILAR
+    assert len(read_back["similar"]) == DEFAULT_SIMILAR
     printed = "\n".join(f"{label} {value}" for label, value in found.lines())
     assert f"{found.score.rank} of {found.score.pool}" in printed
     for near in found.similar:
