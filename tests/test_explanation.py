@@ -337,6 +337,10 @@ def test_without_a_result_there_is_nothing_to_explain(changeable: Bench) -> None
         told(changeable, "two images")
 
 
+def every_exemplar(found: Explanation) -> list[explanation.Exemplar]:
+    return [one for direction in found.directions for one in (*direction.same_side, *direction.other_side)]
+
+
 def test_an_explanation_is_json_and_lines_that_hold_what_it_says(refreshed: Bench, pool: Pool) -> None:
     found = told(refreshed, pool.places[0])
     assert found.score is not None
@@ -346,6 +350,10 @@ def test_an_explanation_is_json_and_lines_that_hold_what_it_says(refreshed: Benc
     assert len(read_back["similar"]) == explanation.DEFAULT_SIMILAR
     printed = "\n".join(f"{label} {value}" for label, value in found.lines())
     assert f"{found.score.rank} of {found.score.pool}" in printed
+    itself = any(
+        (one.shard, one.row) == (found.sample.shard, found.sample.row) for one in every_exemplar(found)
+    )
+    assert ("this sample" in printed) == itself
     for near in found.similar:
         assert f"{near.shard}#{near.row}" in printed
     assert "undecodable_image" in dict(told(refreshed, "cut").lines())["rejected as"]
