@@ -223,7 +223,9 @@ class Explanation:
                 ("on the other side", direction.other_side),
             ):
                 for place, other in enumerate(exemplars):
+                    itself = (other.shard, other.row) == (self.sample.shard, self.sample.row)
                     told = _named(other.shard, other.row, other.sample_key, other.selected_rank)
+                    told = "this sample" if itself else told
                     yield "" if place else f"  {label}", f"{other.coordinate:+.4f}  {told}"
         if self.similar:
             yield "", ""

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,10 @@ def test_without_a_result_there_is_nothing_to_explain(changeable: Bench) -> None
         told(changeable, "two images")
 
 
+def every_exemplar(found: Explanation) -> list[explanation.Exemplar]:
+    return [one for direction in found.directions for one in (*direction.same_side, *direction.other_side)]
+
+
 def test_an_explanation_is_json_and_lines_that_hold_what_it_says(refreshed: Bench, pool: Pool) -> None:
     found = told(refreshed, pool.places[0])
     assert found.score is not None
@@ -347,9 +352,32 @@ def test_an_explanation_is_json_and_lines_that_hold_what_it_says(refreshed: Benc
     assert len(read_back["similar"]) == DEFAULT_SIMILAR
     printed = "\n".join(f"{label} {value}" for label, value in found.lines())
     assert f"{found.score.rank} of {found.score.pool}" in printed
+    itself = any(
+        (one.shard, one.row) == (found.sample.shard, found.sample.row) for one in every_exemplar(found)
+    )
+    assert ("this sample" in printed) == itself
     for near in found.similar:
         assert f"{near.shard}#{near.row}" in printed
     assert "undecodable_image" in dict(told(refreshed, "cut").lines())["rejected as"]
+
+
+def test_a_sample_is_explained_by_the_basis_that_it_is_scored_with(
+    make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path, quick_dagster: None
+) -> None:
+    bench = Bench(make_pool({"a.jsonl": 6, "b.jsonl": 5}), tmp_path / "store", demo_vlm)
+    bench.options["max_drift"] = 100
+    bench.refresh()
+    write_pool_shard(bench.pool, "c.jsonl", 4, seed=5000)
+    bench.refresh()
+    plan = ScorePlan.from_header(bench.artifacts.read_header("subspace_basis", suffix=".safetensors"))
+    assert set(plan.kept) == {"a.jsonl", "b.jsonl"}
+    for place, leverage in bench.scores().items():
+        score = told(bench, place, directions=1000).score
+        assert score is not None
+        assert (score.basis, score.leverage) == (plan.of_shard(place.split("#")[0]), leverage)
+        assert score.pool == 15
+    ranks = [told(bench, place).score.rank for place in bench.scores()]  # type: ignore[union-attr]
+    assert sorted(ranks) == list(range(1, 16))
 
 
 # The column of the selected
