@@ -387,16 +387,17 @@ class _Scores:
         # Half the samples have at least this much, the upper one of two where the pool is even.
         median = nth_largest(self._normalised, (self._n + 1) // 2).value
         pool, total = LeverageCounts(), 0.0
-        best = {"highest": self._none(), "median": self._none(), "lowest": self._none()}
+        best = dict.fromkeys(("highest", "median", "lowest"), self._none())
         for frame in self._frames(self._COLUMNS):
             pool.add(frame["normalised_leverage"].to_numpy())
             total += float(frame["normalised_leverage"].sum())
-            for name, so_far in best.items():
-                best[name] = self._first(pl.concat([so_far, frame]), name, median)
+            best = {name: self._best(so_far, frame, name, median) for name, so_far in best.items()}
         chosen = LeverageCounts()
         normalised = subset["normalised_leverage"].to_numpy()
         chosen.add(normalised)
-        picks = pl.concat(frame.with_columns(gallery=pl.lit(name)) for name, frame in best.items())
+        picks = pl.concat(
+            frame.drop("order").with_columns(gallery=pl.lit(name)) for name, frame in best.items()
+        )
         # Of the last selected sample, only how many are above it counts.
         least = float(normalised.min()) if len(normalised) else 0.0
         above, ranks = self._counted_before(picks, least)
@@ -414,35 +415,39 @@ class _Scores:
         )
         return profile, picks
 
-    def _first(self, rows: pl.DataFrame, gallery: str, median: float) -> pl.DataFrame:
-        """The rows that a gallery shows, of those that it may."""
+    def _best(self, so_far: pl.DataFrame, frame: pl.DataFrame, gallery: str, median: float) -> pl.DataFrame:
+        """The rows that a gallery shows, of those before and those of another shard."""
         score = pl.col("normalised_leverage")
         order = {"highest": -score, "median": (score - median).abs(), "lowest": score}[gallery]
         # The lowest are the last in the order of ranks, so their ties are broken the other way round.
         last = gallery == "lowest"
+        more = frame.with_columns(order=order)
+        if so_far.height == GALLERY_SIZE:
+            more = more.filter(pl.col("order") <= so_far["order"][-1])
         return (
-            rows.with_columns(order=order)
+            pl.concat([so_far, more])
             .sort(["order", "sample_key", "shard"], descending=[False, last, last])
             .head(GALLERY_SIZE)
-            .drop("order")
         )
 
     def _counted_before(self, picks: pl.DataFrame, least: float) -> tuple[int, list[int]]:
         """How many samples of the pool are above ``least``, and the rank of each of ``picks``."""
-        above, ranks = 0, [1] * picks.height
         wanted = list(picks.select("normalised_leverage", "sample_key", "shard").iter_rows())
-        for frame in self._frames(("sample_key", "normalised_leverage")):
-            score, key, shard = (pl.col(name) for name in ("normalised_leverage", "sample_key", "shard"))
-            before = [
-                (
-                    (score > value)
-                    | ((score == value) & ((key < own) | ((key == own) & (shard < own_shard))))
-                ).sum()
-                for value, own, own_shard in wanted
-            ]
-            counted = frame.select((score > least).sum().alias("above"), *_numbered(before)).row(0)
-            above += counted[0]
-            ranks = [rank + more for rank, more in zip(ranks, counted[1:], strict=True)]
+        values = np.unique(picks["normalised_leverage"].to_numpy())
+        above, ranks = 0, [1] * len(wanted)
+        for shard in self._shards:
+            score = self._read(shard, ("normalised_leverage",))["normalised_leverage"].to_numpy()
+            above += int(np.count_nonzero(score > least))
+            larger = {value: int(np.count_nonzero(score > value)) for value in values.tolist()}
+            # Keys, the widest column, are needed of the rows only that have the score of one of the picks.
+            tied: list[tuple[float, str]] = []
+            if np.isin(score, values).any():
+                frame = self._read(shard, ("normalised_leverage", "sample_key"))
+                tied = frame.select("normalised_leverage", "sample_key").filter(np.isin(score, values)).rows()
+            for place, (value, key, of_shard) in enumerate(wanted):
+                ranks[place] += larger[value] + sum(
+                    other == value and (other_key, shard) < (key, of_shard) for other, other_key in tied
+                )
         return above, ranks
 
     def _normalised(self) -> Iterator[NDArray[np.float64]]:
@@ -450,26 +455,30 @@ class _Scores:
             yield frame["normalised_leverage"].to_numpy()
 
     def _frames(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        for shard in self._shards:
-            frame, header = self._artifacts.read_frame(importance_scores.NAME, shard, columns=list(columns))
-            if header["subspace_basis"] != (wanted := self._plan.of_shard(shard)):
-                raise dg.Failure(
-                    f"shard {shard!r} was scored with basis {header['subspace_basis']}, it is to be scored "
-                    f"with {wanted}; materialize {importance_scores.NAME}[{shard}] again",
-                    allow_retries=False,
-                )
-            yield frame.select(pl.lit(shard).alias("shard"), *columns)
+        return (self._read(shard, columns) for shard in self._shards)
 
-    @classmethod
-    def _none(cls) -> pl.DataFrame:
-        types = {"row": pl.Int64, "sample_key": pl.String}
+    def _read(self, shard: str, columns: Sequence[str]) -> pl.DataFrame:
+        frame, header = self._artifacts.read_frame(importance_scores.NAME, shard, columns=list(columns))
+        if header["subspace_basis"] != (wanted := self._plan.of_shard(shard)):
+            raise dg.Failure(
+                f"shard {shard!r} was scored with basis {header['subspace_basis']}, it is to be scored with "
+                f"{wanted}; materialize {importance_scores.NAME}[{shard}] again",
+                allow_retries=False,
+            )
+        return frame.select(pl.lit(shard).alias("shard"), *columns)
+
+    @staticmethod
+    def _none() -> pl.DataFrame:
         return pl.DataFrame(
-            schema={"shard": pl.String, **{name: types.get(name, pl.Float64) for name in cls._COLUMNS}}
+            schema={
+                "shard": pl.String,
+                "row": pl.Int64,
+                "sample_key": pl.String,
+                "leverage": pl.Float64,
+                "normalised_leverage": pl.Float64,
+                "order": pl.Float64,
+            }
         )
-
-
-def _numbered(expressions: Sequence[pl.Expr]) -> list[pl.Expr]:
-    return [expression.alias(f"n{index}") for index, expression in enumerate(expressions)]
 
 
 class _Rows:
