@@ -16,10 +16,11 @@ StrategyName: TypeAlias = Literal[
 Label: TypeAlias = Annotated[
     str,
     Field(
-        pattern=r"^(shard|shard_folder|image_folder|field:.+)$",
-        description="What names a row's source: `shard`; `shard_folder`, the folder of its shard below the "
-        "pool, or the shard's own name where it is in none; `image_folder`, the first folder of its first "
-        "image; or `field:NAME`, a field of the row, `field:meta.origin` one within another.",
+        pattern=r"^(source|shard|shard_folder|image_folder|field:.+)$",
+        description="What names a row's source: `source`, its field of that name, else as `shard_folder`; "
+        "`shard`; `shard_folder`, the folder of its shard below the pool, or the shard's own name where it "
+        "is in none; `image_folder`, the first folder of its first image; or `field:NAME`, a field of the "
+        "row, `field:meta.origin` one within another.",
     ),
 ]
 
@@ -59,7 +60,7 @@ class TokenBudget(_Declared):
 class DeclaredQuota(_Declared):
     """How many of the chosen rows a source has, at least and at most; sources that are not named are free."""
 
-    by: Label | Literal["source"] = "source"
+    by: Label = "source"
     floors: dict[str, Annotated[int | float, _COUNT_OR_SHARE]] = Field(
         default={}, description="By source: rows, or a share of the budget if a float; at least so many."
     )

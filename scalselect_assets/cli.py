@@ -180,8 +180,8 @@ def run(
     source_label: Annotated[
         str | None,
         typer.Option(
-            help="What names a row's source: shard, shard_folder, image_folder or field:NAME. "
-            "(default: shard_folder)",
+            help="What names a row's source: source (its field), shard, shard_folder, image_folder or "
+            "field:NAME. (default: source)",
             rich_help_panel=_CHOICE,
         ),
     ] = None,

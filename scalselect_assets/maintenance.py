@@ -58,7 +58,6 @@ from scalselect_assets import (
     training_dataset,
 )
 from scalselect_assets.partitions import shards_name
-from scalselect_assets.refresh import SHARD_INDEXES
 from scalselect_assets.selection import Selection
 
 NAME = "maintenance"
@@ -513,7 +512,9 @@ class _Survey:
 
     def _outputs(self) -> dict[str, list[_File]]:
         """The files of each shard, by its name in file names, the receipt first."""
-        indexes = [folder.name for folder in self._folders() if folder.name.startswith(SHARD_INDEXES)]
+        indexes = [
+            folder.name for folder in self._folders() if folder.name.startswith(raw_samples.SHARD_INDEXES)
+        ]
         outputs: dict[str, list[_File]] = defaultdict(list)
         for asset, suffix in (*_OUTPUTS, *((index, ".json") for index in indexes)):
             for path in self._artifacts.paths(asset, suffix=suffix):

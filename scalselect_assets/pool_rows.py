@@ -6,6 +6,7 @@ held; the texts of a shard are read only where a field of the row names the sour
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from scalselect_assets.method.subspace import Subspace
 
 NO_LABEL = "(none)"
-_ROW = {"text": pl.String(), "images": pl.List(pl.String())}
+_FIRST_FOLDER = re.compile(r"^(?:\./|/)*([^/]+)/")
 _SCORES = ("row", "sample_key", "source_id", "leverage", "normalised_leverage")
 
 
@@ -93,7 +94,7 @@ class PoolRows:
             wanted.append("image_sha256")
         if "image_folder" in self.labels:
             wanted.append("images")
-        if any(label.startswith("field:") for label in self.labels):
+        if any(label == "source" or label.startswith("field:") for label in self.labels):
             wanted.append("text")
         held = pl.DataFrame(self.embeddings.read_rows(table, wanted)).with_columns(
             n_image_tokens=pl.col("n_vision_tokens").cast(pl.Int64),
@@ -135,40 +136,69 @@ class PoolRows:
 
 
 def _label(label: str, shard: str) -> pl.Expr:
-    """The expression of a label over a table's columns."""
-    path = PurePosixPath(shard)
+    """The expression of a label over a table's columns; the same as `source_of` gives."""
     match label:
         case "shard":
             return pl.lit(shard)
         case "shard_folder":
-            return pl.lit(str(path.parent) if len(path.parts) > 1 else path.stem)
+            return pl.lit(_folder(shard))
         case "image_folder":
-            first = pl.col("images").list.first().str.extract(r"^(?:\./|/)*([^/]+)/")
-            return first.fill_null(NO_LABEL)
-    names = label.removeprefix("field:").split(".")
-    steps = "".join(f"[{json.dumps(name)}]" for name in names)
-    return pl.col("text").str.json_path_match(f"${steps}").fill_null(NO_LABEL)
+            return pl.col("images").list.first().str.extract(_FIRST_FOLDER.pattern).fill_null(NO_LABEL)
+    value = pl.col("text").str.json_path_match(
+        "$" + "".join(f"[{json.dumps(name)}]" for name in _field(label))
+    )
+    if label == "source":
+        named = value.str.strip_chars()
+        return pl.when(named != "").then(named).otherwise(pl.lit(_folder(shard)))
+    return value.fill_null(NO_LABEL)
 
 
 def source_of(label: str) -> Callable[[str, str], str]:
     """From a shard and the text of one of its rows to the row's label, also for rows that have no vector."""
 
     def of(shard: str, text: str) -> str:
-        table = pl.DataFrame({"text": [text], "images": [_images(text)]}, schema=_ROW)
-        return str(table.select(_label(label, shard).alias("label")).item())
+        if label == "shard":
+            return shard
+        if label == "shard_folder":
+            return _folder(shard)
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            row = None
+        if label == "image_folder":
+            return _image_folder(row)
+        value = row
+        for name in _field(label):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, str):
+            value = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        if label == "source":
+            return (value or "").strip() or _folder(shard)
+        return NO_LABEL if value is None else value
 
     return of
 
 
-def _images(text: str) -> list[str]:
-    """The images that a row names, whatever else is wrong with it."""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
+def _folder(shard: str) -> str:
+    """The folder of a shard below the pool, or its own name where it is in none."""
+    path = PurePosixPath(shard)
+    return str(path.parent) if len(path.parts) > 1 else path.stem
+
+
+def _field(label: str) -> list[str]:
+    """The names that lead to a field of the row."""
+    return label.removeprefix("field:").split(".")
+
+
+def _image_folder(row: object) -> str:
+    """The first folder of the first image that a row names, whatever else is wrong with it."""
     named = [row.get(field) for field in ("images", "image")] if isinstance(row, dict) else []
-    found = [image for value in named for image in (value if isinstance(value, list) else [value])]
-    return [image for image in found if isinstance(image, str)]
+    for value in named:
+        for image in value if isinstance(value, list) else [value]:
+            if isinstance(image, str):
+                found = _FIRST_FOLDER.match(image)
+                return found[1] if found else NO_LABEL
+    return NO_LABEL
 
 
 def candidates(rows: pl.DataFrame, labels: Sequence[str]) -> "Candidates":

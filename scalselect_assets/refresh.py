@@ -48,9 +48,6 @@ from scalselect_assets.selection import Selection
 SHARD_FILES = "shard_files"
 SHARD_MANIFEST = "shard_manifest"
 REFRESH_TAG = "scalselect/refresh"
-SHARD_INDEXES = "shard_index-"
-"""Followed by the version of the code that reads shards, as whose rows an index knows the images."""
-SHARD_INDEX = f"{SHARD_INDEXES}{raw_samples.CODE_VERSION}"
 _RECORDS_PER_QUERY = 1000  # Dagster's own limit
 _SHARD_ASSETS = (raw_samples.NAME, attention_embeddings.NAME, embedding_moments.NAME)
 
@@ -160,11 +157,11 @@ def _is_being_written(changed_at: float | None, settle_seconds: float) -> bool:
 def _current_index(source: SampleSource, artifacts: ArtifactStore, shard: str) -> ShardIndex:
     # An index that is missing, damaged or of another layout is made again; it is only a memory.
     with contextlib.suppress(ArtifactMissingError, ArtifactCorruptError, ValueError):
-        known = ShardIndex.from_json(artifacts.read_json(SHARD_INDEX, shard))
+        known = ShardIndex.from_json(artifacts.read_json(raw_samples.SHARD_INDEX, shard))
         if source.is_current(shard, known):
             return known
     index = source.index_shard(shard)
-    artifacts.write_json(SHARD_INDEX, index.to_json(), shard)
+    artifacts.write_json(raw_samples.SHARD_INDEX, index.to_json(), shard)
     return index
 
 

@@ -38,7 +38,6 @@ from scalselect_assets import (
 from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.method.rejection import RejectionReason
 from scalselect_assets.partitions import shards_name
-from scalselect_assets.refresh import SHARD_INDEX
 from scalselect_assets.selection import Selection
 
 SHORTEST_PREFIX: Final = 6
@@ -337,7 +336,7 @@ class _Trace:
             "ui": self._page("shard_files", shard),
         }
         try:
-            index = ShardIndex.from_json(self._artifacts.read_json(SHARD_INDEX, shard))
+            index = ShardIndex.from_json(self._artifacts.read_json(raw_samples.SHARD_INDEX, shard))
         except (ArtifactMissingError, ArtifactCorruptError, ValueError):
             self._problems.append(f"what the shard file held is not remembered; {self._remedy}")
             return facts

@@ -128,7 +128,7 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         "rows that span the subspace together, or a comparator.",
     )
     seed: int = Field(default=0, ge=0, description="Of strategies and exports that draw.")
-    source_label: Label = Field(default="shard_folder", validate_default=True)
+    source_label: Label = "source"
     quotas: list[DeclaredQuota] = Field(
         default=[], description="Floors and ceilings by source, or by any other label; one entry for each."
     )

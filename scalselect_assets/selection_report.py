@@ -10,7 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
@@ -28,6 +28,7 @@ from resources.image_root import is_local
 from resources.sample_source import SampleSource
 from resources.samples import parse_row
 from resources.storage import StorageResource
+from resources.vlm import VlmResource
 from scalselect_assets import (
     attention_embeddings,
     comparison,
@@ -58,6 +59,7 @@ from scalselect_assets.report.content import (
 )
 from scalselect_assets.report.distribution import LeverageCounts
 from scalselect_assets.selection import Selection
+from scalselect_assets.shown_attention import AttentionOverlays
 from scalselect_assets.tables import COMPOSITION, column_schema
 
 NAME = "selection_report"
@@ -110,19 +112,6 @@ Overlay: TypeAlias = Callable[[GallerySample], bytes | None]
 is none."""
 
 
-def row_source(shard: str, row_json: str) -> str:
-    """The row's own ``source`` where it names one, else the shard's folder, else its name."""
-    try:
-        row = json.loads(row_json)
-    except (ValueError, RecursionError):
-        row = None
-    named = row.get("source") if isinstance(row, dict) else None
-    if isinstance(named, str) and named.strip():
-        return named.strip()
-    folder, _, name = shard.rpartition("/")
-    return folder or name
-
-
 @dataclass(frozen=True, slots=True)
 class Additions:
     """What the report takes from elsewhere.
@@ -134,7 +123,7 @@ class Additions:
         version: Of what these give; the report is stale when it changes.
     """
 
-    source_of: SourceOf = row_source
+    source_of: SourceOf = field(default_factory=lambda: source_of("source"))
     overlay: Overlay | None = None
     comparison: Callable[[ArtifactStore], Comparison | None] | None = None
     version: str = ""
@@ -240,7 +229,9 @@ def build(selection: Selection, additions: Additions | None = None) -> dg.Assets
             ),
         ],
     )
-    def selection_report(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
+    def selection_report(
+        context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
+    ) -> dg.MaterializeResult:
         """The selection as one page to open in a browser: curves, composition, rejected rows, galleries."""
         from scalselect_assets.report.render import render
 
@@ -248,10 +239,11 @@ def build(selection: Selection, additions: Additions | None = None) -> dg.Assets
             start = time.monotonic()
             artifacts = storage.artifacts(selection.store)
             manifest = training_dataset.read_manifest(artifacts)
-            content = gather(
-                storage, selection, churn=last_churn(context.instance, selection), more=additions
-            )
+            overlays = AttentionOverlays(selection, storage, vlm)
+            more = additions if additions.overlay else replace(additions, overlay=overlays.of)
+            content = gather(storage, selection, churn=last_churn(context.instance, selection), more=more)
             page = render(content)
+            overlays.forget_others()
             n_bytes = artifacts.write_text(path := page_path(artifacts), [page])
             data_version = hashlib.sha256(page.encode()).hexdigest()
             made_from = provenance(manifest, additions.version)

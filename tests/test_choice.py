@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from scalselect_assets import comparison
+from scalselect_assets import comparison, pool_rows
 from scalselect_assets.choice_settings import Comparison
 from scalselect_assets.pool_rows import SampleListError, source_of
 from scalselect_assets.refresh import RefreshError, summary
@@ -89,7 +89,7 @@ def test_by_default_the_highest_leverage_is_chosen_and_every_column_is_there(ben
 
 
 def test_floors_and_ceilings_hold_by_source_and_the_best_of_each_are_taken(bench: Bench) -> None:
-    quotas = [{"by": "shard_folder", "floors": {"rare": 3}, "ceilings": {"big": 0.5}}]
+    quotas = [{"floors": {"rare": 3}, "ceilings": {"big": 0.5}}]
     subset = chosen(bench, budget=6, quotas=quotas)
     assert Counter(subset["source"]) == {"big": 3, "rare": 3}
     scores = all_scores(bench).sort("normalised_leverage", descending=True)
@@ -140,20 +140,37 @@ def test_a_list_that_is_not_there_is_named(bench: Bench, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("label", "text", "expected"),
+    ("label", "shard", "text", "expected"),
     [
-        ("shard", "{}", "x/y.jsonl"),
-        ("shard_folder", "{}", "x"),
-        ("image_folder", '{"image": "coco/train/1.jpg"}', "coco"),
-        ("image_folder", '{"images": ["./gqa/1.jpg", "coco/2.jpg"]}', "gqa"),
-        ("image_folder", '{"image": "1.jpg"}', "(none)"),
-        ("field:source", '{"source": "vqa"}', "vqa"),
-        ("field:meta.origin", '{"meta": {"origin": "web"}}', "web"),
-        ("field:source", "no JSON at all", "(none)"),
+        ("shard", "x/y.jsonl", "{}", "x/y.jsonl"),
+        ("shard_folder", "x/y.jsonl", "{}", "x"),
+        ("shard_folder", "y.jsonl", "{}", "y"),
+        ("image_folder", "y.jsonl", '{"images": ["coco/train/1.jpg"]}', "coco"),
+        ("image_folder", "y.jsonl", '{"images": ["./gqa/1.jpg", "coco/2.jpg"]}', "gqa"),
+        ("image_folder", "y.jsonl", '{"images": ["1.jpg"]}', "(none)"),
+        ("field:kind", "y.jsonl", '{"kind": "vqa"}', "vqa"),
+        ("field:kind", "y.jsonl", '{"kind": 7}', "7"),
+        ("field:kind", "y.jsonl", '{"kind": null}', "(none)"),
+        ("field:kind", "y.jsonl", "{}", "(none)"),
+        ("field:meta.origin", "y.jsonl", '{"meta": {"origin": "웹"}}', "웹"),
+        ("source", "x/y.jsonl", '{"source": " coco "}', "coco"),
+        ("source", "x/y.jsonl", '{"source": "  "}', "x"),
+        ("source", "y.jsonl", "{}", "y"),
     ],
 )
-def test_a_label_is_read_from_the_shard_the_images_or_a_field(label: str, text: str, expected: str) -> None:
-    assert source_of(label)("x/y.jsonl", text) == expected
+def test_a_label_is_read_from_the_shard_the_images_or_a_field(
+    label: str, shard: str, text: str, expected: str
+) -> None:
+    assert source_of(label)(shard, text) == expected
+    table = pl.DataFrame({"text": [text], "images": [json.loads(text).get("images", [])]})
+    table = table.with_columns(pl.col("images").cast(pl.List(pl.String)))
+    assert table.select(pool_rows._label(label, shard)).item() == expected
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[" * 100_000, "[]", '{"image": 7}'])
+def test_whatever_a_row_is_it_has_a_label(text: str) -> None:
+    assert source_of("source")("y.jsonl", text) == "y"
+    assert source_of("image_folder")("y.jsonl", text) == source_of("field:kind")("y.jsonl", text) == "(none)"
 
 
 # Strategies

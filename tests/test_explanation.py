@@ -18,6 +18,7 @@ from scalselect_assets import attention_embeddings
 from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
 from scalselect_assets.explanation import (
     DEFAULT_SIMILAR,
+    Exemplar,
     Explanation,
     ExplanationError,
     attention_of,
@@ -339,7 +340,7 @@ def test_without_a_result_there_is_nothing_to_explain(changeable: Bench) -> None
         told(changeable, "two images")
 
 
-def every_exemplar(found: Explanation) -> list[explanation.Exemplar]:
+def every_exemplar(found: Explanation) -> list[Exemplar]:
     return [one for direction in found.directions for one in (*direction.same_side, *direction.other_side)]
 
 

@@ -27,7 +27,6 @@ from scalselect_assets.selection_report import (
     page_path,
     provenance,
     read_receipt,
-    row_source,
 )
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
 from tests.report.page import Page
@@ -40,7 +39,9 @@ def materialized(bench: Bench, more: Additions | None = None) -> dg.ExecuteInPro
     """The asset beside the others, which are materialized already."""
     asset = selection_report.build(bench.selection, *([more] if more else []))
     with open_instance(bench.selection) as instance:
-        return dg.materialize([asset], instance=instance, resources={"storage": bench.storage})
+        return dg.materialize(
+            [asset], instance=instance, resources={"storage": bench.storage, "vlm": bench.vlm}
+        )
 
 
 def told(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
@@ -308,23 +309,6 @@ def test_many_sources_are_added_up_after_the_largest(kept: Bench) -> None:
     manifest = training_dataset.read_manifest(kept.artifacts)
     for name, attribute in (("rows", "pool"), ("embedded", "embedded"), ("selected", "selected")):
         assert sum(getattr(one, attribute) for one in content.composition) == manifest[name]
-
-
-@pytest.mark.parametrize(
-    ("shard", "text", "expected"),
-    [
-        ("a.jsonl", '{"source": " coco "}', "coco"),
-        ("vqa/a.jsonl", '{"source": 7}', "vqa"),
-        ("deep/er/a.jsonl", "{}", "deep/er"),
-        ("a.jsonl", "not json", "a.jsonl"),
-        ("a.jsonl", "[" * 100_000, "a.jsonl"),
-        ("a.jsonl", '{"source": "  "}', "a.jsonl"),
-    ],
-)
-def test_a_row_is_from_the_source_that_it_names_else_from_its_shards_folder(
-    shard: str, text: str, expected: str
-) -> None:
-    assert row_source(shard, text) == expected
 
 
 def test_the_report_is_due_when_the_dataset_or_what_is_added_changes(kept: Bench) -> None:
