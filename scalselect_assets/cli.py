@@ -752,6 +752,11 @@ def _print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
+def _told_budget(selection: Selection) -> str:
+    budget = selection.declared_budget
+    return str(budget.amount) if budget.unit == "rows" else f"{budget.amount} {budget.unit.replace('_', ' ')}"
+
+
 def _print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
     rejected = result["rejected"]
     for label, value in (
@@ -770,9 +775,11 @@ def _print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
             if (bound := result["score_error_bound"])
             else []
         ),
-        ("selected", f"{result['selected']:,} (budget {selection.budget})"),
+        ("selected", f"{result['selected']:,} ({selection.strategy}, budget {_told_budget(selection)})"),
         ("subset", result["selected_subset"]),
         ("dataset", result["training_dataset"]),
+        *((name.replace("_", " ", 1), place) for name, place in result.items() if name.startswith("export_")),
+        *([("report", result["report"])] if "report" in result else []),
         ("lineage", result["manifest"]),
     ):
         _out.print(f"{label:<24}{escape(str(value))}", **_PLAIN)

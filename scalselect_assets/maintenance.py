@@ -512,9 +512,8 @@ class _Survey:
 
     def _outputs(self) -> dict[str, list[_File]]:
         """The files of each shard, by its name in file names, the receipt first."""
-        indexes = [
-            folder.name for folder in self._folders() if folder.name.startswith(raw_samples.SHARD_INDEXES)
-        ]
+        names = [folder.name for folder in self._folders()]
+        indexes = [name for name in names if name.startswith(raw_samples.SHARD_INDEXES)]
         outputs: dict[str, list[_File]] = defaultdict(list)
         for asset, suffix in (*_OUTPUTS, *((index, ".json") for index in indexes)):
             for path in self._artifacts.paths(asset, suffix=suffix):

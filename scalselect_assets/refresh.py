@@ -41,6 +41,7 @@ from scalselect_assets import (
     training_dataset,
 )
 from scalselect_assets.basis_history import ScorePlan, is_whole
+from scalselect_assets.exports import publish
 from scalselect_assets.lineage import DATA_VERSION_TAG, recorded
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection
@@ -773,4 +774,10 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
         "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=".parquet")),
         "training_dataset": str(folder / manifest["training_file"]),
         "manifest": str(artifacts.path(training_dataset.NAME, training_dataset.MANIFEST, suffix=".json")),
+        **{f"export_{name}": str(folder / publish.FOLDER / name) for name in manifest.get("exports", {})},
+        **(
+            {"report": str(selection_report.page_path(artifacts))}
+            if selection_report.is_complete(artifacts)
+            else {}
+        ),
     }
