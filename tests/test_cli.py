@@ -101,7 +101,10 @@ def test_the_demo_accounts_for_every_row_and_does_nothing_twice(
     moved = (tmp_path / ".scalselect" / "demo").rename(tmp_path / "moved")
     assert summary_of(scalselect("status", "--store", "moved", "--json"))["manifest"].startswith(str(moved))
     (moved / "training_dataset" / "train.jsonl").unlink()
-    assert summary_of(scalselect("status", "--store", "moved", "--json"))["pending"] == ["training_dataset"]
+    assert summary_of(scalselect("status", "--store", "moved", "--json"))["pending"] == [
+        "training_dataset",
+        "selection_report",
+    ]
     assert not (tmp_path / ".scalselect" / "demo").exists()
 
 

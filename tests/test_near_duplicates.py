@@ -20,7 +20,6 @@ from scalselect_assets import attention_embeddings, importance_scores, removed_s
 from scalselect_assets.curation import NearDuplicates
 from scalselect_assets.method.moments import MomentsAccumulator
 from scalselect_assets.method.subspace import principal_axes
-from scalselect_assets.near_duplicates import NEAR_DUPLICATES
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import IMPORTANCE_SCORES, polars_schema
 from tests.conftest import sharegpt_row
@@ -151,8 +150,8 @@ def test_a_pool_of_different_samples_loses_none(tmp_path: Path) -> None:
     write_store(tmp_path, {"a": different(40), "b": different(40, seed=2)})
     frame, told, _ = materialized(tmp_path)
     assert frame.is_empty()
-    assert frame.schema == polars_schema(NEAR_DUPLICATES)
-    assert (told["kept"], told["embedded"], told["search"], told["recall"]) == (80, 80, "exact", 1.0)
+    assert frame.schema == polars_schema(removed_samples.REMOVED_SAMPLES)
+    assert (frame.height, told["embedded"], told["search"], told["recall"]) == (0, 80, "exact", 1.0)
 
 
 def test_an_exact_copy_is_found_whatever_its_name_its_id_and_its_shard(tmp_path: Path) -> None:
@@ -261,7 +260,7 @@ def test_no_row_is_lost_and_what_is_kept_has_no_duplicates_left(tmp_path: Path) 
     )
     kept = rows.join(frame, on=["shard", "row"], how="anti")
     assert kept.height + frame.height == rows.height == told["embedded"]
-    assert told["kept"] == kept.height
+    assert told["dagster/row_count"] == frame.height
     assert {"exact_duplicate", "near_duplicate"} == set(frame["reason"])
     leverage = {(shard, row): one.leverage for shard, rows in pool.items() for row, one in enumerate(rows)}
     for one in frame.rows(named=True):

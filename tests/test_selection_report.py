@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from resources.artifacts import ArtifactStore
-from scalselect_assets import selection_report, training_dataset
+from scalselect_assets import selection_report, shown_attention, training_dataset
 from scalselect_assets.deployment import open_instance
 from scalselect_assets.report.content import Comparison, Measure, ReportContent, Strategy
 from scalselect_assets.report.render import render
@@ -143,13 +143,38 @@ def test_the_page_is_what_its_versions_say(kept: Bench, made: dg.ExecuteInProces
     page = page_path(kept.artifacts).read_bytes()
     assert receipt["data_version"] == hashlib.sha256(page).hexdigest()
     assert receipt["bytes"] == len(page)
-    assert receipt["provenance"] == provenance(training_dataset.read_manifest(kept.artifacts))
+    assert receipt["provenance"] == provenance(
+        training_dataset.read_manifest(kept.artifacts), selection_report.additions_of(kept.selection).version
+    )
     assert told(made)["scalselect/provenance"] == receipt["provenance"]
     assert is_complete(kept.artifacts)
 
 
 def test_the_same_selection_gives_the_same_bytes(kept: Bench, content: ReportContent) -> None:
-    assert render(content) == page_path(kept.artifacts).read_text() == render(gathered(kept))
+    assert render(content) == render(gathered(kept))
+    before = page_path(kept.artifacts).read_bytes()
+    materialized(kept)
+    assert page_path(kept.artifacts).read_bytes() == before
+
+
+def test_where_attention_lies_is_drawn_once_and_forgotten_when_it_is_not_shown(
+    kept: Bench, made: dg.ExecuteInProcessResult, content: ReportContent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = {item.place for gallery in content.galleries for item in gallery.items}
+    folder = kept.store / shown_attention.FOLDER
+    drawn = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(drawn) == len(shown)
+    (folder / "of-another-night.png").write_bytes(b"")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("it is there already")
+
+    monkeypatch.setattr(shown_attention, "attention_of", refuse)
+    materialized(kept)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == drawn
+    assert page_path(kept.artifacts).read_text().count('class="overlay"') == sum(
+        len(gallery.items) for gallery in content.galleries
+    )
 
 
 def test_rows_are_counted_by_source_before_and_after(kept: Bench, content: ReportContent) -> None:
@@ -159,9 +184,9 @@ def test_rows_are_counted_by_source_before_and_after(kept: Bench, content: Repor
     counts = {one.source: (one.pool, one.embedded, one.selected) for one in content.composition}
     assert counts == {
         "web": (14, 14, by_shard.get("web/a.jsonl", 0)),
-        "b.jsonl": (10, 10, by_shard.get("b.jsonl", 0)),
+        "b": (10, 10, by_shard.get("b.jsonl", 0)),
         "<b>ours</b>": (6, 5, sum(row != 0 for row in from_c)),
-        "c.jsonl": (4, 1, sum(row == 0 for row in from_c)),
+        "c": (4, 1, sum(row == 0 for row in from_c)),
     }
     assert [one.pool for one in content.composition] == [14, 10, 6, 4]
 
