@@ -36,6 +36,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -139,7 +140,7 @@ def fine_tune(
     source, revision = export.model["model"], export.model["commit"] or export.model["revision"]
     with quiet_transformers(keep_bars=not Path(source).is_dir()):
         set_seed(recipe.seed)
-        model, processor = _load(source, revision, recipe)
+        model, processor = _load_model(source, revision, recipe), _load_processor(source, revision)
         base = weights_sha256(model)
         settings = digest(CODE_VERSION, recipe.result_settings(), export.model["fingerprint"], base)
         folder = runs / f"{export.version[:16]}-{settings[:8]}"
@@ -158,11 +159,16 @@ def fine_tune(
                 raise TrainingError(
                     f"none of the {len(export.rows)} rows can be trained on: see {folder / _ROWS}"
                 )
-            model = _prepared(model, recipe)
-            trained, frozen = _parameters(model)
             checkpoint, resumed_from = _last_checkpoint(folder / "checkpoints")
             if checkpoint:
                 tell(f"going on from step {resumed_from}, {checkpoint}")
+                if not recipe.lora:
+                    del model  # before its successor is there
+                    # Checkpoints bear the names of the hub's weights. The Trainer looks for those of the
+                    # model's modules, finds none, and goes on with what it has (transformers#43701).
+                    model = _load_model(str(checkpoint), None, recipe)
+            model = _prepared(model, recipe)
+            trained, frozen = _parameters(model)
             trainer = _trainer(
                 model, Subset(rows, sorted(lengths)), Collator(processor), recipe, folder, tell
             )
@@ -196,14 +202,17 @@ def _require_one_device(recipe: Recipe) -> None:
         )
 
 
-def _load(source: str, revision: str | None, recipe: Recipe) -> tuple[Any, Any]:
-    """Model and processor; what is trained is float32, frozen weights under LoRA are as computed."""
+def _load_processor(source: str, revision: str | None) -> Any:
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    return load_processor(source, revision, config)
+
+
+def _load_model(source: str, revision: str | None, recipe: Recipe) -> Any:
+    """The model; what is trained is float32, frozen weights under LoRA are as computed."""
     dtype = torch.bfloat16 if recipe.lora and recipe.precision == "bfloat16" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(
+    return AutoModelForImageTextToText.from_pretrained(
         source, revision=revision, dtype=dtype, trust_remote_code=False
     )
-    return model, load_processor(source, revision, config)
 
 
 def _max_tokens(export: Export, recipe: Recipe) -> int:
@@ -322,13 +331,18 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
 
 def _last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The last whole checkpoint and its step; removes those that a killed process left unfinished."""
+    """The last whole checkpoint to go on from, and its step; removes what a killed process left unfinished.
+
+    That of the very last step is left alone: the Trainer would take one step beyond it.
+    """
     found: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
-        if (path / _WHOLE).exists():
-            found[int(path.name.removeprefix("checkpoint-"))] = path
-        else:
+        if not (path / _WHOLE).exists():
             shutil.rmtree(path)
+            continue
+        state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            found[state.global_step] = path
     return (found[max(found)], max(found)) if found else (None, 0)
 
 

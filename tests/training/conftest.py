@@ -13,6 +13,7 @@ from upath import UPath
 
 from scalselect_assets.selection import Selection
 from tests.conftest import png_bytes, sharegpt_row, write_lines
+from tests.quick_dagster import quick_storage
 from tests.test_refresh import Bench
 from training.exports import Export, read_export
 
@@ -41,7 +42,7 @@ ROWS = [
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, demo_vlm: Path) -> Bench:
+def made(tmp_path_factory: pytest.TempPathFactory, dagster_templates: Path, demo_vlm: Path) -> Bench:
     """A refreshed selection of all of ``ROWS``, the one without an image included."""
     folder = tmp_path_factory.mktemp("selection")
     write_lines(folder / "pool" / "a.jsonl", ROWS)
@@ -49,7 +50,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, demo_vlm: Path) -> Bench:
         (folder / "pool" / f"{index}.png").write_bytes(png_bytes(index))
     bench = Bench(folder / "pool", folder / "store", demo_vlm)
     bench.options |= {"budget": 1.0, "text_only": "keep"}
-    bench.refresh()
+    with quick_storage(dagster_templates):
+        bench.refresh()
     return bench
 
 
