@@ -163,9 +163,9 @@ def _fine_tune() -> Callable[..., Any]:
     """
     from importlib.util import find_spec
 
-    if missing := [name for name in ("accelerate", "peft", "filelock") if find_spec(name) is None]:
+    if missing := [name for name in ("accelerate", "peft") if find_spec(name) is None]:
         raise dg.Failure(
-            f"{' and '.join(missing)} are needed to train and are not installed: {EXTRA}", allow_retries=False
+            f"training needs {' and '.join(missing)}, not installed here: {EXTRA}", allow_retries=False
         )
     from training.fine_tuning import fine_tune
 

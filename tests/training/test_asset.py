@@ -77,7 +77,7 @@ def in_a_fresh_process(code: str, **environment: str) -> str:
 
 def test_it_loads_light_without_a_selection_and_without_the_extra(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
-    blocked = "".join(f"sys.modules['{name}'] = None; " for name in ("accelerate", "peft", "filelock"))
+    blocked = "".join(f"sys.modules['{name}'] = None; " for name in ("accelerate", "peft"))
     said = in_a_fresh_process(
         f"import sys; {blocked}from training.definitions import defs; "
         "import dagster as dg; dg.Definitions.validate_loadable(defs); "
@@ -194,13 +194,14 @@ def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(
         importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name)
     )
     result = materialize(outputs, tmp_path / "runs", instance)
-    assert failure(result) == f"accelerate are needed to train and are not installed: {EXTRA}"
+    assert failure(result) == f"training needs accelerate, not installed here: {EXTRA}"
 
 
 def test_only_another_version_of_the_rows_makes_a_training_due(
     outputs: Outputs, instance: dg.DagsterInstance
 ) -> None:
-    defs = build("bench", outputs.selection.store)
+    runs = dg.Definitions(resources={"training_runs": TrainingRuns()})
+    defs = dg.Definitions.merge(build("bench", outputs.selection.store), runs)
     cursor = None
 
     def due() -> int:
