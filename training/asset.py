@@ -4,10 +4,9 @@ It depends on assets of another code location by their keys alone. Dagster draws
 because the keys are the same; it records in each materialization which versions of both it was made from.
 """
 
-import json
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field
@@ -16,6 +15,9 @@ from upath import UPath
 from training.exports import Export, ExportError, read_export, read_manifest
 from training.plots import loss_curve
 from training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from training.fine_tuning import Result
 
 NAME = "training_run"
 CODE_VERSION = "1"
@@ -99,10 +101,10 @@ def build(selection: str, store: str) -> dg.Definitions:
         context: dg.AssetExecutionContext, config: Recipe, training_runs: TrainingRuns
     ) -> dg.MaterializeResult:
         """The target model, fine-tuned on the selected subset."""
-        fine_tune = _fine_tune()
-        # Errors of one's own say what to do, and trying again would not help.
-        from training.fine_tuning import TrainingError
+        _require_the_extra()
+        from training.fine_tuning import TrainingError, fine_tune
 
+        # Both errors say what to do; trying again would not help.
         try:
             export = read_export(training_runs.outputs(store))
             context.log.info(f"{len(export.rows)} rows of version {export.version}, verified")
@@ -155,21 +157,16 @@ def build(selection: str, store: str) -> dg.Definitions:
     return dg.Definitions(assets=[training_run], asset_checks=[trained_on_the_present_subset])
 
 
-def _fine_tune() -> Callable[..., Any]:
-    """The function that trains; only now are torch and Transformers imported.
+def _require_the_extra() -> None:
+    """The location loads without the packages that only training needs.
 
     Raises:
-        dg.Failure: The packages of the extra are not installed.
+        dg.Failure: They are not installed.
     """
-    from importlib.util import find_spec
-
     if missing := [name for name in ("accelerate", "peft") if find_spec(name) is None]:
         raise dg.Failure(
             f"training needs {' and '.join(missing)}, not installed here: {EXTRA}", allow_retries=False
         )
-    from training.fine_tuning import fine_tune
-
-    return fine_tune
 
 
 def _versions(export: Export) -> dict[str, Any]:
@@ -182,12 +179,12 @@ def _versions(export: Export) -> dict[str, Any]:
         "basis_version": manifest["basis_version"],
         "training_file_sha256": export.training_file_sha256,
         "target_model": export.model["model"],
-        "target_model_revision": export.model["commit"] or export.model["revision"] or "",
+        "target_model_revision": export.model["commit"] or export.model["revision"] or "none: a local folder",
         "model_fingerprint": export.model["fingerprint"],
     }
 
 
-def _outcome(result: Any, recipe: Recipe) -> dict[str, Any]:
+def _outcome(result: "Result", recipe: Recipe) -> dict[str, Any]:
     """What came out; plain numbers are those that Dagster plots over time."""
     return {
         "loss_curve": loss_curve(result.losses, result.resumed_from),
@@ -205,7 +202,7 @@ def _outcome(result: Any, recipe: Recipe) -> dict[str, Any]:
         "seconds": result.seconds,
         "trained_now": result.made_now,
         "seed": recipe.seed,
-        "recipe": json.loads(recipe.model_dump_json()),
+        "recipe": {**recipe.model_dump(), "learning_rate": recipe.highest_learning_rate},
         "base_weights_sha256": result.base_weights_sha256,
         "packages": result.packages,
         "model": dg.MetadataValue.path(str(result.model_folder)),

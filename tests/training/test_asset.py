@@ -191,7 +191,7 @@ def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name)
+        "training.asset.find_spec", lambda name: None if name == "accelerate" else found(name)
     )
     result = materialize(outputs, tmp_path / "runs", instance)
     assert failure(result) == f"training needs accelerate, not installed here: {EXTRA}"
