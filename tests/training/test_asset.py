@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,47 +64,56 @@ def checks(result: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEvaluati
     return {check.check_name: check for check in result.get_asset_check_evaluations()}
 
 
-def in_a_fresh_process(code: str, **environment: str) -> str:
-    finished = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return finished.stdout.strip()
+def declared(made: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> dg.Definitions:
+    """The code location where selections of these names are declared."""
+    for name in names:
+        (folder / f"{name}.yaml").write_text(made.selection.model_copy(update={"name": name}).to_yaml())
+    monkeypatch.setenv("SCALSELECT_SELECTIONS", str(folder))
+    defs: dg.Definitions = runpy.run_module("training.definitions")["defs"]
+    return defs
 
 
 def test_it_loads_light_without_a_selection_and_without_the_extra(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     blocked = "".join(f"sys.modules['{name}'] = None; " for name in ("accelerate", "peft"))
-    said = in_a_fresh_process(
-        f"import sys; {blocked}from training.definitions import defs; "
-        "import dagster as dg; dg.Definitions.validate_loadable(defs); "
-        "print(len(defs.resolve_asset_graph().materializable_asset_keys), "
-        "sorted({'torch', 'transformers', 'lancedb'} & set(sys.modules)))",
-        SCALSELECT_SELECTIONS=str(tmp_path / "none"),
-    )
-    assert said == "0 []"
-
-
-def test_each_declared_selection_has_a_run_that_hangs_on_its_outputs(made: Bench, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        declared = made.selection.model_copy(update={"name": name})
-        (tmp_path / f"{name}.yaml").write_text(declared.to_yaml())
-    said = in_a_fresh_process(
-        "from training.definitions import defs; graph = defs.resolve_asset_graph(); "
-        "print(sorted((key.to_user_string(), sorted(p.to_user_string() for p in graph.get(key).parent_keys)) "
-        "for key in graph.materializable_asset_keys))",
-        SCALSELECT_SELECTIONS=str(tmp_path),
-    )
-    assert said == str(
+    finished = subprocess.run(
         [
-            (f"{name}/training_run", [f"{name}/selected_subset", f"{name}/training_dataset"])
-            for name in ("one", "two")
-        ]
+            *(sys.executable, "-c"),
+            f"import sys; {blocked}from training.definitions import defs; "
+            "import dagster as dg; dg.Definitions.validate_loadable(defs); "
+            "print(len(defs.resolve_asset_graph().materializable_asset_keys), "
+            "sorted({'torch', 'transformers', 'lancedb'} & set(sys.modules)))",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "SCALSELECT_SELECTIONS": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    assert finished.stdout.strip() == "0 []"
+
+
+def test_each_declared_selection_has_a_run_that_hangs_on_its_outputs(
+    made: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = declared(made, tmp_path, monkeypatch, "one", "two").resolve_asset_graph()
+    assert {
+        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
+        for key in graph.materializable_asset_keys
+    } == {
+        f"{name}/training_run": {f"{name}/selected_subset", f"{name}/training_dataset"}
+        for name in ("one", "two")
+    }
+
+
+def test_nothing_trains_by_itself_until_a_person_turns_it_on(
+    made: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = declared(made, tmp_path, monkeypatch, "one").get_repository_def()
+    assert {sensor.name: sensor.default_status for sensor in repository.sensor_defs} == {
+        "training_automation": dg.DefaultSensorStatus.STOPPED
+    }
+    assert not repository.schedule_defs
 
 
 @trains
@@ -229,16 +239,6 @@ def test_only_another_version_of_the_rows_makes_a_training_due(
     assert due() == 1  # while it was trained on b
     trained()
     assert due() == 0
-
-
-def test_nothing_trains_by_itself_until_a_person_turns_it_on(made: Bench, tmp_path: Path) -> None:
-    (tmp_path / "one.yaml").write_text(made.selection.to_yaml())
-    said = in_a_fresh_process(
-        "from training.definitions import defs; r = defs.get_repository_def(); "
-        "print([(s.name, s.default_status.value) for s in r.sensor_defs], len(r.schedule_defs))",
-        SCALSELECT_SELECTIONS=str(tmp_path),
-    )
-    assert said == "[('training_automation', 'STOPPED')] 0"
 
 
 def test_the_first_location_knows_nothing_of_the_second() -> None:
