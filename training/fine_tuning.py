@@ -139,7 +139,6 @@ def fine_tune(
     _require_one_device(recipe)
     source, revision = export.model["model"], export.model["commit"] or export.model["revision"]
     with quiet_transformers(keep_bars=not Path(source).is_dir()):
-        set_seed(recipe.seed)
         model, processor = _load_model(source, revision, recipe), _load_processor(source, revision)
         base = weights_sha256(model)
         settings = digest(CODE_VERSION, recipe.result_settings(), export.model["fingerprint"], base)
@@ -178,9 +177,7 @@ def fine_tune(
                 folder=folder,
                 data_version=weights_sha256(tuned),
                 base_weights_sha256=base,
-                losses=tuple(
-                    (entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
-                ),
+                losses=_losses(trainer.state),
                 steps=trainer.state.global_step,
                 rows=len(lengths),
                 tokens=sum(lengths.values()),
@@ -234,7 +231,11 @@ def _judged(
 
 
 def _prepared(model: Any, recipe: Recipe) -> Any:
-    """The model with what is not trained frozen, and with adapters where LoRA is asked for."""
+    """The model with what is not trained frozen, and with adapters where LoRA is asked for.
+
+    Adapters begin at random numbers that depend on the seed alone, and on nothing that ran before.
+    """
+    set_seed(recipe.seed)
     tower = model.get_encoder(modality="image")
     if recipe.freeze_vision_tower:
         for name, parameter in tower.named_parameters():
@@ -328,6 +329,10 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The checkpoint's files are all written."""
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+
+
+def _losses(state: TrainerState) -> tuple[tuple[int, float], ...]:
+    return tuple((entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry)
 
 
 def _last_checkpoint(folder: Path) -> tuple[Path | None, int]:

@@ -198,8 +198,9 @@ def test_the_tuned_model_is_one_that_transformers_loads_and_that_answers(whole: 
 def test_lora_trains_adapters_alone_and_leaves_a_merged_model(
     outputs: Outputs, fresh: Path, demo_vlm: Path
 ) -> None:
-    with pytest.raises(StoppedError):
-        train(outputs, fresh, stop_at(4), lora=True, lora_rank=4)
+    for step in (1, 4):  # before the first checkpoint, and after it
+        with pytest.raises(StoppedError):
+            train(outputs, fresh, stop_at(step), lora=True, lora_rank=4)
     result = train(outputs, fresh, lora=True, lora_rank=4)
     unstopped = train(outputs, fresh / "other", lora=True, lora_rank=4)
     assert (result.resumed_from, result.data_version) == (2, unstopped.data_version)
