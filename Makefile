@@ -15,7 +15,7 @@ install: $(INSTALLED)  ## Create .venv with the package and everything that the 
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,training]'
 	@touch $@
 
 demo: install  ## Generate a pool and a small VLM, run the whole path, say where the selection is
@@ -23,7 +23,6 @@ demo: install  ## Generate a pool and a small VLM, run the whole path, say where
 
 train: install  ## Fine-tune the demo's model on what the demo selected (a minute; after `make demo`)
 	@test -f $(DEMO)/demo/training_dataset/manifest.json || { echo "run 'make demo' first"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'
 	DAGSTER_HOME=$(abspath $(DEMO)/demo/dagster) $(BIN)/dagster asset materialize \
 		-m training.definitions --select demo/training_run -c training/demo.yaml
 
