@@ -57,7 +57,7 @@ class ParsedRow:
     rejection: Rejection | None = None
 
 
-def parse_row(text: str, row: int = 0) -> ParsedRow:
+def parse_row(text: str, row: int = 0, *, keep_text_only: bool = False) -> ParsedRow:
     """Read one row.
 
     Of a key that occurs twice the last value counts, as in every common JSON reader.
@@ -65,6 +65,7 @@ def parse_row(text: str, row: int = 0) -> ParsedRow:
     Args:
         text: The row's JSON text.
         row: Its place in the shard, kept in the sample.
+        keep_text_only: A row without an image is a sample, too: for who trains on rows and scores none.
 
     Returns:
         The sample or the rejection. Reasons are tried in this order: ``malformed_row``, ``text_only``,
@@ -86,7 +87,7 @@ def parse_row(text: str, row: int = 0) -> ParsedRow:
 
     conversation = conversation_of(turns)
     n_marks = conversation.n_images
-    if not images and not n_marks:
+    if not images and not n_marks and not keep_text_only:
         return _rejected(
             source_id,
             RejectionReason.TEXT_ONLY,

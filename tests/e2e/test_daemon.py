@@ -41,6 +41,8 @@ class Deployment:
                 automation=automation,  # type: ignore[arg-type]
                 automation_seconds=1,
                 nightly_cron="* * * * *",
+                compare=None,
+                report=False,
             )
             for name, automation in (("refreshed", "refresh"), ("declared", "declarative"))
         )
