@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -371,8 +371,7 @@ class Refresh:
                 f"automation brings it up to date, and a refresh beside it would do work twice; turn on the "
                 f"sensors {name}_discovery and {name}_automation in the UI, or declare `automation: refresh`"
             )
-        with self._storage.locks(self._selection.store).refreshing():
-            self._close_interrupted_runs()
+        with self._storage.locks(self._selection.store).refreshing(), self._interrupted_runs_closed():
             discovery = settled_discovery(self._source, self._artifacts, self._selection.settle_seconds)
             self._report.unsettled = list(discovery.unsettled)
             if not discovery.versions:
@@ -677,13 +676,24 @@ class Refresh:
                 seen = {name: value.value for name, value in check.metadata.items()}
                 self._report.failed_checks[f"{place}: {check.check_name}"] = str(seen)
 
+    @contextlib.contextmanager
+    def _interrupted_runs_closed(self) -> Iterator[None]:
+        """Close the runs that a killed refresh has left behind, and those of this one if it is stopped."""
+        self._close_interrupted_runs()
+        try:
+            yield
+        except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+            self._close_interrupted_runs()
+            raise
+
     def _close_interrupted_runs(self) -> None:
-        """A killed refresh leaves its run started for ever; the lock shows that nobody works on it."""
+        """A stopped refresh may leave its run begun for ever; the lock shows that nobody works on it."""
         interrupted = self._instance.get_runs(
             dg.RunsFilter(
                 job_name=self._job.name,
                 tags={REFRESH_TAG: self._selection.name},
                 statuses=[
+                    dg.DagsterRunStatus.NOT_STARTED,
                     dg.DagsterRunStatus.STARTED,
                     dg.DagsterRunStatus.STARTING,
                     dg.DagsterRunStatus.CANCELING,
@@ -691,7 +701,7 @@ class Refresh:
             )
         )
         for run in interrupted:
-            self._instance.report_run_failed(run, "The refresh that made this run was killed.")
+            self._instance.report_run_failed(run, "The refresh that made this run was stopped.")
 
 
 def contiguous_ranges(order: Sequence[str], wanted: set[str]) -> list[tuple[str, str]]:
