@@ -6,7 +6,7 @@ DEMO := .scalselect
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test e2e faults lint format screenshots clean
+.PHONY: help install demo train dev test e2e faults lint format screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -15,11 +15,16 @@ install: $(INSTALLED)  ## Create .venv with the package and everything that the 
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,training]'
 	@touch $@
 
 demo: install  ## Generate a pool and a small VLM, run the whole path, say where the selection is
 	$(BIN)/scalselect demo --folder $(DEMO)
+
+train: install  ## Fine-tune the demo's model on what the demo selected (a minute; after `make demo`)
+	@test -f $(DEMO)/demo/training_dataset/manifest.json || { echo "run 'make demo' first"; exit 1; }
+	DAGSTER_HOME=$(abspath $(DEMO)/demo/dagster) $(BIN)/dagster asset materialize \
+		-m training.definitions --select demo/training_run -c training/demo.yaml
 
 dev: install  ## Open the Dagster UI (http://127.0.0.1:3000) on the demo's store
 	@test -f $(DEMO)/demo/selection.yaml || { echo "run 'make demo' first"; exit 1; }
@@ -47,4 +52,4 @@ screenshots: install  ## Take the README's pictures of the UI again (after `make
 	$(BIN)/python docs/images/screenshots.py --store $(DEMO)/demo
 
 clean:  ## Remove the environment, caches and the demo
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) .training build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

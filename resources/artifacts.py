@@ -137,6 +137,10 @@ class ArtifactStore:
                 told = (": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
                 raise ValueError("; ".join(told)) from error
 
+    def write_bytes(self, path: UPath, data: bytes) -> None:
+        """Replace a file that is only a memory, without waiting for the disk."""
+        self._replace(path, data, durable=False)
+
     def write_text(self, path: UPath, pieces: Iterable[str]) -> int:
         """Replace a text file from a stream of pieces, in constant memory; returns its size in bytes."""
         with self._atomic(path) as target:

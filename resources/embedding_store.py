@@ -142,8 +142,8 @@ class EmbeddingStore:
         try:
             table = connection.create_table(name, data, mode="overwrite")
         except (ValueError, RuntimeError) as error:
-            if system_error := _system_error(error, self.folder / f"{name}.lance"):
-                raise system_error from error
+            if reported := system_error(error, self.folder / f"{name}.lance"):
+                raise reported from error
             if not is_local(self.folder) or _is_whole(connection, name):
                 raise
             # LanceDB reads a table before it replaces it, and a power cut may leave one whose last commit is
@@ -185,7 +185,7 @@ class EmbeddingStore:
                 content_sha256=kept[_CONTENT_FIELD],
             )
         except (ValueError, RuntimeError, KeyError) as error:
-            refused = _system_error(error, self.folder / f"{name}.lance")
+            refused = system_error(error, self.folder / f"{name}.lance")
             if refused is not None and refused.errno in _NOT_THE_TABLE:
                 raise refused from error
             return None
@@ -247,6 +247,42 @@ class EmbeddingStore:
         taken: NDArray[np.float32] = vectors.reshape(len(offsets), table.dimension)
         return taken
 
+    def read_vectors(self, table: EmbeddingTable, rows: Sequence[int]) -> NDArray[np.float32]:
+        """The vectors of some rows of the recorded version, by the shard's row numbers.
+
+        Reads the row numbers of the table and the vectors of these rows, no others.
+
+        Args:
+            table: The recorded table.
+            rows: Row numbers, each once; there may be none.
+
+        Returns:
+            (len(rows), d), in the order of ``rows``.
+
+        Raises:
+            EmbeddingTableError: The table lacks one of the rows; or as ``read``.
+            OSError: The system does not let it be read, which says nothing about the table.
+        """
+        if not len(rows):
+            return np.empty((0, table.dimension), np.float32)
+        with self._readable(table):
+            handle = self._open(table)
+            # Offsets are places in the table, which need not be row numbers: rejected rows have none.
+            held = handle.search().select(["row"]).limit(None).to_arrow()["row"].to_numpy()
+            order = np.argsort(held, kind="stable")
+            wanted = np.asarray(rows, dtype=np.int64)
+            at = np.searchsorted(held, wanted, sorter=order)
+            there = np.append(held[order], -1)[at] == wanted
+            if not there.all():
+                raise ValueError(f"it has no row {wanted[int(np.argmin(there))]}")
+            found = handle.take_offsets(order[at].tolist()).select(["row", "vector"]).to_arrow()
+        vectors = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        got = found["row"].to_numpy()
+        # They come in no promised order.
+        place = np.argsort(got, kind="stable")[np.argsort(np.argsort(wanted, kind="stable"), kind="stable")]
+        ordered: NDArray[np.float32] = vectors.reshape(len(got), table.dimension)[place]
+        return ordered
+
     def location(self, table: EmbeddingTable) -> UPath:
         """Where LanceDB keeps a table: a folder."""
         return self.folder / f"{table.table}.lance"
@@ -274,7 +310,7 @@ class EmbeddingStore:
         # LanceDB reports a missing table and a missing version as ValueError, and damaged ones, whose rows
         # it only meets on the way, as RuntimeError; vectors of another length do not fit the recorded shape.
         except (ValueError, RuntimeError, OSError) as error:
-            refused = _system_error(error, self.folder / f"{table.table}.lance")
+            refused = system_error(error, self.folder / f"{table.table}.lance")
             if refused is not None and refused.errno in _NOT_THE_TABLE:
                 raise refused from error
             raise EmbeddingTableError(
@@ -299,7 +335,7 @@ def table_name(fingerprint: str, shard: str) -> str:
     return f"{fingerprint}--{encode_name(shard)}"
 
 
-def _system_error(error: Exception, place: UPath) -> OSError | None:
+def system_error(error: Exception, place: UPath) -> OSError | None:
     """What the operating system said, which LanceDB gives as text in errors without a type."""
     number = _OS_ERROR.search(str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(place)) if number else None

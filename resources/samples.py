@@ -8,7 +8,7 @@ Two layouts are read, told apart by the key that holds the turns: ``messages`` w
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -57,7 +57,7 @@ class ParsedRow:
     rejection: Rejection | None = None
 
 
-def parse_row(text: str, row: int = 0) -> ParsedRow:
+def parse_row(text: str, row: int = 0, *, keep_text_only: bool = False) -> ParsedRow:
     """Read one row.
 
     Of a key that occurs twice the last value counts, as in every common JSON reader.
@@ -65,6 +65,7 @@ def parse_row(text: str, row: int = 0) -> ParsedRow:
     Args:
         text: The row's JSON text.
         row: Its place in the shard, kept in the sample.
+        keep_text_only: A row without an image is a sample, too: for who trains on rows and scores none.
 
     Returns:
         The sample or the rejection. Reasons are tried in this order: ``malformed_row``, ``text_only``,
@@ -84,9 +85,9 @@ def parse_row(text: str, row: int = 0) -> ParsedRow:
     except _MalformedRowError as error:
         return _malformed(source_id, str(error))
 
-    conversation = Conversation(tuple(Turn(role, _parts(content)) for role, content in turns))
+    conversation = conversation_of(turns)
     n_marks = conversation.n_images
-    if not images and not n_marks:
+    if not images and not n_marks and not keep_text_only:
         return _rejected(
             source_id,
             RejectionReason.TEXT_ONLY,
@@ -125,6 +126,31 @@ def with_image_paths(text: str, image_paths: Sequence[str]) -> str:
             pieces += [text[kept:start], json.dumps(written, ensure_ascii=False)]
             kept = end
     return "".join([*pieces, text[kept:]])
+
+
+def written_turns(text: str) -> tuple[tuple[Role, str], ...]:
+    """The turns of a row that ``parse_row`` takes, or refuses as ``text_only`` only, their texts as written.
+
+    Every image has its mark: those of a row that places none stand before the first user text, as in the
+    sample's conversation. A row's own system text is a leading system turn.
+
+    Raises:
+        ValueError: ``parse_row`` would call the row malformed.
+    """
+    row = _decode(text)
+    if not isinstance(row, dict):
+        msg = f"the row is {_kind(row)}; write an object with `messages`"
+        raise _MalformedRowError(msg)
+    turns, _ = _turns(row)
+    images = _images(row)
+    if images and not any(IMAGE_MARK in content for _, content in turns):
+        turns = _with_leading_marks(turns, len(images))
+    return tuple(turns)
+
+
+def conversation_of(turns: Iterable[tuple[Role, str]]) -> Conversation:
+    """Turns as written, their texts split at the image marks, as the model is given them."""
+    return Conversation(tuple(Turn(role, _parts(content)) for role, content in turns))
 
 
 def content_key(sample: Sample, image_paths: Sequence[str]) -> str:

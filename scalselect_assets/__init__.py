@@ -8,9 +8,13 @@ step  asset (module)          partition   what it holds                         
 3     `embedding_moments`     shard       n, mean and scatter matrix of the vectors        safetensors
 4     `subspace_basis`        all shards  directions that hold the energy threshold        safetensors
 5     `importance_scores`     shard       leverage score of each sample                    Parquet
-6     `selected_subset`       all shards  the N samples with the highest leverage          Parquet
-7     `training_dataset`      all shards  their rows as a trainer reads them, a manifest   JSON
+5a    `removed_samples`       all shards  duplicates and what evaluation sets hold         Parquet
+6     `selected_subset`       all shards  the samples chosen within the budget             Parquet
+7     `training_dataset`      all shards  their rows as trainers read them, a manifest     JSON, ...
+8     `selection_report`      all shards  the result on one page, for people               HTML
 ====  ======================  ==========  ===============================================  ===============
+
+Step 5a is there where a selection declares what is to be removed, step 8 where it declares a report.
 
 `selection` declares one such path (a pool and a target model) and `graph` builds it; `refresh` discovers
 shards and materializes exactly what is stale; `method` is the paper, without Dagster or storage.
@@ -24,7 +28,9 @@ ASSET_MODULES = (
     "embedding_moments",
     "subspace_basis",
     "importance_scores",
+    "removed_samples",
     "selected_subset",
     "training_dataset",
+    "selection_report",
 )
-"""The asset modules in path order; each bears the name of its asset."""
+"""The asset modules in path order; each bears the name of its asset. `Selection.assets` are those it has."""

@@ -42,7 +42,7 @@ from scalselect_assets.selection import Selection
 AC = dg.AutomationCondition
 Condition: TypeAlias = dg.AutomationCondition[Any]
 
-RAW, EMBEDDINGS, MOMENTS, BASIS, SCORES, SUBSET, DATASET = ASSET_MODULES
+RAW, EMBEDDINGS, MOMENTS, BASIS, SCORES, REMOVED, SUBSET, DATASET, REPORT = ASSET_MODULES
 
 AUTOMATION_TAG = "scalselect/automation"
 """On every run that the conditions ask for: the selection's name."""
@@ -67,8 +67,10 @@ def automation_condition(selection: Selection, asset: str) -> Condition | None:
         MOMENTS: embedding_moments_condition,
         BASIS: subspace_basis_condition,
         SCORES: importance_scores_condition,
+        REMOVED: removed_samples_condition,
         SUBSET: selected_subset_condition,
         DATASET: training_dataset_condition,
+        REPORT: selection_report_condition,
     }
     return conditions[asset](selection)
 
@@ -142,18 +144,35 @@ def importance_scores_condition(selection: Selection) -> Condition:
     return _scores_due(selection) & ~AC.run_in_progress() & ~AC.asset_matches(selection.key(BASIS), unsettled)
 
 
+def removed_samples_condition(selection: Selection) -> Condition:
+    """Fires once when scores or the basis have another version, after all scores; or if its settings change.
+
+    Evaluation files that change do not fire it: they are looked at when it next runs. A shard whose scoring
+    failed stops it. It would loop if looking for duplicates scored a shard.
+    """
+    return (
+        _subset_due(selection)
+        & _all_scored(selection)
+        & ~AC.run_in_progress()
+        & ~AC.asset_matches(selection.key(SUBSET), AC.run_in_progress())
+    )
+
+
 def selected_subset_condition(selection: Selection) -> Condition:
     """Fires once when scores or the basis have another version, after all scores; or if the budget changes.
 
-    A shard whose scoring failed stops it, since scores of two bases cannot be compared. It would loop if
-    selecting scored a shard.
+    Where samples are removed first, it fires with that, in one run. A shard whose scoring failed stops it,
+    since scores of two bases cannot be compared. It would loop if selecting scored a shard.
     """
-    unscored = _scores_due(selection) | AC.run_in_progress() | AC.execution_failed()
+    due = _subset_due(selection)
+    if selection.removes_samples:
+        removed = AC.asset_matches(selection.key(REMOVED), AC.will_be_requested())
+        changed = AC.asset_matches(selection.key(REMOVED), _changed_by_others(selection))
+        due = (due | removed | _due(changed)) & AC.asset_matches(selection.key(REMOVED), _present_and_quiet())
     return (
-        _subset_due(selection)
+        due
+        & _all_scored(selection)
         & ~AC.run_in_progress()
-        & ~AC.asset_matches(selection.key(BASIS), _basis_busy(selection))
-        & ~AC.asset_matches(selection.key(SCORES), unscored)
         & ~AC.asset_matches(selection.key(DATASET), AC.run_in_progress())
     )
 
@@ -174,6 +193,20 @@ def training_dataset_condition(selection: Selection) -> Condition:
         & ~AC.asset_matches(selection.key(BASIS), _basis_busy(selection))
         & ~AC.asset_matches(selection.key(SCORES), _scores_due(selection) | AC.run_in_progress())
         & ~AC.asset_matches(selection.key(SUBSET), unselected | AC.run_in_progress())
+    )
+
+
+def selection_report_condition(selection: Selection) -> Condition:
+    """Fires with the training dataset, in one run with it, or if its settings change.
+
+    It would loop if the report changed what it tells of.
+    """
+    with_dataset = AC.asset_matches(selection.key(DATASET), AC.will_be_requested())
+    changed = AC.asset_matches(selection.key(DATASET), _changed_by_others(selection))
+    return (
+        (with_dataset | _due(changed) | _begun(selection, AC.code_version_changed()))
+        & AC.asset_matches(selection.key(DATASET), _present_and_quiet())
+        & ~AC.run_in_progress()
     )
 
 
@@ -263,6 +296,14 @@ def _subset_due(selection: Selection) -> Condition:
 # What an asset waits for
 
 
+def _all_scored(selection: Selection) -> Condition:
+    """As seen from an asset after the scores: no basis and no scores are due, in progress or failed."""
+    unscored = _scores_due(selection) | AC.run_in_progress() | AC.execution_failed()
+    return ~AC.asset_matches(selection.key(BASIS), _basis_busy(selection)) & ~AC.asset_matches(
+        selection.key(SCORES), unscored
+    )
+
+
 def _present_and_quiet() -> Condition:
     """Materialized or about to be in the same run, and not being materialized now."""
     return ~(AC.missing() & ~AC.will_be_requested()) & ~AC.run_in_progress()
@@ -287,11 +328,10 @@ def _basis_busy(selection: Selection) -> Condition:
 
 def _in_progress_from_basis(selection: Selection) -> Condition:
     """As seen from the basis: it, scores of any shard, or an asset after them is in progress."""
-    scores, subset, dataset = (
-        AC.asset_matches(selection.key(asset), AC.run_in_progress()) for asset in (SCORES, SUBSET, DATASET)
-    )
-    busy = AC.run_in_progress() | scores | subset | dataset
-    return busy.with_label("an asset over all shards is in progress")
+    busy: Condition = AC.run_in_progress()
+    for asset in selection.assets[selection.assets.index(SCORES) :]:
+        busy |= AC.asset_matches(selection.key(asset), AC.run_in_progress())
+    return busy
 
 
 # Sensors and the schedule

@@ -1,4 +1,4 @@
-"""The command line: `scalselect run`, `demo`, `status`, `verify`, `clean`, `split`, `ui`.
+"""The command line: `scalselect run`, `demo`, `status`, `explain`, `verify`, `clean`, `split`, `ui`.
 
 What a run computes, Dagster computes; this module turns options into a declared selection, opens the store's
 Dagster instance, shows progress and says what came out. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar, get_args
 
 import dagster as dg
 import typer
@@ -37,12 +37,21 @@ from resources.shard_reader import ShardFormatError, split_shard
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import deployment
+from scalselect_assets.choice_settings import StrategyName, parse_quota
+from scalselect_assets.explanation import (
+    DEFAULT_SIMILAR,
+    SampleAttention,
+    attention_of,
+)
+from scalselect_assets.explanation import explain as explain_sample
+from scalselect_assets.exports.spec import parse_exports
 from scalselect_assets.maintenance import DEFAULT_RETENTION_DAYS
 from scalselect_assets.maintenance import clean as clean_store
 from scalselect_assets.method.rank import FixedRank, parse_rank_rule
 from scalselect_assets.method.selection import parse_budget
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.refresh import Refresh, RefreshReport, discover, summary
+from scalselect_assets.sample_directions import DEFAULT_DIRECTIONS
 from scalselect_assets.sample_lineage import SampleLineage, trace
 from scalselect_assets.selection import Selection, read_selection
 from scalselect_assets.subspace_basis import REBUILD_TOLERANCE, rebuild_difference
@@ -61,6 +70,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _out, _err = Console(), Console(stderr=True)
+_CHOICE: Final = "The choice and its files"
 _PLAIN: Final[dict[str, Any]] = {"highlight": False, "soft_wrap": True}
 
 
@@ -78,13 +88,6 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-
-
-class TextOnly(StrEnum):
-    """What becomes of rows without an image."""
-
-    DROP = "drop"
-    KEEP = "keep"
 
 
 StoreOption = Annotated[
@@ -151,7 +154,79 @@ def run(
         bool, typer.Option("--rebuild-basis", help="Add up the moments of all shards anew.")
     ] = False,
     text_only: Annotated[
-        TextOnly | None, typer.Option(help="Add rows without an image to the dataset? (default: drop)")
+        str | None,
+        typer.Option(
+            help="Rows without an image: drop, keep, or how many (a share or a number). (default: drop)"
+        ),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What is preferred: {', '.join(get_args(StrategyName))}. (default: top_leverage)",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of what is drawn. (default: 0)", rich_help_panel=_CHOICE)
+    ] = None,
+    image_tokens: Annotated[
+        str | None,
+        typer.Option(help="A budget of vision tokens, instead of rows.", rich_help_panel=_CHOICE),
+    ] = None,
+    text_tokens: Annotated[
+        str | None,
+        typer.Option(help="A budget of all other tokens, instead of rows.", rich_help_panel=_CHOICE),
+    ] = None,
+    source_label: Annotated[
+        str | None,
+        typer.Option(
+            help="What names a row's source: source (its field), shard, shard_folder, image_folder or "
+            "field:NAME. (default: source)",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SOURCE=ROWS or SOURCE=SHARE of the budget that is chosen at least.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
+    ceiling: Annotated[
+        list[str] | None,
+        typer.Option(help="The same, that is chosen at most.", rich_help_panel=_CHOICE),
+    ] = None,
+    include: Annotated[
+        str | None,
+        typer.Option(
+            help="File of samples that must be chosen: an id, a key or an image's SHA-256 a line.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
+    exclude: Annotated[
+        str | None,
+        typer.Option(help="The same, of samples that must not.", rich_help_panel=_CHOICE),
+    ] = None,
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(
+            help="Remove samples within this cosine of one of higher leverage.", rich_help_panel=_CHOICE
+        ),
+    ] = None,
+    evaluation_images: Annotated[
+        str | None,
+        typer.Option(help="Remove samples whose image is in this folder.", rich_help_panel=_CHOICE),
+    ] = None,
+    evaluation_texts: Annotated[
+        str | None,
+        typer.Option(help="Remove samples that hold a text of this file.", rich_help_panel=_CHOICE),
+    ] = None,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also write for a trainer: FORMAT or FORMAT:order=score,images=copied; see docs/exports.md.",
+            rich_help_panel=_CHOICE,
+        ),
     ] = None,
     store: StoreOption = None,
     name: Annotated[
@@ -179,14 +254,23 @@ def run(
             "target_model": model,
             "model_revision": revision,
             "dtype": dtype and dtype.value,
-            "budget": _budget(budget),
             "attention_mass": attention_mass,
             "energy": energy,
             "rank": _rank(rank),
             "standardise": standardise,
             "unit_rows": unit_rows,
             "max_drift": max_drift,
-            "text_only": text_only and text_only.value,
+            "text_only": _text_only(text_only),
+            "strategy": strategy,
+            "seed": seed,
+            "source_label": source_label,
+            "include": include and _absolute(include),
+            "exclude": exclude and _absolute(exclude),
+            "near_duplicates": None if near_duplicates is None else {"cosine": near_duplicates},
+            **_wanted(budget, image_tokens, text_tokens),
+            **_quotas(floor or [], ceiling or []),
+            **_evaluation(evaluation_images, evaluation_texts),
+            **_exports(export),
         }
         with _declared(source, store, name, options) as selection:
             _refresh_and_tell(
@@ -274,6 +358,67 @@ def status(
             _out.print(f"Out of date: {', '.join(pending[:20])}; `scalselect run` brings it up to date.")
         else:
             _out.print(f"All {len(discovery.versions)} shards and what follows from them are up to date.")
+
+
+@app.command()
+def explain(
+    sample: Annotated[
+        str,
+        typer.Argument(
+            metavar="SAMPLE",
+            help="Its key, the first 6 or more characters of it, its id, or SHARD#ROW.",
+        ),
+    ],
+    store: Annotated[str, typer.Option(help="The store to look at.")],
+    similar: Annotated[
+        int, typer.Option(min=0, help="How many of the samples most like it.")
+    ] = DEFAULT_SIMILAR,
+    directions: Annotated[
+        int, typer.Option(min=1, help="How many of the directions that its leverage comes from.")
+    ] = DEFAULT_DIRECTIONS,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Load the model and say what it looked at.")
+    ] = False,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Load the model and draw what it looked at; further images of the sample get -2, -3, ...",
+        ),
+    ] = None,
+    max_side: Annotated[int, typer.Option(min=32, help="Longest side of such a drawing, in pixels.")] = 768,
+    device: DeviceOption = Device.AUTO,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say why a sample was selected, or not: its leverage and rank, where they come from, what it is like."""
+    with _user_errors(verbose=verbose):
+        selection = read_selection(_declaration(store))
+        storage = StorageResource()
+        with deployment.open_instance(selection) as instance:
+            shards = instance.get_dynamic_partitions(shards_name(selection.name))
+        told = explain_sample(
+            selection, storage, sample, similar=similar, directions=directions, shards=shards
+        )
+        seen = None
+        if attention or image is not None:
+            seen = attention_of(selection, storage, VlmResource(device=device.value), told.sample)
+        drawings = _draw(seen, image, max_side) if seen is not None and image is not None else []
+        if as_json:
+            extra = {} if seen is None else {"attention_map": seen.to_json()}
+            _print_json({**told.to_json(), **extra, "drawings": list(map(str, drawings))})
+        else:
+            lines = [
+                *told.lines(),
+                *(seen.lines() if seen else ()),
+                *(("drawn in", str(f)) for f in drawings),
+            ]
+            for label, value in lines:
+                _out.print(f"{label:<24}{escape(value)}".rstrip(), **_PLAIN)
+        for problem in told.problems:
+            _err.print(f"[red]inconsistent:[/red] {escape(problem)}", **_PLAIN)
+        if told.problems:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -470,11 +615,52 @@ def _rank(text: str | None) -> str | int | None:
     return rule.k if isinstance(rule, FixedRank) else text
 
 
-def _budget(text: str | None) -> int | float | None:
+def _budget(option: str, text: str | None) -> int | float | None:
     try:
         return None if text is None else parse_budget(text)
     except ValueError as error:
-        raise typer.BadParameter(f"--budget: {error}") from error
+        raise typer.BadParameter(f"{option}: {error}") from error
+
+
+def _wanted(budget: str | None, image_tokens: str | None, text_tokens: str | None) -> dict[str, Any]:
+    """The one budget that is given, if any."""
+    given = {
+        "rows": _budget("--budget", budget),
+        "image_tokens": _budget("--image-tokens", image_tokens),
+        "text_tokens": _budget("--text-tokens", text_tokens),
+    }
+    (unit, amount), *more = [item for item in given.items() if item[1] is not None] or [("rows", None)]
+    if more:
+        raise typer.BadParameter("--budget, --image-tokens and --text-tokens exclude each other; give one")
+    return {"budget": amount if unit == "rows" else {unit: amount}}
+
+
+def _text_only(text: str | None) -> str | int | float | None:
+    return text if text in {None, "drop", "keep"} else _budget("--text-only", text)
+
+
+def _quotas(floors: list[str], ceilings: list[str]) -> dict[str, Any]:
+    """Quotas by the source; those of other labels are declared in the store's selection.yaml."""
+    try:
+        quota = parse_quota(floors, ceilings)
+    except ValueError as error:
+        raise typer.BadParameter(f"--floor, --ceiling: {error}") from error
+    return {} if quota is None else {"quotas": [quota]}
+
+
+def _evaluation(images: str | None, texts: str | None) -> dict[str, Any]:
+    if images is None and texts is None:
+        return {}
+    return {"decontamination": {"images": images and _absolute(images), "texts": texts and _absolute(texts)}}
+
+
+def _exports(options: list[str] | None) -> dict[str, Any]:
+    if not options:
+        return {}
+    try:
+        return {"exports": parse_exports(options)}
+    except ValueError as error:
+        raise typer.BadParameter(f"--export: {error}") from error
 
 
 # Running and telling
@@ -552,8 +738,23 @@ def _tell_lineage(lineage: SampleLineage, *, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
+def _draw(seen: SampleAttention, file: Path, max_side: int) -> list[Path]:
+    """Write a drawing for each image; the first bears the name that was asked for."""
+    files = []
+    for number, png in enumerate(seen.pngs(max_side), start=1):
+        files.append(file if number == 1 else file.with_stem(f"{file.stem}-{number}"))
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        files[-1].write_bytes(png)
+    return files
+
+
 def _print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _told_budget(selection: Selection) -> str:
+    budget = selection.declared_budget
+    return str(budget.amount) if budget.unit == "rows" else f"{budget.amount} {budget.unit.replace('_', ' ')}"
 
 
 def _print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
@@ -574,9 +775,11 @@ def _print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
             if (bound := result["score_error_bound"])
             else []
         ),
-        ("selected", f"{result['selected']:,} (budget {selection.budget})"),
+        ("selected", f"{result['selected']:,} ({selection.strategy}, budget {_told_budget(selection)})"),
         ("subset", result["selected_subset"]),
         ("dataset", result["training_dataset"]),
+        *((name.replace("_", " ", 1), place) for name, place in result.items() if name.startswith("export_")),
+        *([("report", result["report"])] if "report" in result else []),
         ("lineage", result["manifest"]),
     ):
         _out.print(f"{label:<24}{escape(str(value))}", **_PLAIN)

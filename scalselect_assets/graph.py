@@ -1,11 +1,11 @@
-"""One selection's graph: its sources, the seven assets of the path, their jobs and what drives them."""
+"""One selection's graph: its sources, the assets of the path, their jobs and what drives them."""
 
 import warnings
 from importlib import import_module
 
 import dagster as dg
 
-from scalselect_assets import ASSET_MODULES, subspace_basis
+from scalselect_assets import subspace_basis
 from scalselect_assets.automation import automation_sensors, nightly_schedule
 from scalselect_assets.maintenance import maintenance_job
 from scalselect_assets.refresh import refresh_job, source_assets
@@ -19,7 +19,7 @@ def selection_defs(selection: Selection) -> dg.Definitions:
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
         assets: list[dg.AssetsDefinition] = [
-            import_module(f"scalselect_assets.{name}").build(selection) for name in ASSET_MODULES
+            import_module(f"scalselect_assets.{name}").build(selection) for name in selection.assets
         ]
     declarative = selection.is_declarative
     return dg.Definitions(

@@ -41,12 +41,15 @@ from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, Arti
 from resources.embedding_store import EmbeddingStore
 from resources.image_root import is_local
 from resources.names import decode_name, encode_name
+from resources.search_table import SEARCH_TABLE
 from resources.storage import StorageResource
 from resources.vlm import CARDS, model_signature
 from scalselect_assets import (
     ASSET_MODULES,
     attention_embeddings,
+    decontamination,
     embedding_moments,
+    image_hashes,
     importance_scores,
     pool_moments,
     raw_samples,
@@ -55,7 +58,6 @@ from scalselect_assets import (
     training_dataset,
 )
 from scalselect_assets.partitions import shards_name
-from scalselect_assets.refresh import SHARD_INDEXES
 from scalselect_assets.selection import Selection
 
 NAME = "maintenance"
@@ -75,6 +77,8 @@ _OUTPUTS = (
     (embedding_moments.NAME, ".safetensors"),
     (attention_embeddings.REJECTED, ".parquet"),
     (raw_samples.NAME, ".parquet"),
+    (decontamination.NAME, ".parquet"),
+    (image_hashes.IMAGE_HASHES, ".parquet"),
 )
 
 
@@ -82,7 +86,7 @@ class Kind(StrEnum):
     """What a store may hold without need."""
 
     UNFINISHED = "unfinished_files"
-    """Files whose writer died: of artifacts, and data files of tables that were never committed."""
+    """What a killed process left: files of artifacts, uncommitted data files of tables, a search table."""
     SET_ASIDE = "set_aside_parts"
     """Vectors that were set aside and are in a committed table by now, or whose shard is gone."""
     RETIRED = "retired_moments"
@@ -347,6 +351,7 @@ class _Survey:
     def found(self) -> Iterator[_Found]:
         """Everything that may be unneeded, in the order in which it has to be removed."""
         yield from self._unfinished_files()
+        yield from self._unfinished_search()
         yield from self._set_aside()
         yield from self._retired_moments()
         yield from self._gone_shards()
@@ -416,6 +421,12 @@ class _Survey:
                         file.changed,
                         partial(_unlink, [file]),
                     )
+
+    def _unfinished_search(self) -> Iterator[_Found]:
+        """Nobody searches while the store is held alone, so a search table is one whose search was killed."""
+        if files := self._table_files.get(SEARCH_TABLE):
+            leftover = Leftover(Kind.UNFINISHED, SEARCH_TABLE, _total(files), "its search was killed")
+            yield self._if_due(leftover, _newest(files), partial(self._tables.drop, SEARCH_TABLE))
 
     def _set_aside(self) -> Iterator[_Found]:
         """Parts of shards that have left the pool, or that are committed."""
@@ -501,7 +512,8 @@ class _Survey:
 
     def _outputs(self) -> dict[str, list[_File]]:
         """The files of each shard, by its name in file names, the receipt first."""
-        indexes = [folder.name for folder in self._folders() if folder.name.startswith(SHARD_INDEXES)]
+        names = [folder.name for folder in self._folders()]
+        indexes = [name for name in names if name.startswith(raw_samples.SHARD_INDEXES)]
         outputs: dict[str, list[_File]] = defaultdict(list)
         for asset, suffix in (*_OUTPUTS, *((index, ".json") for index in indexes)):
             for path in self._artifacts.paths(asset, suffix=suffix):

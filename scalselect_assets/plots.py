@@ -1,40 +1,52 @@
 """Charts for the UI: pictures inside Markdown metadata, so that nothing is requested from anywhere."""
 
 import base64
-import io
 from typing import TYPE_CHECKING
 
 import dagster as dg
 import numpy as np
 
+from scalselect_assets.report import charts, told
+from scalselect_assets.report.content import EnergyCurve
+
 if TYPE_CHECKING:
     from scalselect_assets.method.subspace import Subspace
 
+_POINTS = 200  # of a curve; more cannot be told apart
+
+
+def picture(draw: charts.Draw, text: str) -> dg.MarkdownMetadataValue:
+    """A chart, and the text beside it, which says the same."""
+    encoded = base64.b64encode(charts.png(draw)).decode()
+    return dg.MetadataValue.md(f"![{text}](data:image/png;base64,{encoded})\n\n{text}.")
+
 
 def energy_curve(subspace: "Subspace", rule: str) -> dg.MarkdownMetadataValue:
-    """Cumulative energy by number of directions, with k marked; the text beside it says the same."""
-    from matplotlib.figure import Figure
+    """Cumulative energy by number of directions, with k marked."""
+    return energy_picture(energy_points(subspace, rule))
 
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.add_subplot()
+
+def energy_picture(curve: EnergyCurve) -> dg.MarkdownMetadataValue:
+    """``energy_curve`` of points that are there already."""
+    return picture(charts.energy_chart(curve), told.energy(curve))
+
+
+def energy_points(subspace: "Subspace", rule: str) -> EnergyCurve:
+    """The energy curve of a basis, thinned to some 200 points; k and the ends stay.
+
+    Args:
+        subspace: The basis.
+        rule: What chose k, in words.
+    """
     curve = np.concatenate([[0.0], subspace.energy_curve()])
-    axes.plot(
-        np.arange(len(curve)), curve, color="#1f6feb", drawstyle="steps-post" if len(curve) < 50 else None
+    wanted = np.linspace(0, subspace.rank, _POINTS), np.linspace(0, subspace.k, _POINTS // 4)
+    at = np.unique(np.concatenate([*wanted, [subspace.k]]).astype(np.int64))
+    return EnergyCurve(
+        tuple(int(directions) for directions in at),
+        tuple(float(energy) for energy in curve[at]),
+        subspace.k,
+        subspace.energy,
+        subspace.rank,
+        subspace.d,
+        rule,
     )
-    axes.axvline(subspace.k, color="#d1242f", linestyle="--", linewidth=1)
-    axes.plot([subspace.k], [subspace.energy], "o", color="#d1242f")
-    axes.annotate(
-        f"k = {subspace.k}\n{subspace.energy:.1%}",
-        (subspace.k, subspace.energy),
-        xytext=(8, -8),
-        textcoords="offset points",
-        verticalalignment="top",
-    )
-    axes.set(xlabel="directions", ylabel="share of the energy", ylim=(0, 1.05), title=rule)
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    encoded = base64.b64encode(picture.getvalue()).decode()
-    text = f"{subspace.k} of {subspace.rank} directions hold {subspace.energy:.2%} of the energy ({rule})"
-    return dg.MetadataValue.md(f"![{text}](data:image/png;base64,{encoded})\n\n{text}.")

@@ -84,6 +84,27 @@ def update(artifacts: ArtifactStore, wanted: Mapping[str, str], *, rebuild: bool
     return PoolMoments(totals.moments(), n_read, added, removed, rebuilt=updated is None)
 
 
+def stored(artifacts: ArtifactStore, wanted: Mapping[str, str]) -> "Moments":
+    """The pool's moments of exactly these versions of its shards, without changing the store.
+
+    Args:
+        artifacts: The store.
+        wanted: Version of the moments by shard.
+
+    Raises:
+        ArtifactMissingError: A wanted shard's moments are not there in that version.
+        ArtifactCorruptError: They are damaged.
+    """
+    from scalselect_assets.method.running import RunningMoments
+
+    try:
+        if _held(artifacts) == dict(wanted):
+            return RunningMoments.from_arrays(artifacts.read_arrays(NAME)[0]).moments()
+    except (ArtifactMissingError, ArtifactCorruptError, ValueError):
+        pass  # the shards' own moments are the truth
+    return rebuilt_totals(artifacts, wanted).moments()
+
+
 def rebuilt_totals(artifacts: ArtifactStore, wanted: Mapping[str, str]) -> "RunningMoments":
     """The totals of these shards, added up anew; raises as ``update``."""
     from scalselect_assets.method.running import RunningMoments

@@ -22,6 +22,9 @@ from scalselect_assets.tables import RAW_SAMPLES, column_schema, polars_schema
 
 NAME = "raw_samples"
 CODE_VERSION = "1"
+SHARD_INDEXES = "shard_index-"
+"""Followed by the version of the code that reads shards, as whose rows an index knows the images."""
+SHARD_INDEX = f"{SHARD_INDEXES}{CODE_VERSION}"
 
 
 def provenance(selection: Selection, shard_version: str) -> str:

@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -33,12 +33,15 @@ from scalselect_assets import (
     embedding_moments,
     importance_scores,
     raw_samples,
+    removed_samples,
     reuse,
     selected_subset,
+    selection_report,
     subspace_basis,
     training_dataset,
 )
 from scalselect_assets.basis_history import ScorePlan, is_whole
+from scalselect_assets.exports import publish
 from scalselect_assets.lineage import DATA_VERSION_TAG, recorded
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection
@@ -46,17 +49,8 @@ from scalselect_assets.selection import Selection
 SHARD_FILES = "shard_files"
 SHARD_MANIFEST = "shard_manifest"
 REFRESH_TAG = "scalselect/refresh"
-SHARD_INDEXES = "shard_index-"
-"""Followed by the version of the code that reads shards, as whose rows an index knows the images."""
-SHARD_INDEX = f"{SHARD_INDEXES}{raw_samples.CODE_VERSION}"
 _RECORDS_PER_QUERY = 1000  # Dagster's own limit
 _SHARD_ASSETS = (raw_samples.NAME, attention_embeddings.NAME, embedding_moments.NAME)
-_WHOLE_ASSETS = (
-    subspace_basis.NAME,
-    importance_scores.NAME,
-    selected_subset.NAME,
-    training_dataset.NAME,
-)
 
 
 _Headers: TypeAlias = Mapping[str, Mapping[str, str]]  # by shard, what its output says of itself
@@ -164,11 +158,11 @@ def _is_being_written(changed_at: float | None, settle_seconds: float) -> bool:
 def _current_index(source: SampleSource, artifacts: ArtifactStore, shard: str) -> ShardIndex:
     # An index that is missing, damaged or of another layout is made again; it is only a memory.
     with contextlib.suppress(ArtifactMissingError, ArtifactCorruptError, ValueError):
-        known = ShardIndex.from_json(artifacts.read_json(SHARD_INDEX, shard))
+        known = ShardIndex.from_json(artifacts.read_json(raw_samples.SHARD_INDEX, shard))
         if source.is_current(shard, known):
             return known
     index = source.index_shard(shard)
-    artifacts.write_json(SHARD_INDEX, index.to_json(), shard)
+    artifacts.write_json(raw_samples.SHARD_INDEX, index.to_json(), shard)
     return index
 
 
@@ -377,8 +371,7 @@ class Refresh:
                 f"automation brings it up to date, and a refresh beside it would do work twice; turn on the "
                 f"sensors {name}_discovery and {name}_automation in the UI, or declare `automation: refresh`"
             )
-        with self._storage.locks(self._selection.store).refreshing():
-            self._close_interrupted_runs()
+        with self._storage.locks(self._selection.store).refreshing(), self._interrupted_runs_closed():
             discovery = settled_discovery(self._source, self._artifacts, self._selection.settle_seconds)
             self._report.unsettled = list(discovery.unsettled)
             if not discovery.versions:
@@ -411,12 +404,17 @@ class Refresh:
             return shards
         pool = self._pool()
         if set(pool) - set(discovery.unsettled) != set(discovery.versions):
-            return list(_WHOLE_ASSETS)
+            return self._whole_assets
         inputs = self._basis_inputs(pool)
-        for position, asset in enumerate(_WHOLE_ASSETS):
+        for position, asset in enumerate(self._whole_assets):
             if self._is_stale(asset, pool, inputs):
-                return list(_WHOLE_ASSETS[position:])
+                return self._whole_assets[position:]
         return []
+
+    @property
+    def _whole_assets(self) -> list[str]:
+        """The assets after those by shard."""
+        return [asset for asset in self._selection.assets if asset not in _SHARD_ASSETS]
 
     def _pool(self) -> Sequence[str]:
         """The shards that Dagster knows, in its order."""
@@ -507,7 +505,7 @@ class Refresh:
         inputs = self._basis_inputs(pool)
         if not inputs:
             raise RefreshError(f"no shard could be embedded: {'; '.join(self._report.problems())}")
-        for asset in _WHOLE_ASSETS:
+        for asset in self._whole_assets:
             if asset == importance_scores.NAME:
                 for shard_range in contiguous_ranges(pool, self._unscored_shards(inputs)):
                     self._materialize_or_raise([asset], shard_range)
@@ -526,8 +524,20 @@ class Refresh:
             expected = subspace_basis.provenance(
                 self._selection, {shard: moments["data_version"] for shard, moments in inputs.items()}
             )
+        elif asset == removed_samples.NAME:
+            expected = removed_samples.provenance(self._selection, self._storage, self._plan().version)
         elif asset == selected_subset.NAME:
-            expected = selected_subset.provenance(self._selection, self._plan().version)
+            expected = selected_subset.provenance(
+                self._selection,
+                self._plan().version,
+                selected_subset.Lists.read(self._selection, self._storage).version,
+                self._whole_header(removed_samples.NAME).get("data_version", ""),
+            )
+        elif asset == selection_report.NAME:
+            expected = selection_report.provenance(
+                self._whole_header(training_dataset.NAME),
+                selection_report.additions_of(self._selection).version,
+            )
         else:
             subset = self._whole_header(selected_subset.NAME)
             expected = training_dataset.provenance(
@@ -553,7 +563,10 @@ class Refresh:
             if asset == training_dataset.NAME:
                 manifest = training_dataset.read_manifest(self._artifacts)
                 return manifest if training_dataset.is_complete(self._artifacts) else {}
-            suffix = ".parquet" if asset == selected_subset.NAME else ".safetensors"
+            if asset == selection_report.NAME:
+                receipt = selection_report.read_receipt(self._artifacts)
+                return receipt if selection_report.is_complete(self._artifacts) else {}
+            suffix = ".safetensors" if asset == subspace_basis.NAME else ".parquet"
             return self._artifacts.read_header(asset, suffix=suffix)
         except (ArtifactMissingError, ArtifactCorruptError):
             return {}
@@ -663,13 +676,24 @@ class Refresh:
                 seen = {name: value.value for name, value in check.metadata.items()}
                 self._report.failed_checks[f"{place}: {check.check_name}"] = str(seen)
 
+    @contextlib.contextmanager
+    def _interrupted_runs_closed(self) -> Iterator[None]:
+        """Close the runs that a killed refresh has left behind, and those of this one if it is stopped."""
+        self._close_interrupted_runs()
+        try:
+            yield
+        except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+            self._close_interrupted_runs()
+            raise
+
     def _close_interrupted_runs(self) -> None:
-        """A killed refresh leaves its run started for ever; the lock shows that nobody works on it."""
+        """A stopped refresh may leave its run begun for ever; the lock shows that nobody works on it."""
         interrupted = self._instance.get_runs(
             dg.RunsFilter(
                 job_name=self._job.name,
                 tags={REFRESH_TAG: self._selection.name},
                 statuses=[
+                    dg.DagsterRunStatus.NOT_STARTED,
                     dg.DagsterRunStatus.STARTED,
                     dg.DagsterRunStatus.STARTING,
                     dg.DagsterRunStatus.CANCELING,
@@ -677,7 +701,7 @@ class Refresh:
             )
         )
         for run in interrupted:
-            self._instance.report_run_failed(run, "The refresh that made this run was killed.")
+            self._instance.report_run_failed(run, "The refresh that made this run was stopped.")
 
 
 def contiguous_ranges(order: Sequence[str], wanted: set[str]) -> list[tuple[str, str]]:
@@ -760,4 +784,10 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
         "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=".parquet")),
         "training_dataset": str(folder / manifest["training_file"]),
         "manifest": str(artifacts.path(training_dataset.NAME, training_dataset.MANIFEST, suffix=".json")),
+        **{f"export_{name}": str(folder / publish.FOLDER / name) for name in manifest.get("exports", {})},
+        **(
+            {"report": str(selection_report.page_path(artifacts))}
+            if selection_report.is_complete(artifacts)
+            else {}
+        ),
     }

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import dagster as dg
 import polars as pl
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError
+from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingTableError
 from resources.sample_source import ShardIndex
 from resources.storage import StorageResource
@@ -38,7 +38,6 @@ from scalselect_assets import (
 from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.method.rejection import RejectionReason
 from scalselect_assets.partitions import shards_name
-from scalselect_assets.refresh import SHARD_INDEX
 from scalselect_assets.selection import Selection
 
 SHORTEST_PREFIX: Final = 6
@@ -176,8 +175,16 @@ def trace(
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A row of `raw_samples`."""
+class SamplePlace:
+    """A row of `raw_samples`.
+
+    Attributes:
+        shard: The shard that it is a row of.
+        row: Its position in the shard, from 0.
+        line: The line of the shard file on which it starts, from 1.
+        sample_key: Its content key.
+        source_id: Its own id, if it has one.
+    """
 
     shard: str
     row: int
@@ -189,9 +196,103 @@ class _Place:
         named = "" if self.source_id is None else f"  (id {self.source_id})"
         return f"{self.shard}#{self.row}  {self.sample_key}{named}"
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "sample_key": self.sample_key,
+            "source_id": self.source_id,
+            "shard": self.shard,
+            "row": self.row,
+            "line": self.line,
+        }
 
-def _places(shard: str, rows: pl.DataFrame) -> list[_Place]:
-    return [_Place(shard, *row) for row in rows.select("row", "line", "sample_key", "source_id").iter_rows()]
+
+def find_sample(
+    selection: Selection, artifacts: ArtifactStore, shards: Iterable[str], key: str
+) -> SamplePlace:
+    """The one sample that goes by ``key``.
+
+    Reads four columns of each shard's rows, one shard at a time.
+
+    Args:
+        selection: Whose sample.
+        artifacts: Of its store.
+        shards: Where to look.
+        key: A sample key or a prefix of one, from 6 characters on; a row's own id, verbatim; or
+            ``<shard>#<row>``, which tells samples apart that have the same key or id.
+
+    Raises:
+        SampleKeyError: No sample goes by it, or several do.
+    """
+    exact: list[SamplePlace] = []
+    by_prefix: list[SamplePlace] = []
+    unread: list[str] = []
+    n_rows, looked_in = 0, sorted(shards)
+    for shard in looked_in:
+        try:
+            rows = artifacts.read_frame(
+                raw_samples.NAME, shard, columns=["row", "line", "sample_key", "source_id"]
+            )[0]
+        except (ArtifactMissingError, ArtifactCorruptError):
+            unread.append(shard)
+            continue
+        n_rows += rows.height
+        is_named = (pl.col("sample_key") == key) | (pl.col("source_id") == key)
+        if key.startswith(f"{shard}#"):
+            is_named |= pl.col("row").cast(pl.String) == key.removeprefix(f"{shard}#")
+        exact += _places(shard, rows.filter(is_named))
+        if len(key) >= SHORTEST_PREFIX and len(by_prefix) <= _CANDIDATES_SHOWN:
+            by_prefix += _places(shard, rows.filter(pl.col("sample_key").str.starts_with(key)))
+    found = exact or by_prefix
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        looked = (
+            f"no sample {key!r} among {n_rows:,} rows of {len(looked_in) - len(unread)} shards in "
+            f"{selection.store}: looked for a sample key or a prefix of one from {SHORTEST_PREFIX} "
+            "characters on, an id, and <shard>#<row>"
+        )
+        raise SampleKeyError(looked + _unread(selection, unread) + _chosen_before(selection, artifacts, key))
+    listed = "".join(f"\n  {place}" for place in found[:_CANDIDATES_SHOWN])
+    more = "\n  and more" if len(found) > _CANDIDATES_SHOWN else ""
+    raise SampleKeyError(f"several samples go by {key!r}; name one of them by <shard>#<row>:{listed}{more}")
+
+
+def last_shards(artifacts: ArtifactStore) -> set[str]:
+    """The shards that the last basis is of; none where there is no basis that can be read."""
+    with suppress(ArtifactMissingError, ArtifactCorruptError):
+        return set(loads(artifacts.read_header(subspace_basis.NAME, suffix=".safetensors")["shards"]))
+    return set()
+
+
+def remedy(selection: Selection) -> str:
+    """What brings a selection's results up to date, as the end of a message."""
+    return f"`scalselect run {selection.source} --store {selection.store}` brings it up to date"
+
+
+def _places(shard: str, rows: pl.DataFrame) -> list[SamplePlace]:
+    wanted = rows.select("row", "line", "sample_key", "source_id")
+    return [SamplePlace(shard, *row) for row in wanted.iter_rows()]
+
+
+def _unread(selection: Selection, shards: list[str]) -> str:
+    if not shards:
+        return ""
+    return f"; {len(shards)} shards have no rows that can be read, {shards[0]} for one: {remedy(selection)}"
+
+
+def _chosen_before(selection: Selection, artifacts: ArtifactStore, key: str) -> str:
+    try:
+        subset, _ = artifacts.read_frame(selected_subset.NAME, columns=["sample_key", "shard"])
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return ""
+    chosen = subset.filter(pl.col("sample_key").str.starts_with(key))
+    if not chosen.height or len(key) < SHORTEST_PREFIX:
+        return ""
+    return (
+        f"; it is in the selected subset, but no longer in its shard {chosen['shard'][0]}: "
+        f"{remedy(selection)}"
+    )
 
 
 class _Trace:
@@ -202,13 +303,16 @@ class _Trace:
         self._artifacts = storage.artifacts(selection.store)
         self._embeddings = storage.embeddings(selection.store)
         self._source = storage.samples(selection.source, selection.image_root, selection.store)
-        self._remedy = f"`scalselect run {selection.source} --store {selection.store}` brings it up to date"
+        self._remedy = remedy(selection)
         self._steps: list[Step] = []
         self._problems: list[str] = []
 
     def of(self, key: str) -> SampleLineage:
         """The lineage of the one sample that goes by ``key``."""
-        place = self._find(key)
+        # Those in the pool, and those that the last results are of.
+        known = set(self._instance.get_dynamic_partitions(shards_name(self._selection.name)))
+        shards = known | last_shards(self._artifacts)
+        place = find_sample(self._selection, self._artifacts, shards, key)
         raw, header = self._artifacts.read_frame(raw_samples.NAME, place.shard)
         row = raw.row(by_predicate=pl.col("row") == place.row, named=True)
         shard_file = self._shard_file(place.shard, header)
@@ -219,79 +323,8 @@ class _Trace:
             images = self._images(vector["images"], vector["image_sha256"])
         else:
             images = self._images(row["images"], map(self._sha256_now, row["images"]))
-        sample = {
-            "sample_key": place.sample_key,
-            "source_id": place.source_id,
-            "shard": place.shard,
-            "row": place.row,
-            "line": place.line,
-            **(self._rejection(place, row) or self._choice(place)),
-        }
+        sample = {**place.to_json(), **(self._rejection(place, row) or self._choice(place))}
         return SampleLineage(sample, shard_file, images, tuple(self._steps), tuple(self._problems))
-
-    # Finding it
-
-    def _find(self, key: str) -> _Place:
-        exact: list[_Place] = []
-        by_prefix: list[_Place] = []
-        unread: list[str] = []
-        n_rows, shards = 0, self._shards()
-        for shard in shards:
-            try:
-                rows = self._artifacts.read_frame(
-                    raw_samples.NAME, shard, columns=["row", "line", "sample_key", "source_id"]
-                )[0]
-            except (ArtifactMissingError, ArtifactCorruptError):
-                unread.append(shard)
-                continue
-            n_rows += rows.height
-            is_named = (pl.col("sample_key") == key) | (pl.col("source_id") == key)
-            if key.startswith(f"{shard}#"):
-                is_named |= pl.col("row").cast(pl.String) == key.removeprefix(f"{shard}#")
-            exact += _places(shard, rows.filter(is_named))
-            if len(key) >= SHORTEST_PREFIX and len(by_prefix) <= _CANDIDATES_SHOWN:
-                by_prefix += _places(shard, rows.filter(pl.col("sample_key").str.starts_with(key)))
-        found = exact or by_prefix
-        if len(found) == 1:
-            return found[0]
-        if not found:
-            looked = (
-                f"no sample {key!r} among {n_rows:,} rows of {len(shards) - len(unread)} shards in "
-                f"{self._selection.store}: looked for a sample key or a prefix of one from {SHORTEST_PREFIX} "
-                "characters on, an id, and <shard>#<row>"
-            )
-            raise SampleKeyError(looked + self._unread(unread) + self._chosen_before(key))
-        listed = "".join(f"\n  {place}" for place in found[:_CANDIDATES_SHOWN])
-        more = "\n  and more" if len(found) > _CANDIDATES_SHOWN else ""
-        raise SampleKeyError(
-            f"several samples go by {key!r}; name one of them by <shard>#<row>:{listed}{more}"
-        )
-
-    def _shards(self) -> list[str]:
-        """Those in the pool, and those that the last results are of."""
-        known = set(self._instance.get_dynamic_partitions(shards_name(self._selection.name)))
-        with suppress(ArtifactMissingError, ArtifactCorruptError):
-            known.update(
-                loads(self._artifacts.read_header(subspace_basis.NAME, suffix=".safetensors")["shards"])
-            )
-        return sorted(known)
-
-    def _unread(self, shards: list[str]) -> str:
-        if not shards:
-            return ""
-        return f"; {len(shards)} shards have no rows that can be read, {shards[0]} for one: {self._remedy}"
-
-    def _chosen_before(self, key: str) -> str:
-        try:
-            subset, _ = self._artifacts.read_frame(selected_subset.NAME, columns=["sample_key", "shard"])
-        except (ArtifactMissingError, ArtifactCorruptError):
-            return ""
-        chosen = subset.filter(pl.col("sample_key").str.starts_with(key))
-        if not chosen.height or len(key) < SHORTEST_PREFIX:
-            return ""
-        return (
-            f"; it is in the selected subset, but no longer in its shard {chosen['shard'][0]}: {self._remedy}"
-        )
 
     # The pool
 
@@ -303,7 +336,7 @@ class _Trace:
             "ui": self._page("shard_files", shard),
         }
         try:
-            index = ShardIndex.from_json(self._artifacts.read_json(SHARD_INDEX, shard))
+            index = ShardIndex.from_json(self._artifacts.read_json(raw_samples.SHARD_INDEX, shard))
         except (ArtifactMissingError, ArtifactCorruptError, ValueError):
             self._problems.append(f"what the shard file held is not remembered; {self._remedy}")
             return facts
@@ -340,7 +373,7 @@ class _Trace:
 
     # The way
 
-    def _embedding(self, place: _Place, raw: Mapping[str, str]) -> dict[str, Any] | None:
+    def _embedding(self, place: SamplePlace, raw: Mapping[str, str]) -> dict[str, Any] | None:
         """The sample's row in its shard's table, if it has one."""
         name = f"{attention_embeddings.NAME}[{place.shard}]"
         with self._told():
@@ -369,7 +402,7 @@ class _Trace:
                     facts.update(model=card["model"], model_commit=card["commit"])
         return facts
 
-    def _rejection(self, place: _Place, raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _rejection(self, place: SamplePlace, raw: Mapping[str, Any]) -> dict[str, Any] | None:
         """Why the sample was rejected, on reading or by the model; none if it was not."""
         fate = {"state": "rejected", "reason": raw["reason"], "detail": raw["detail"]}
         if raw["reason"] is None:
@@ -384,7 +417,7 @@ class _Trace:
             self._dataset(self._header(subspace_basis.NAME, suffix=".safetensors"))
         return fate
 
-    def _choice(self, place: _Place) -> dict[str, Any]:
+    def _choice(self, place: SamplePlace) -> dict[str, Any]:
         """What became of a sample with a vector, from the basis on."""
         moments = self._moments(place.shard)
         basis = self._basis(place.shard, moments)
@@ -437,7 +470,7 @@ class _Trace:
             return header
         return {}
 
-    def _scores(self, place: _Place, basis: Mapping[str, str]) -> bool:
+    def _scores(self, place: SamplePlace, basis: Mapping[str, str]) -> bool:
         """Whether the sample has a score."""
         with self._told():
             scores, header = self._artifacts.read_frame(importance_scores.NAME, place.shard)
@@ -458,7 +491,7 @@ class _Trace:
             return bool(score)
         return False
 
-    def _subset(self, place: _Place, basis: Mapping[str, str]) -> int | None:
+    def _subset(self, place: SamplePlace, basis: Mapping[str, str]) -> int | None:
         """The sample's rank among the selected."""
         with self._told():
             subset, header = self._artifacts.read_frame(selected_subset.NAME)

@@ -1,14 +1,19 @@
 """Step 6, all shards: the budgeted choice.
 
-Holds: the N samples of highest leverage over the whole pool, ranked, ties by `sample_key`, then shard.
-Refuses scores of other bases than the basis says. Costs: two or three passes over a column of the scores and
-one over the rest; memory of N rows, one shard, and a few megabytes.
+Holds: the chosen samples in order of preference, and beside them (`subset_comparison`) what other strategies
+choose on the same terms, measured alike. By default the N samples of highest leverage over the whole pool,
+ties by `sample_key`, then shard. Refuses scores of other bases than the basis says, and terms that cannot be
+met, with the numbers. Costs: the scores once, some 300 bytes of memory for every row of the pool, and what
+the comparison costs (`comparison`).
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import numpy as np
@@ -20,30 +25,75 @@ from resources.identity import digest
 from resources.storage import StorageResource
 from scalselect_assets import (
     attention_embeddings,
+    comparison,
     cycle,
     embedding_moments,
     importance_scores,
     lineage,
     raw_samples,
+    removed_samples,
     subspace_basis,
 )
-from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
 from scalselect_assets.materialization import Output, at_work
-from scalselect_assets.method.top_n import nth_largest
 from scalselect_assets.partitions import missing_shards_check, pool_shards
+from scalselect_assets.pool_rows import Listed, PoolRows, Projections, candidates, find_listed, read_list
+from scalselect_assets.sample_directions import directions_of_rows
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import SELECTED_SUBSET, column_schema, polars_schema
 
+if TYPE_CHECKING:
+    from scalselect_assets.method.choice import Choice
+    from scalselect_assets.method.subspace import Subspace
+
 NAME = "selected_subset"
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 _SUM_TOLERANCE = 1e-5  # relative; the scores are within this of float64, and their errors do not add up
 
 
-def provenance(selection: Selection, score_version: str) -> str:
-    """What the choice is computed from; `ScorePlan.version` covers the scores of every shard in the basis."""
+def provenance(selection: Selection, score_version: str, lists_version: str, removed_version: str) -> str:
+    """What the choice is computed from.
+
+    Args:
+        selection: What is asked for.
+        score_version: `ScorePlan.version`, which covers the scores of every shard in the basis.
+        lists_version: `Lists.version`.
+        removed_version: Of the removed samples; empty where none are removed.
+    """
     return lineage.provenance(
-        NAME, CODE_VERSION, budget=repr(selection.budget), importance_scores=score_version
+        NAME,
+        CODE_VERSION,
+        choice=selection.choice_settings(),
+        importance_scores=score_version,
+        lists=lists_version,
+        removed_samples=removed_version,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """The samples that must, and that must not, be chosen."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    @classmethod
+    def read(cls, selection: Selection, storage: StorageResource) -> "Lists":
+        """The declared lists.
+
+        Raises:
+            SampleListError: One cannot be read.
+        """
+        include, exclude = (
+            () if place is None else tuple(read_list(storage.path(place)))
+            for place in (selection.include, selection.exclude)
+        )
+        return cls(include, exclude)
+
+    @property
+    def version(self) -> str:
+        """Of their entries."""
+        return digest(self.include, self.exclude)
 
 
 def build(selection: Selection) -> dg.AssetsDefinition:
@@ -51,9 +101,17 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
     @dg.asset(
         **selection.asset_options(NAME, by_shard=False),
-        deps=[selection.key(importance_scores.NAME), selection.key(subspace_basis.NAME)],
+        deps=[
+            selection.key(name)
+            for name in (
+                importance_scores.NAME,
+                subspace_basis.NAME,
+                attention_embeddings.NAME,
+                *([removed_samples.NAME] if selection.removes_samples else []),
+            )
+        ],
         kinds={"polars", "parquet"},
-        code_version=lineage.shown_code_version(CODE_VERSION, budget=selection.budget),
+        code_version=lineage.shown_code_version(CODE_VERSION, choice=selection.choice_settings()),
         metadata={"dagster/column_schema": column_schema(SELECTED_SUBSET)},
         check_specs=[
             dg.AssetCheckSpec(
@@ -66,45 +124,71 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 asset=selection.key(NAME),
                 description="Every shard of the pool is scored and could be selected from.",
             ),
+            dg.AssetCheckSpec(
+                "listed_samples_are_in_the_pool",
+                asset=selection.key(NAME),
+                description="Every entry of the lists to include and to exclude names an embedded row.",
+            ),
         ],
     )
     def selected_subset(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
-        """The samples of highest leverage within the budget, over all shards."""
-        from scalselect_assets.method.selection import budget_size
-
-        with at_work(context, storage.locks(selection.store)):
+        """The samples that the strategy prefers within the budget and its terms, over all shards."""
+        with at_work(context, storage.locks(selection.store)), ExitStack() as stack:
             start = time.monotonic()
             artifacts = storage.artifacts(selection.store)
             subspace, basis = subspace_basis.read_basis(artifacts)
             plan = ScorePlan.from_header(basis)
             in_basis = json.loads(basis["shards"])
             pool = pool_shards(context, selection.partitions)
-            scores = PoolScores(artifacts, plan, sorted(in_basis))
-            chosen = scores.top(budget_size(selection.budget, subspace.n))
             before = _last_selected(artifacts)
-            data_version = _content_version(chosen)
-            made_from = provenance(selection, plan.version)
-            path, n_bytes = artifacts.write_frame(
-                NAME, chosen, lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
+            lists = Lists.read(selection, storage)
+            removed, removed_version = removed_samples.read_removed(artifacts, selection)
+            chooser = _Chooser(
+                selection,
+                PoolRows(
+                    artifacts,
+                    storage.embeddings(selection.store),
+                    plan,
+                    in_basis,
+                    selection.labels,
+                    with_images=bool(lists.include or lists.exclude),
+                ),
+                subspace,
+                lists,
+                removed,
+                before,
+                stack,
             )
+            chosen, compared = chooser.chosen(), chooser.compared()
+            data_version = _content_version(chosen)
+            made_from = provenance(selection, plan.version, lists.version, removed_version)
+            header = lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
+            artifacts.write_frame(comparison.NAME, compared, header)
+            path, n_bytes = artifacts.write_frame(NAME, chosen, header)
             # Where shards keep scores of earlier bases, the sum is off by the bound on their errors at most.
             tolerance = _SUM_TOLERANCE + plan.error_bound
+            scores = chooser.rows
+            normalised_sum, leverage_sum = (
+                float(scores[name].to_numpy().sum()) for name in ("normalised_leverage", "leverage")
+            )
             return Output(
                 data_version,
                 made_from,
                 {
                     "dagster/row_count": chosen.height,
-                    "embedded": scores.n,
+                    "embedded": scores.height,
                     **_churn(before, chosen),
+                    **chooser.told(),
                     "rank": subspace.k,
-                    "leverage_sum": scores.leverage_sum,
+                    "leverage_sum": leverage_sum,
                     "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
-                    "leverage_threshold": float(chosen["leverage"][-1]),
-                    "normalised_leverage_threshold": float(chosen["normalised_leverage"][-1]),
+                    "leverage_threshold": float(chosen["leverage"].to_numpy().min()),
+                    "normalised_leverage_threshold": float(chosen["normalised_leverage"].to_numpy().min()),
                     "shards_keeping_scores": len(plan.kept),
                     "score_error_bound": plan.error_bound,
                     "basis_version": basis["data_version"],
                     **{f"drift_{name}": value for name, value in json.loads(basis["drift"]).items()},
+                    **_comparison_metadata(compared),
                     **_cycle(context, selection, in_basis).metadata(),
                     "seconds": time.monotonic() - start,
                     "bytes": n_bytes,
@@ -113,17 +197,17 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 (
                     dg.AssetCheckResult(
                         check_name="leverage_scores_sum_to_rank",
-                        passed=scores.n == subspace.n
+                        passed=scores.height == subspace.n
                         and (
-                            abs(scores.normalised_sum - subspace.n) <= tolerance * subspace.n
+                            abs(normalised_sum - subspace.n) <= tolerance * subspace.n
                             if subspace.k
-                            else scores.normalised_sum <= tolerance * subspace.n
+                            else normalised_sum <= tolerance * subspace.n
                         ),
                         metadata={
-                            "leverage_sum": scores.leverage_sum,
-                            "normalised_mean": scores.normalised_sum / scores.n,
+                            "leverage_sum": leverage_sum,
+                            "normalised_mean": normalised_sum / scores.height,
                             "rank": subspace.k,
-                            "scored": scores.n,
+                            "scored": scores.height,
                             "samples_in_basis": subspace.n,
                             "tolerance": tolerance,
                         },
@@ -131,10 +215,208 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     missing_shards_check(
                         "selection_covers_every_shard", [shard for shard in pool if shard not in in_basis]
                     ),
+                    _listed_check(chooser.unknown),
                 ),
             ).result()
 
     return selected_subset
+
+
+class _Chooser:
+    """Chooses once, and knows what the choice was made from.
+
+    Attributes:
+        rows: Every embedded row of the pool.
+        unknown: Entries of the lists that name none.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        pool: PoolRows,
+        subspace: "Subspace",
+        lists: Lists,
+        removed: pl.DataFrame,
+        before: pl.DataFrame | None,
+        stack: ExitStack,
+    ) -> None:
+        from scalselect_assets.method.choice import choose
+        from scalselect_assets.method.quotas import InfeasibleError, agree
+        from scalselect_assets.method.strategies import strategy_named
+
+        self._selection, self._pool, self._subspace, self._stack = selection, pool, subspace, stack
+        self.rows = pool.all()
+        self._candidates = candidates(self.rows, selection.labels)
+        include, exclude = self._listed(lists.include), self._listed(lists.exclude)
+        self.unknown = include.unknown + exclude.unknown
+        self._n_removed = removed.height
+        self._earlier = None if before is None else self._places(before)
+        strategy = strategy_named(selection.strategy, seed=selection.seed, stratify_by=selection.source_label)
+        declared = None if self._earlier is None else selection.keep_earlier
+        keep = None if declared is None else declared.to_keep()
+        self._opened: Projections | None = None
+        try:
+            self._terms = agree(
+                self._candidates,
+                selection.declared_budget,
+                [quota.to_quota(selection.source_label) for quota in selection.quotas],
+                include=include.rows,
+                exclude=np.union1d(exclude.rows, self._places(removed)),
+            )
+            self._choice: Choice = choose(
+                self._candidates,
+                strategy,
+                self._terms,
+                self._projections().blocks if strategy.needs_projections else None,
+                earlier=self._earlier if keep is not None else None,
+                keep=keep,
+            )
+        except (InfeasibleError, ValueError) as error:
+            raise dg.Failure(f"the choice cannot be made: {error}", allow_retries=False) from error
+
+    def chosen(self) -> pl.DataFrame:
+        """A frame of `SELECTED_SUBSET`."""
+        choice = self._choice
+        rows = self.rows[choice.rows]
+        recorded = {
+            name: pl.Series(choice.recorded[name]).fill_nan(None)
+            for name in ("gain", "inclusion_probability")
+            if name in choice.recorded
+        }
+        return (
+            rows.with_columns(
+                rank=pl.int_range(1, rows.height + 1, dtype=pl.Int64),
+                source=pl.col(self._selection.source_label),
+                why=self._why(),
+                **{
+                    name: recorded.get(name, pl.lit(None, pl.Float64))
+                    for name in ("gain", "inclusion_probability")
+                },
+            )
+            .join(self._directions(rows), on=["shard", "row"], how="left", maintain_order="left")
+            .select(polars_schema(SELECTED_SUBSET).names())
+            .cast(polars_schema(SELECTED_SUBSET))
+        )
+
+    def _directions(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The strongest directions of some rows, by shard and row, each of the basis that scores it."""
+        plan, found = self._pool.plan, []
+        bases = {plan.basis: self._subspace}
+        for (shard,), part in rows.group_by("shard", maintain_order=True):
+            version = plan.of_shard(str(shard))
+            if version not in bases:
+                bases[version] = read_scoring_basis(self._pool.artifacts, plan, version)
+            directions = directions_of_rows(
+                self._pool.embeddings,
+                self._pool.table(str(shard)),
+                bases[version],
+                part["row"].sort().to_list(),
+                unit_rows=self._selection.unit_rows,
+            )
+            found.append(directions.with_columns(shard=pl.lit(shard, pl.String)))
+        return pl.concat(found)
+
+    def compared(self) -> pl.DataFrame:
+        """A frame of `comparison.SUBSET_COMPARISON`; empty where nothing is to be compared."""
+        settings = self._selection.compare
+        if settings is None or self.rows.height > settings.max_rows or not self._subspace.k:
+            return pl.DataFrame(schema=polars_schema(comparison.SUBSET_COMPARISON))
+        projections = self._projections()
+        others = comparison.alternatives(
+            settings,
+            self._candidates,
+            self._terms,
+            projections,
+            seed=self._selection.seed,
+            stratify_by=self._selection.source_label,
+        )
+        return comparison.compare(
+            [comparison.Compared(comparison.CHOICE, None, self._choice.rows), *others],
+            self._pool,
+            self.rows,
+            self._candidates,
+            self._subspace,
+            projections,
+            last=self._earlier,
+            settings=settings,
+            source_label=self._selection.source_label,
+            unit_rows=self._selection.unit_rows,
+        )
+
+    def told(self) -> dict[str, Any]:
+        """Plain numbers of the choice, for the UI."""
+        choice = self._choice
+        kept = choice.kept
+        return {
+            "strategy": self._selection.strategy,
+            "included": choice.n_held,
+            "removed": self._n_removed,
+            "spent": choice.spent,
+            "image_tokens": int(self._candidates.n_image_tokens[choice.rows].sum()),
+            "text_tokens": int(self._candidates.n_text_tokens[choice.rows].sum()),
+            **{f"strategy_{name}": float(value) for name, value in choice.figures.items()},
+            **(
+                {}
+                if kept is None
+                else {
+                    "kept_earlier": kept.n_kept,
+                    "churn_without_keeping": kept.churn_without,
+                    "leverage_lost_by_keeping": kept.leverage_lost,
+                }
+            ),
+        }
+
+    def _why(self) -> pl.Series:
+        choice = self._choice
+        held = self._terms.held[choice.rows]
+        why = np.where(held, "included", "chosen").astype(object)
+        if choice.kept is not None:
+            why[np.isin(choice.rows, choice.kept.rows) & ~held] = "kept"
+        return pl.Series(why.tolist(), dtype=pl.String)
+
+    def _listed(self, entries: tuple[str, ...]) -> Listed:
+        return find_listed(self.rows, entries) if entries else Listed(np.empty(0, np.int64), ())
+
+    def _places(self, samples: pl.DataFrame) -> NDArray[np.int64]:
+        """The rows of some samples that are there, ascending."""
+        places = self.rows.with_row_index("place").join(samples, on=["sample_key", "shard"], how="semi")
+        return places["place"].cast(pl.Int64).sort().to_numpy()
+
+    def _projections(self) -> Projections:
+        if self._opened is None:
+            projections = Projections(
+                self._pool, self.rows, self._subspace, unit_rows=self._selection.unit_rows
+            )
+            self._opened = self._stack.enter_context(projections)
+        return self._opened
+
+
+def _listed_check(unknown: tuple[str, ...]) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name="listed_samples_are_in_the_pool",
+        passed=not unknown,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"n_unknown": len(unknown), "unknown": list(unknown[:100])},
+    )
+
+
+def _comparison_metadata(compared: pl.DataFrame) -> dict[str, Any]:
+    if compared.is_empty():
+        return {}
+    rows = [
+        dg.TableRecord(
+            {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+        )
+        for row in comparison.means(compared).iter_rows(named=True)
+    ]
+    columns = [dg.TableColumn("seeds", "Int64"), *column_schema(comparison.SUBSET_COMPARISON).columns]
+    names = set(rows[0].data)
+    return {
+        **{f"choice_{name}": value for name, value in comparison.told(compared).items()},
+        "comparison": dg.MetadataValue.table(
+            rows, schema=dg.TableSchema([column for column in columns if column.name in names])
+        ),
+    }
 
 
 def _cycle(
@@ -175,69 +457,8 @@ def _churn(before: pl.DataFrame | None, chosen: pl.DataFrame) -> dict[str, int |
 
 
 def _content_version(chosen: pl.DataFrame) -> str:
+    chosen = chosen.drop("strongest_directions")  # which follow from the rest, up to rounding
     content = hashlib.sha256()
     for part in chosen.iter_slices(100_000):  # as text, a row takes some hundred bytes
         content.update(part.write_ndjson().encode())
     return digest(content.hexdigest())
-
-
-class PoolScores:
-    """The scores of all shards, read shard by shard and never held.
-
-    Attributes:
-        n: Number of scores, known after ``top``, like the sums.
-        leverage_sum: Of all scores.
-        normalised_sum: Of all normalised scores.
-    """
-
-    def __init__(self, artifacts: ArtifactStore, plan: ScorePlan, shards: Sequence[str]) -> None:
-        """The scores of ``shards``, which are to be of the bases that ``plan`` says."""
-        self._artifacts, self._plan, self._shards = artifacts, plan, shards
-        self.n, self.leverage_sum, self.normalised_sum = 0, 0.0, 0.0
-
-    def top(self, size: int) -> pl.DataFrame:
-        """The ``size`` rows of highest normalised leverage, in order; memory of these rows and one shard.
-
-        Raises:
-            dg.Failure: A shard was scored with another basis than the plan says.
-        """
-        threshold = nth_largest(self._normalised, size)
-        self.n, self.leverage_sum, self.normalised_sum = threshold.n, 0.0, 0.0
-        above, tied = [self._none()], self._none()
-        for shard, scores in self._frames():
-            self.leverage_sum += float(scores["leverage"].sum())
-            self.normalised_sum += float(scores["normalised_leverage"].sum())
-            rows = scores.with_columns(shard=pl.lit(shard)).select(self._none().columns)
-            above.append(rows.filter(pl.col("normalised_leverage") > threshold.value))
-            at = rows.filter(pl.col("normalised_leverage") == threshold.value)
-            if at.height:
-                # A sample that two shards repeat has one key; the shard makes the order total.
-                tied = pl.concat([tied, at]).sort(["sample_key", "shard"]).head(threshold.n_ties_taken)
-        return (
-            pl.concat([*above, tied])
-            .sort(["normalised_leverage", "sample_key", "shard"], descending=[True, False, False])
-            .with_row_index("rank", offset=1)
-            .cast(polars_schema(SELECTED_SUBSET))
-            .select(polars_schema(SELECTED_SUBSET).names())
-        )
-
-    def _normalised(self) -> Iterator[NDArray[np.float64]]:
-        for _, scores in self._frames(["normalised_leverage"]):
-            yield scores["normalised_leverage"].to_numpy()
-
-    def _frames(self, columns: list[str] | None = None) -> Iterator[tuple[str, pl.DataFrame]]:
-        for shard in self._shards:
-            scores, header = self._artifacts.read_frame(importance_scores.NAME, shard, columns=columns)
-            if header["subspace_basis"] != (wanted := self._plan.of_shard(shard)):
-                raise dg.Failure(
-                    f"shard {shard!r} was scored with basis {header['subspace_basis']}, it is to be scored "
-                    f"with {wanted}; scores of any other basis cannot be compared: materialize "
-                    f"importance_scores[{shard}] again",
-                    allow_retries=False,
-                )
-            yield shard, scores
-
-    @staticmethod
-    def _none() -> pl.DataFrame:
-        schema = polars_schema(SELECTED_SUBSET)
-        return pl.DataFrame(schema={name: dtype for name, dtype in schema.items() if name != "rank"})

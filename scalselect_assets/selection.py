@@ -12,6 +12,18 @@ import yaml
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from resources.vlm import TargetModel
+from scalselect_assets import ASSET_MODULES
+from scalselect_assets.choice_settings import (
+    Comparison,
+    DeclaredQuota,
+    KeptEarlier,
+    Label,
+    StrategyName,
+    TokenBudget,
+)
+from scalselect_assets.curation import Decontamination, NearDuplicates
+from scalselect_assets.exports.spec import ExportSpecs
+from scalselect_assets.method.quotas import Budget
 from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import shard_partitions
@@ -21,8 +33,28 @@ DECLARATION_TYPE = "scalselect_assets.selection.Selection"
 
 # Fields that say when and for whom the results are made.
 _DRIVING = {
-    *("settle_seconds", "owners", "automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
+    *("report", "settle_seconds", "owners"),
+    *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
+
+
+# Fields that the choice depends on.
+_CHOICE = {
+    *(
+        "budget",
+        "strategy",
+        "seed",
+        "source_label",
+        "quotas",
+        "include",
+        "exclude",
+        "keep_earlier",
+        "compare",
+    ),
+}
+
+
+_EXPECTED_SHARE = 0.16  # of rows, where a budget is a number of tokens: the paper's
 
 
 class SelectionFileError(ValueError):
@@ -85,11 +117,48 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         description="Shards keep scores of an earlier basis while the bound on the mean absolute error of "
         "the normalised scores (mean 1) is at most this; 0 rescores everything whenever the basis moves.",
     )
-    budget: int | float = Field(
-        default=0.16, description="Fraction of the embedded samples if a float in (0, 1], else their number."
+    budget: int | float | TokenBudget = Field(
+        default=0.16,
+        description="Fraction of the embedded samples if a float in (0, 1], their number, or a budget of "
+        "tokens (image_tokens or text_tokens).",
     )
-    text_only: Literal["drop", "keep"] = Field(
-        default="drop", description="Whether rows without an image are added to the training dataset."
+    strategy: StrategyName = Field(
+        default="top_leverage",
+        description="What is preferred: the highest leverage (the paper), rows drawn in proportion to it, "
+        "rows that span the subspace together, or a comparator.",
+    )
+    seed: int = Field(default=0, ge=0, description="Of strategies and exports that draw.")
+    source_label: Label = "source"
+    quotas: list[DeclaredQuota] = Field(
+        default=[], description="Floors and ceilings by source, or by any other label; one entry for each."
+    )
+    include: str | None = Field(
+        default=None,
+        description="Text file of samples that must be chosen, one a line: source id, sample key, or the "
+        "SHA-256 of an image.",
+    )
+    exclude: str | None = Field(default=None, description="The same, of samples that must not be chosen.")
+    keep_earlier: KeptEarlier | None = Field(
+        default=None, description="Bounds on how far the choice moves from the last one; by default none."
+    )
+    near_duplicates: NearDuplicates | None = Field(
+        default=None, description="Remove samples that repeat one of higher leverage; by default none."
+    )
+    decontamination: Decontamination | None = Field(
+        default=None, description="Remove samples that an evaluation set holds; by default none."
+    )
+    report: bool = Field(default=True, description="Whether the result is told on a page for people.")
+    compare: Comparison | None = Field(
+        default=Comparison(), description="What the choice is measured beside; null for nothing."
+    )
+    text_only: Literal["drop", "keep"] | int | float = Field(
+        default="drop",
+        description="Whether rows without an image are added to the training dataset, on top of the budget: "
+        "none, all, or a seeded draw of so many (a fraction of them if a float).",
+    )
+    exports: ExportSpecs = Field(
+        default=[],
+        description="Trainers' own formats that the training dataset is written in beside, one of a format.",
     )
     settle_seconds: float = Field(
         default=3.0,
@@ -119,10 +188,18 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
 
     @field_validator("budget")
     @classmethod
-    def _budget_is_possible(cls, budget: int | float) -> int | float:
+    def _budget_is_possible(cls, budget: int | float | TokenBudget) -> int | float | TokenBudget:
         # The pool's size is not known here; any size that a count fits in shows the other mistakes.
-        budget_size(budget, budget if isinstance(budget, int) and budget > 0 else 1)
+        if not isinstance(budget, TokenBudget):
+            budget_size(budget, budget if isinstance(budget, int) and budget > 0 else 1)
         return budget
+
+    @field_validator("text_only")
+    @classmethod
+    def _text_only_is_possible(cls, text_only: str | int | float) -> str | int | float:
+        if not isinstance(text_only, str):
+            budget_size(text_only, text_only if isinstance(text_only, int) and text_only > 0 else 1)
+        return text_only
 
     @field_validator("rank")
     @classmethod
@@ -149,6 +226,43 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     def rank_rule(self) -> RankRule:
         """The rule that chooses k."""
         return parse_rank_rule(self.rank, self.energy)
+
+    @property
+    def declared_budget(self) -> Budget:
+        """What may be spent, as the method takes it."""
+        return self.budget.to_budget() if isinstance(self.budget, TokenBudget) else Budget(self.budget)
+
+    def expected_share(self, n_rows: int) -> float:
+        """The share of ``n_rows`` that the budget is taken to buy before their tokens are known."""
+        budget = self.declared_budget
+        if isinstance(budget.amount, float):
+            return budget.amount
+        return min(1.0, budget.amount / n_rows) if budget.unit == "rows" else _EXPECTED_SHARE
+
+    @property
+    def assets(self) -> list[str]:
+        """The asset modules of its path, in order."""
+        absent = {
+            *([] if self.removes_samples else ["removed_samples"]),
+            *([] if self.report else ["selection_report"]),
+        }
+        return [name for name in ASSET_MODULES if name not in absent]
+
+    @property
+    def removes_samples(self) -> bool:
+        """Whether duplicates or contaminated samples are removed before the choice."""
+        return bool(self.near_duplicates or self.decontamination)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels that the choice asks of a row, the source first."""
+        return list(
+            dict.fromkeys([self.source_label, *(quota.label(self.source_label) for quota in self.quotas)])
+        )
+
+    def choice_settings(self) -> dict[str, Any]:
+        """All that the choice depends on, beside scores and lists."""
+        return self.model_dump(include=_CHOICE)
 
     @property
     def partitions(self) -> dg.DynamicPartitionsDefinition:
@@ -205,6 +319,11 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         )
 
 
+def _absolute(place: str, declaration: Path) -> str:
+    """A path of a declaration, which is relative to the folder that the file is in."""
+    return str((declaration.parent / Path(place).expanduser()).absolute())
+
+
 def read_selection(path: Path) -> Selection:
     """Read one declaration; relative local paths in it are relative to the file's folder.
 
@@ -220,12 +339,19 @@ def read_selection(path: Path) -> Selection:
     if not isinstance(declared, dict) or declared.get("type") != DECLARATION_TYPE:
         raise SelectionFileError(f"{path} does not declare `type: {DECLARATION_TYPE}` with `attributes`")
     attributes = dict(declared.get("attributes") or {})
-    for name in ("source", "store", "image_root", "target_model"):
+    for name in ("source", "store", "image_root", "target_model", "include", "exclude"):
         value = attributes.get(name)
         if not isinstance(value, str) or "://" in value:
             continue
         if name != "target_model" or value.startswith((".", "~")):
-            attributes[name] = str((path.parent / Path(value).expanduser()).absolute())
+            attributes[name] = _absolute(value, path)
+    if isinstance(evaluation := attributes.get("decontamination"), dict):
+        attributes["decontamination"] = {
+            name: _absolute(value, path)
+            if name in {"images", "texts"} and isinstance(value, str) and "://" not in value
+            else value
+            for name, value in evaluation.items()
+        }
     try:
         # Not through Dagster's templating: it would read a name of digits as a number.
         return Selection.model_validate(attributes)

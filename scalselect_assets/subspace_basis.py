@@ -172,7 +172,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     "shards_added": len(pool.added),
                     "shards_removed": len(pool.removed),
                     **history.metadata(),
-                    "energy_curve": plots.energy_curve(subspace, _told(selection.rank_rule.describe())),
+                    "energy_curve": plots.energy_curve(subspace, rule_told(selection.rank_rule.describe())),
                     "rank_alternatives": alternatives,
                     "spectrum": dg.MetadataValue.table(
                         _spectrum_head(subspace), schema=column_schema(SPECTRUM)
@@ -315,13 +315,12 @@ def _rank_alternatives(
     rules.append(EffectiveRank())
     if 2 * axes.rank > min(axes.n - 1, axes.d):  # else the rule has no noise to measure
         rules.append(GavishDonoho())
-    ranks = {_told(selection.rank_rule.describe()): k}
+    ranks = {rule_told(selection.rank_rule.describe()): k}
     for rule in rules:
-        ranks.setdefault(_told(rule.describe()), rule.rank(axes.spectrum, axes.n, axes.d))
+        ranks.setdefault(rule_told(rule.describe()), rule.rank(axes.spectrum, axes.n, axes.d))
     compared = {rule: rank for rule, rank in ranks.items() if rank <= max(k, _COMPARED_RANK)}
     x = _sample(storage, selection, shards)
-    budget = selection.budget
-    size = budget_size(min(1.0, budget / axes.n) if isinstance(budget, int) else budget, len(x))
+    size = budget_size(selection.expected_share(axes.n), len(x))
     alternatives = rank_alternatives(x, axes.subspace(max(compared.values())), k, compared, size)
     curve = axes.energy_curve()
     overlaps = {one.rule: round(one.overlap, 4) for one in alternatives}
@@ -367,7 +366,7 @@ def _sample(storage: StorageResource, selection: Selection, shards: list[str]) -
     return prepared_rows(np.concatenate(vectors), to_unit_length=selection.unit_rows)
 
 
-def _told(rule: Mapping[str, Any]) -> str:
+def rule_told(rule: Mapping[str, Any]) -> str:
     """A rank rule in words."""
     name, *rest = rule.values()
     return " ".join([str(name), *(f"{value:g}" for value in rest)])

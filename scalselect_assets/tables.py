@@ -75,14 +75,34 @@ IMPORTANCE_SCORES: Table = {
     ),
 }
 
+STRONGEST_DIRECTIONS = Column(
+    pl.List(pl.Struct({"direction": pl.Int32(), "share": pl.Float64(), "coordinate": pl.Float64()})),
+    "The directions that most of the leverage comes from, strongest first: number from 1, share of the "
+    "leverage, and coordinate in that direction, whose sign tells the side of the mean.",
+)
+
 SELECTED_SUBSET: Table = {
-    "rank": Column(pl.Int64(), "Place by normalised leverage over the whole pool, from 1."),
+    "rank": Column(
+        pl.Int64(),
+        "Place in the choice, from 1: rows on the list to include, then by the strategy's preference.",
+    ),
     "sample_key": _KEY,
     "source_id": _SOURCE_ID,
     "shard": _SHARD,
     "row": _ROW,
     "leverage": IMPORTANCE_SCORES["leverage"],
     "normalised_leverage": IMPORTANCE_SCORES["normalised_leverage"],
+    "source": Column(pl.String(), "The row's source, by the selection's `source_label`."),
+    "n_text_tokens": Column(pl.Int64(), "Tokens of the model's input that are not vision tokens."),
+    "n_image_tokens": Column(pl.Int64(), "Vision tokens."),
+    "why": Column(pl.String(), "`included` (it is on the list), `kept` (of the last subset), or `chosen`."),
+    "gain": Column(
+        pl.Float64(), "What it added to the span when it was picked (spanning); null with other strategies."
+    ),
+    "inclusion_probability": Column(
+        pl.Float64(), "Probability with which it was drawn, for weighting; null where nothing is drawn."
+    ),
+    "strongest_directions": STRONGEST_DIRECTIONS,
 }
 
 MOMENTS: Table = {
@@ -112,6 +132,13 @@ RANK_ALTERNATIVES: Table = {
     ),
     "chosen_samples": Column(pl.Int64(), "Samples that either chooses, by the budget of this moment."),
     "compared_samples": Column(pl.Int64(), "Samples that they choose from; all of a small pool."),
+}
+
+COMPOSITION: Table = {
+    "source": Column(pl.String(), "Where the rows are from, as the report labels them."),
+    "pool": Column(pl.Int64(), "Rows in the pool."),
+    "embedded": Column(pl.Int64(), "Rows with a vector."),
+    "selected": Column(pl.Int64(), "Rows in the selection."),
 }
 
 TRAINING_ROWS: Table = {

@@ -32,7 +32,7 @@ from scalselect_assets.refresh import Discovery, report_discovery
 from scalselect_assets.selection import Selection
 from tests.conftest import sharegpt_row, write_lines
 
-RAW, EMBEDDINGS, MOMENTS, BASIS, SCORES, SUBSET, DATASET = ASSET_MODULES
+RAW, EMBEDDINGS, MOMENTS, BASIS, SCORES, REMOVED, SUBSET, DATASET, REPORT = ASSET_MODULES
 SHARD = (RAW, EMBEDDINGS, MOMENTS)
 
 
@@ -41,7 +41,7 @@ class Automation:
 
     def __init__(self, instance: dg.DagsterInstance) -> None:
         self.instance = instance
-        self.settings: dict[str, Any] = {"automation": "declarative"}
+        self.settings: dict[str, Any] = {"automation": "declarative", "report": False}
         self.files: dict[str, str] = {}
         self.unreadable: set[str] = set()
         self.now = datetime(2026, 3, 1, 12, tzinfo=ZoneInfo("UTC"))
@@ -84,7 +84,7 @@ class Automation:
             )
         self.cursor = result.cursor
         runs: dict[str | None, list[str]] = {}
-        for asset in ASSET_MODULES:
+        for asset in self.selection.assets:
             for shard in result.get_requested_partitions(self.selection.key(asset)):
                 runs.setdefault(shard, []).append(asset)
         return [(assets, shard) for shard, assets in sorted(runs.items(), key=str)]
@@ -156,8 +156,14 @@ class Automation:
                 *filter(all, ((one, self._stored(MOMENTS, one)) for one in shards)),
             ],
             SCORES: lambda: self._stored(BASIS),
-            SUBSET: lambda: [self._stored(BASIS), settings.budget],
+            REMOVED: lambda: [self._stored(BASIS), str(settings.near_duplicates)],
+            SUBSET: lambda: [
+                self._stored(BASIS),
+                settings.budget,
+                made.get(REMOVED) or self._stored(REMOVED),
+            ],
             DATASET: lambda: made.get(SUBSET) or self._stored(SUBSET),
+            REPORT: lambda: made.get(DATASET) or self._stored(DATASET),
         }
         return digest(read[asset]())
 
@@ -398,6 +404,37 @@ def test_a_changed_setting_recomputes_what_depends_on_it(
     assert filled.settle() == expected
 
 
+def test_what_is_removed_and_the_report_come_with_the_subset_in_one_run(automation: Automation) -> None:
+    automation.settings |= {"report": True, "near_duplicates": {"cosine": 0.9}}
+    automation.files = {"a": "1"}
+    automation.tick()
+    with_subset = {REMOVED: 1, SUBSET: 1, DATASET: 1, REPORT: 1}
+    assert automation.settle() == wave("a", scored="a") | with_subset
+    assert automation.settle() == {}
+
+    automation.settings["budget"] = 3
+    automation.discover()
+    assert automation.tick() == [([SUBSET, DATASET, REPORT], None)]
+
+
+def test_other_terms_of_removing_are_another_choice(automation: Automation) -> None:
+    automation.settings |= {"report": True, "near_duplicates": {"cosine": 0.9}}
+    automation.files = {"a": "1"}
+    automation.tick()
+    automation.settle()
+    automation.settings["near_duplicates"] = {"cosine": 0.8}
+    automation.discover()
+    requested = automation.tick()
+    assert requested == [([REMOVED, SUBSET, DATASET, REPORT], None)]
+    automation.start(requested)
+    automation.finish()
+    assert automation.settle() == {}
+
+    automation.start([([REMOVED], None)], by="a person")
+    automation.finish()
+    assert automation.settle() == {}, "it came out as it was"
+
+
 def test_scores_follow_a_basis_of_other_settings_that_is_as_it_was(filled: Automation) -> None:
     filled.settings["max_drift"] = 0.5
     assert filled.settle() == {
@@ -510,8 +547,14 @@ def test_conditions_of_one_asset_keep_their_memories_apart() -> None:
 
     for automation in ("declarative", "declarative_nightly"):
         selection = Selection(
-            name="pool", source="/pool", store="/store", target_model="m", automation=automation
+            name="pool",
+            source="/pool",
+            store="/store",
+            target_model="m",
+            automation=automation,
+            near_duplicates={},
         )
+        assert selection.assets == list(ASSET_MODULES)
         for asset in ASSET_MODULES:
             walk(asset, automation_condition(selection, asset), None)
     assert len(remembered) > 20

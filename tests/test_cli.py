@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from PIL import Image
 from upath import UPath
 
 from resources.artifacts import ArtifactStore
@@ -100,7 +101,10 @@ def test_the_demo_accounts_for_every_row_and_does_nothing_twice(
     moved = (tmp_path / ".scalselect" / "demo").rename(tmp_path / "moved")
     assert summary_of(scalselect("status", "--store", "moved", "--json"))["manifest"].startswith(str(moved))
     (moved / "training_dataset" / "train.jsonl").unlink()
-    assert summary_of(scalselect("status", "--store", "moved", "--json"))["pending"] == ["training_dataset"]
+    assert summary_of(scalselect("status", "--store", "moved", "--json"))["pending"] == [
+        "training_dataset",
+        "selection_report",
+    ]
     assert not (tmp_path / ".scalselect" / "demo").exists()
 
 
@@ -157,6 +161,7 @@ def test_a_failing_shard_is_named_and_the_exit_code_is_1(
         (("run", "textual", "--model", "MODEL"), 1, "no sample of the pool is embedded"),
         (("status", "--store", "nowhere"), 2, "is not a store"),
         (("clean", "--store", "nowhere"), 2, "is not a store"),
+        (("explain", "x", "--store", "nowhere"), 2, "is not a store"),
         (("clean", "--store", "pool", "--retention-days", "-1"), 2, "retention-days"),
         (("split", "pool/a.jsonl", "--rows", "0", "--out", "o"), 2, "rows"),
         (("split", "pool/images/0.png", "--rows", "2", "--out", "o"), 1, "0.png"),
@@ -251,6 +256,47 @@ def test_a_sample_is_followed_back_and_the_store_cleaned(
     assert "Traceback" not in gone.stderr
 
 
+def test_a_sample_is_explained_without_the_model_and_drawn_with_it(
+    scalselect: Command, tmp_path: Path, demo_vlm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 5, seed=0)
+    (tmp_path / "pool" / "images" / "cut.png").write_bytes(png_bytes(1)[:50])
+    row = sharegpt_row(["images/1.png", "images/2.png"], "<image><image>\nWhich?", id="[two]")
+    write_lines(tmp_path / "pool" / "b.jsonl", [row, sharegpt_row("images/cut.png", id="cut")])
+    first = summary_of(scalselect("run", "pool", "--model", demo_vlm, "--store", "s", "--json"))
+    best = pl.read_parquet(first["selected_subset"]).row(0, named=True)
+
+    with monkeypatch.context() as without:
+        without.setattr("scalselect_assets.method.loading.load_encoder", None)
+        without.setattr("resources.vlm._LOADED", {})
+        found = summary_of(
+            scalselect("explain", best["sample_key"], "--store", "s", "--similar", 2, "--json")
+        )
+        assert (found["status"], found["selected_rank"], len(found["similar"])) == ("selected", 1, 2)
+        assert (found["score"]["rank"], found["score"]["leverage"]) == (1, best["leverage"])
+        shown = scalselect("explain", "[two]", "--store", "s")
+        assert shown.returncode == 0, shown.stderr
+        assert "source id               [two]\n" in shown.stdout
+        assert "of the others rank below\n" in shown.stdout
+        assert shown.stdout.count("cosine") == 1
+        rejected = scalselect("explain", "cut", "--store", "s")
+        assert "rejected as             undecodable_image\n" in rejected.stdout
+        unknown = scalselect("explain", "nobody", "--store", "s")
+        assert (unknown.returncode, unknown.stdout) == (1, "")
+        assert "no sample 'nobody' among 7 rows of 2 shards" in unknown.stderr
+
+    drawn = scalselect("explain", "[two]", "--store", "s", "--image", "out/map.png", "--max-side", 120)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "looked at               images/1.png\n" in drawn.stdout
+    assert "drawn in                out/map-2.png\n" in drawn.stdout
+    for name in ("map.png", "map-2.png"):
+        assert max(Image.open(tmp_path / "out" / name).size) <= 120
+    seen = summary_of(scalselect("explain", "[two]", "--store", "s", "--attention", "--json"))
+    shares = [image["share"] for image in seen["attention_map"]["images"]]
+    assert sum(shares) == pytest.approx(1)
+    assert seen["drawings"] == []
+
+
 def test_split_makes_shards_that_run(scalselect: Command, tmp_path: Path, demo_vlm: Path) -> None:
     write_pool_shard(tmp_path / "big", "all.jsonl", 5, seed=0)
     rows = [json.loads(line) for line in (tmp_path / "big" / "all.jsonl").read_text().splitlines()]
@@ -295,5 +341,5 @@ def test_the_process_ends_with_the_code_and_the_message(
 def test_help_lists_the_commands(installed: Command) -> None:
     finished = installed("--help")
     assert finished.returncode == 0
-    for command in ("run", "demo", "status", "verify", "clean", "split", "ui"):
+    for command in ("run", "demo", "status", "explain", "verify", "clean", "split", "ui"):
         assert f" {command} " in finished.stdout

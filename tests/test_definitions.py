@@ -34,9 +34,9 @@ def imported_in_a_fresh_process(statement: str, environment: dict[str, str] | No
 
 
 def test_definitions_load_without_torch_transformers_or_lancedb(tmp_path: Path) -> None:
-    (tmp_path / "one.yaml").write_text(selection().to_yaml())
+    (tmp_path / "one.yaml").write_text(selection(near_duplicates={}).to_yaml())
     modules = imported_in_a_fresh_process(
-        "from definitions import defs; assert len(defs.resolve_asset_graph().get_all_asset_keys()) == 9",
+        "from definitions import defs; assert len(defs.resolve_asset_graph().get_all_asset_keys()) == 11",
         {"SCALSELECT_SELECTIONS": str(tmp_path)},
     )
     assert not modules & {"torch", "transformers", "lancedb"}
@@ -81,7 +81,7 @@ def test_imports_point_down_only(folder: str, forbidden: tuple[str, ...]) -> Non
 
 
 def test_the_graph_is_the_documented_path() -> None:
-    graph = build_defs([selection()]).resolve_asset_graph()
+    graph = build_defs([selection(near_duplicates={})]).resolve_asset_graph()
     parents = {
         key.path[-1]: sorted(parent.path[-1] for parent in graph.get(key).parent_keys)
         for key in graph.get_all_asset_keys()
@@ -94,8 +94,16 @@ def test_the_graph_is_the_documented_path() -> None:
         "embedding_moments": ["attention_embeddings"],
         "subspace_basis": ["attention_embeddings", "embedding_moments", "shard_manifest"],
         "importance_scores": ["attention_embeddings", "subspace_basis"],
-        "selected_subset": ["importance_scores", "subspace_basis"],
+        "removed_samples": ["attention_embeddings", "importance_scores", "raw_samples", "subspace_basis"],
+        "selected_subset": ["attention_embeddings", "importance_scores", "removed_samples", "subspace_basis"],
         "training_dataset": ["attention_embeddings", "selected_subset", "subspace_basis"],
+        "selection_report": [
+            "attention_embeddings",
+            "importance_scores",
+            "selected_subset",
+            "subspace_basis",
+            "training_dataset",
+        ],
     }
     partitioned = {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).is_partitioned}
     assert partitioned == {
@@ -108,7 +116,7 @@ def test_the_graph_is_the_documented_path() -> None:
 
 
 def test_every_asset_says_what_it_is() -> None:
-    graph = build_defs([selection("mine")]).resolve_asset_graph()
+    graph = build_defs([selection("mine", near_duplicates={})]).resolve_asset_graph()
     for name in ASSET_MODULES:
         node = graph.get(dg.AssetKey(["mine", name]))
         assert node.group_name == "mine"
@@ -165,7 +173,7 @@ def drivers(defs: dg.Definitions) -> set[str]:
 
 def conditions(defs: dg.Definitions) -> set[Any]:
     graph = defs.resolve_asset_graph()
-    return {graph.get(dg.AssetKey(["pool", name])).automation_condition for name in ASSET_MODULES}
+    return {graph.get(key).automation_condition for key in graph.materializable_asset_keys}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ import pytest
 
 from resources.artifacts import ArtifactCorruptError
 from resources.locks import StoreBusyError
-from scalselect_assets import attention_embeddings, maintenance, pool_moments, reuse
+from resources.search_table import SEARCH_TABLE, search_table
+from scalselect_assets import (
+    attention_embeddings,
+    decontamination,
+    image_hashes,
+    maintenance,
+    pool_moments,
+    reuse,
+)
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.maintenance import Kind, MaintenanceReport, clean
 from tests.conftest import write_lines, write_pool_shard
@@ -298,6 +306,33 @@ def test_a_shard_that_left_goes_once_that_has_lasted(
     shutil.move(tmp_path / "a.jsonl", bench.pool / "a.jsonl")
     assert bench.refresh().embedded == ["a.jsonl"]
     assert_up_to_date(bench)
+
+
+def test_what_curation_keeps_of_a_shard_goes_with_it(bench: Bench) -> None:
+    artifacts = bench.storage.artifacts(str(bench.store))
+    kept = {
+        shard: [
+            artifacts.write_frame(asset, pl.DataFrame({"row": [0]}), {}, shard)[0]
+            for asset in (decontamination.NAME, image_hashes.IMAGE_HASHES)
+        ]
+        for shard in ("a.jsonl", "b.jsonl")
+    }
+    (bench.pool / "b.jsonl").unlink()
+    bench.refresh()
+    assert Kind.GONE_SHARDS in counts(cleaned(bench))
+    assert [path.exists() for path in kept["a.jsonl"]] == [True, True]
+    assert [path.exists() for path in kept["b.jsonl"]] == [False, False]
+
+
+def test_the_table_of_a_killed_search_goes_after_the_retention_time(bench: Bench) -> None:
+    embeddings = bench.storage.embeddings(str(bench.store))
+    before = embeddings.table_names()
+    killed = search_table(embeddings, 2, [np.eye(2, dtype=np.float32)], exact_up_to=2)
+    killed.__enter__()  # and never left
+    assert embeddings.table_names() == {*before, SEARCH_TABLE}
+    assert told(cleaned(bench, days=7).kept)[Kind.UNFINISHED] == {"the retention time has not passed": 1}
+    assert counts(cleaned(bench)) == {Kind.UNFINISHED: 1}
+    assert embeddings.table_names() == before
 
 
 def test_a_shard_that_comes_back_begins_anew_when_it_leaves_again(

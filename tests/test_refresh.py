@@ -17,9 +17,10 @@ from resources.locks import StoreBusyError
 from resources.progress import LogProgress
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
-from scalselect_assets import attention_embeddings, selected_subset
+from scalselect_assets import attention_embeddings
 from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.deployment import build_defs, open_instance
+from scalselect_assets.pool_rows import PoolRows
 from scalselect_assets.refresh import (
     Refresh,
     RefreshError,
@@ -46,6 +47,9 @@ class Bench:
             "target_model": str(model),
             "budget": 0.5,
             "settle_seconds": 0,
+            # What tests of them turn on.
+            "compare": None,
+            "report": False,
         }
         self.storage = StorageResource()
         self.vlm = VlmResource(device="cpu", batch_tokens=512)
@@ -533,9 +537,16 @@ def test_scores_of_another_basis_are_refused(bench: Bench) -> None:
     bench.first_refresh()
     frame, header = bench.artifacts.read_frame("importance_scores", "b.jsonl")
     bench.artifacts.write_frame("importance_scores", frame, {**header, "subspace_basis": "older"}, "b.jsonl")
-    plan = ScorePlan.from_header(bench.artifacts.read_arrays("subspace_basis")[1])
+    header = bench.artifacts.read_arrays("subspace_basis")[1]
+    pool = PoolRows(
+        bench.artifacts,
+        bench.storage.embeddings(str(bench.store)),
+        ScorePlan.from_header(header),
+        json.loads(header["shards"]),
+        ["shard"],
+    )
     with pytest.raises(dg.Failure, match=r"'b\.jsonl' was scored with basis older"):
-        selected_subset.PoolScores(bench.artifacts, plan, ["a.jsonl", "b.jsonl"]).top(3)
+        pool.all()
 
 
 def test_a_refresh_that_is_told_to_stop_goes_on_next_time(bench: Bench) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from scalselect_assets.exports.spec import FORMAT_NAMES
 from scalselect_assets.method.encoder import VlmEncoder
 from scalselect_assets.refresh import summary
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
-from tests.test_refresh import Bench
+from tests.test_refresh import Bench, ran
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
@@ -204,3 +205,115 @@ def test_real_rows_without_ids_with_several_images_and_chinese_text(tmp_path: Pa
     assert summary(bench.artifacts)["rows"] == summary(bench.artifacts)["embedded"] == 6
     source = json.loads((SHARED_DATA / "mllm_demo" / "mllm_demo.json").read_text())
     assert json.loads(written(bench).read_text()) == source
+
+
+def exported(bench: Bench, format_name: str) -> tuple[dict[str, Any], Path]:
+    """What the manifest tells of an export, and its folder."""
+    manifest = bench.artifacts.read_json("training_dataset", "manifest")
+    folder = bench.store / "training_dataset" / "exports" / format_name
+    return manifest["exports"][format_name], folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+EVERY_FORMAT = [{"format": name} for name in FORMAT_NAMES]
+
+
+def test_the_selected_rows_are_exported_in_every_format(tmp_path: Path, demo_vlm: Path) -> None:
+    write_pool_shard(tmp_path / "pool", "deep/a.jsonl", 4, seed=0)
+    write_pool_shard(tmp_path / "pool", "b.jsonl", 3, seed=50)
+    with (tmp_path / "pool" / "b.jsonl").open("a") as shard:
+        shard.write(json.dumps(sharegpt_row(None, "Tell me a story.", "Once.", id="text")) + "\nnot JSON\n")
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.options |= {"budget": 5, "text_only": "keep", "exports": EVERY_FORMAT}
+    assert not bench.refresh().failed_checks
+    manifest = bench.artifacts.read_json("training_dataset", "manifest")
+    subset, _ = bench.artifacts.read_frame("selected_subset")
+    for format_name in FORMAT_NAMES:
+        report, folder = exported(bench, format_name)
+        assert report["preflight"]["passed"], report
+        assert (report["order"], report["seed"]) == ("shuffled", 0)
+        selected = {record["sample_key"]: record for record in lines(folder / "selected_ids.jsonl")}
+        assert len(selected) == report["written"] == 6
+        for chosen in subset.iter_rows(named=True):
+            told = selected[chosen["sample_key"]]
+            assert {name: told[name] for name in ("shard", "row", "rank", "leverage")} == {
+                name: chosen[name] for name in ("shard", "row", "rank", "leverage")
+            }
+        assert [told["id"] for told in selected.values() if told["rank"] is None] == ["text"]
+        (rejected,) = lines(folder / "rejected.jsonl")
+        assert (rejected["by"], rejected["reason"], rejected["line"]) == ("pool", "malformed_row", 5)
+        for name in report["files"]:
+            file = manifest["files"][f"exports/{format_name}/{name}"]
+            data = (folder / name).read_bytes()
+            assert (hashlib.sha256(data).hexdigest(), len(data)) == (file["sha256"], file["bytes"])
+
+
+def test_exports_leave_the_dataset_as_it_is_without_them(
+    make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path
+) -> None:
+    pool = make_pool({"a.jsonl": 4, "b.jsonl": 3})
+    plain = Bench(pool, tmp_path / "plain", demo_vlm)
+    plain.refresh()
+    assert "exports" not in plain.artifacts.read_json("training_dataset", "manifest")
+    bench = Bench(pool, tmp_path / "store", demo_vlm)
+    bench.options["exports"] = EVERY_FORMAT[:1]
+    bench.refresh()
+    assert written(bench).read_bytes() == written(plain).read_bytes()
+
+
+def test_declaring_exports_makes_the_dataset_again_and_nothing_else(
+    make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path
+) -> None:
+    bench = Bench(make_pool({"a.jsonl": 4}), tmp_path / "store", demo_vlm)
+    bench.refresh()
+    for exports in (EVERY_FORMAT[:2], [{"format": "llava", "order": "score"}], []):
+        bench.options["exports"] = exports
+        assert ran(bench.refresh()) == ["training_dataset"]
+        folder = bench.store / "training_dataset" / "exports"
+        found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        assert found == [export["format"] for export in exports]
+    assert not folder.exists()
+    assert ran(bench.refresh()) == []
+
+
+def test_a_damaged_export_is_made_again(
+    make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path
+) -> None:
+    bench = Bench(make_pool({"a.jsonl": 4}), tmp_path / "store", demo_vlm)
+    bench.options["exports"] = [{"format": "llama_factory"}]
+    bench.refresh()
+    _, folder = exported(bench, "llama_factory")
+    before = (folder / "train.jsonl").read_bytes()
+    for damage in ((folder / "train.jsonl").unlink, lambda: (folder / "dataset_info.json").write_text("{}")):
+        damage()
+        assert ran(bench.refresh()) == ["training_dataset"]
+        assert (folder / "train.jsonl").read_bytes() == before
+
+
+def test_a_failed_preflight_fails_the_check(
+    make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path
+) -> None:
+    bench = Bench(make_pool({"a.jsonl": 1}), tmp_path / "store", demo_vlm)
+    row = {**sharegpt_row(["images/0.png", "images/0.png"], "<image><image>?"), "id": "two"}
+    write_lines(bench.pool / "a.jsonl", [row])
+    bench.options |= {"budget": 1.0, "exports": [{"format": "llava"}]}
+    assert list(bench.refresh().failed_checks) == ["training_dataset: exports_pass_their_preflight"]
+    report, folder = exported(bench, "llava")
+    assert report["refused"] == {"several_images": 1}
+    assert report["preflight"]["problems"] == ["no row is left to train on"]
+    assert lines(folder / "rejected.jsonl")[0]["id"] == "two"
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the sample data is not beside this checkout")
+def test_real_rows_are_exported_in_every_format(tmp_path: Path, demo_vlm: Path) -> None:
+    bench = Bench(SHARED_DATA / "mllm_demo", tmp_path / "store", demo_vlm)
+    bench.options |= {"budget": 1.0, "exports": EVERY_FORMAT}
+    assert not bench.refresh().failed_checks
+    for format_name in FORMAT_NAMES:
+        report, _ = exported(bench, format_name)
+        several = {"several_images": 2} if format_name == "llava" else {}
+        assert (report["chosen"], report["refused"]) == (6, several)
+        assert report["preflight"]["rows"] == report["written"]

@@ -7,7 +7,11 @@ Representation (numpy, torch, transformers, Pillow): `conversation` → `chat` (
 
 Scores (numpy, scipy, threadpoolctl; torch on a GPU): `preprocessing` → `moments`, kept by shard and as
 `running` totals → `subspace` of the `rank` that a rule chooses → `leverage` → `selection` of the `top_n`.
-Beside the path: `drift` of a basis, `sensitivity` to its rank.
+Beside the path: `drift` of a basis, `sensitivity` to its rank, the `directions` that a row's leverage comes
+from, and the `attention_map` of a sample over its images (by `token_layout`).
+
+Choices (the same): `candidates` are ranked by one of the `strategies` (one is `spanning`); under the terms
+of a budget and `quotas` the ranking gives a `choice`; `subset_measures` says what it is worth.
 """
 
 REPRESENTATION_VERSION = "2"

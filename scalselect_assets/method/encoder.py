@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -77,19 +77,38 @@ class Representation:
 Outcome: TypeAlias = Representation | Rejection
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Examined:
+    """One sample with all that its representation was made from."""
+
+    prepared: Prepared
+    state: FirstLayerState
+    representation: Representation
+
+
 class VlmEncoder:
-    """A target model cut down to its first language-model layer. Made by ``loading.load_encoder``."""
+    """A target model cut down to its first language-model layer. Made by ``loading.load_encoder``.
+
+    Attributes:
+        card: What the model is.
+        preparer: What turns samples into their input.
+    """
 
     def __init__(self, card: ModelCard, first_layer: FirstLayer, preparer: Preparer) -> None:
         """Put the parts together."""
         self.card = card
-        self._first_layer = first_layer
+        self._first_layer, self.preparer = first_layer, preparer
         self._preparation = Preparation(preparer)
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
         return self._first_layer.device
+
+    @property
+    def base_model(self) -> Any:
+        """The Transformers model without its decoder layers: its configuration and its vision part."""
+        return self._first_layer.model
 
     def encode(
         self,
@@ -137,6 +156,31 @@ class VlmEncoder:
                 outcomes = self._represent([item for _, item in ready], cache, batch_tokens)
                 yield from zip((place for place, _ in ready), outcomes, strict=True)
 
+    def examine(
+        self, sample: ChatSample, read_image: ImageReader, *, batch_tokens: int = 4096
+    ) -> Examined | Rejection:
+        """Represent one sample by the same code as many, and keep what the vector was made from.
+
+        Args:
+            sample: What to represent.
+            read_image: As in ``encode_as_done``.
+            batch_tokens: Likewise; it bounds how many images pass the vision tower together.
+
+        Returns:
+            All about it, or the rejection that ``encode`` gives.
+
+        Raises:
+            OSError: An image cannot be read for reasons other than that it is not there.
+        """
+        (prepared,) = self.preparer.prepare(sample.images, [sample.conversation], read_image)
+        if isinstance(prepared, Rejection):
+            return prepared
+        (state,) = self._states_or_rejections([prepared], _FeatureCache(_FEATURE_BYTES), batch_tokens)
+        if isinstance(state, Rejection):
+            return state
+        outcome = _outcome(prepared, state)
+        return outcome if isinstance(outcome, Rejection) else Examined(prepared, state, outcome)
+
     def _prepared(
         self, samples: Sequence[ChatSample], read_image: ImageReader, workers: int
     ) -> Generator[tuple[int, Prepared | Rejection], None, None]:
@@ -158,19 +202,26 @@ class VlmEncoder:
                     future.cancel()
 
     def _represent(self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int) -> Iterator[Outcome]:
-        """The outcomes of a batch; in halves where it cannot be computed at once, down to single images."""
+        """The outcomes of a batch."""
+        for item, state in zip(batch, self._states_or_rejections(batch, cache, budget), strict=True):
+            yield state if isinstance(state, Rejection) else _outcome(item, state)
+
+    def _states_or_rejections(
+        self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int
+    ) -> Iterator[FirstLayerState | Rejection]:
+        """The states of a batch; in halves where it cannot be computed at once, down to single images."""
         if not batch:
             return
         states = self._try(batch, cache, budget)
         if not isinstance(states, Rejection):
-            yield from map(_outcome, batch, states)
+            yield from states
         elif len(batch) > 1:
             half = len(batch) // 2
-            yield from self._represent(batch[:half], cache, budget // 2)
-            yield from self._represent(batch[half:], cache, budget // 2)
+            yield from self._states_or_rejections(batch[:half], cache, budget // 2)
+            yield from self._states_or_rejections(batch[half:], cache, budget // 2)
         elif budget and states.reason is RejectionReason.TOO_LARGE:
             # Once more with nothing else in memory and its images one by one.
-            yield from self._represent(batch, cache, 0)
+            yield from self._states_or_rejections(batch, cache, 0)
         else:
             yield states
 

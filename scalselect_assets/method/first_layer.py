@@ -68,11 +68,15 @@ class FirstLayerState:
         vector: (d,) float32: the mean output over the dominant vision tokens.
         n_dominant_tokens: How many those are.
         vision_attention: Share of the instruction's attention that falls on vision tokens.
+        attention: (v,) float32: the part of that share which each vision token receives, in their order.
+        dominant: (n_dominant_tokens,) int64: which of the v vision tokens are dominant, ascending.
     """
 
     vector: NDArray[np.float32]
     n_dominant_tokens: int
     vision_attention: float
+    attention: NDArray[np.float32]
+    dominant: NDArray[np.int64]
 
 
 class FeatureCountError(ValueError):
@@ -92,7 +96,13 @@ def decoder_of(model: Any) -> Any:
 
 
 class FirstLayer:
-    """The parts of a base model that the representation needs. Takes the model over: it is changed."""
+    """The parts of a base model that the representation needs. Takes the model over: it is changed.
+
+    Attributes:
+        model: The base model without its decoder layers: its configuration and its vision part.
+        device: Where it is.
+        dtype: Of its weights and activations.
+    """
 
     def __init__(self, model: Any, pad_token_id: int) -> None:
         """Take the first decoder layer out of ``model``.
@@ -107,7 +117,7 @@ class FirstLayer:
         """
         decoder = decoder_of(model)
         layer = decoder.layers[0]
-        self._model, self._layer, self._pad = model, layer, pad_token_id
+        self.model, self._layer, self._pad = model, layer, pad_token_id
         self._tail = _AfterAttention(layer)
         self._recorder = _Recorder(layer)
         decoder.layers = torch.nn.ModuleList([self._recorder])
@@ -129,7 +139,7 @@ class FirstLayer:
             FeatureCountError: The model makes another number of features of an image than the processor has
                 put tokens into the prompt for.
         """
-        output = self._model.get_image_features(
+        output = self.model.get_image_features(
             **{
                 name: self._to_device(value) for name, value in self._joined(images, images[0].inputs).items()
             },
@@ -179,10 +189,8 @@ class FirstLayer:
         ]
         # One wait for the device, not one per sample.
         shares = torch.cat(on_vision).cpu().split_with_sizes([len(sample.vision) for sample in samples])
-        dominant = [
-            sample.vision[dominant_tokens(share, attention_mass).sort().values]
-            for sample, share in zip(samples, shares, strict=True)
-        ]
+        places = [dominant_tokens(share, attention_mass).sort().values for share in shares]
+        dominant = [sample.vision[kept] for sample, kept in zip(samples, places, strict=True)]
         attended = [
             attend(query, key, value, mask, place, self._rows(kept), at.scaling)
             for place, ((query, key, value), kept) in enumerate(zip(heads, dominant, strict=True))
@@ -194,9 +202,9 @@ class FirstLayer:
         counts = [len(kept) for kept in dominant]
         output = self._tail(kept_tokens, torch.cat(attended)[None], counts, packed)
         return [
-            FirstLayerState(vector, count, float(share.sum()))
-            for vector, count, share in zip(
-                _means(output[0], counts).cpu().numpy(), counts, shares, strict=True
+            FirstLayerState(vector, len(kept), float(share.sum()), share.numpy(), kept.numpy())
+            for vector, share, kept in zip(
+                _means(output[0], counts).cpu().numpy(), shares, places, strict=True
             )
         ]
 
@@ -221,7 +229,7 @@ class FirstLayer:
         # Sizes and grids decide the positions of image tokens; the pixels have been used.
         names = [name for name in images[0].inputs if not name.startswith("pixel_")]
         about_images = self._joined(images, names)
-        self._model(
+        self.model(
             **{
                 name: self._to_device(value)
                 for name, value in {

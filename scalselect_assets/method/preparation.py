@@ -57,6 +57,11 @@ class Preparer:
         self._image_token_id, self._max_tokens = image_token_id, max_tokens
 
     @property
+    def image_processor(self) -> Any:
+        """The Transformers image processor within."""
+        return self._image_processor
+
+    @property
     def modules(self) -> list[str]:
         """What a process has to import for preparing."""
         parts = (self._processor, self._processor.tokenizer, self._image_processor)
@@ -164,6 +169,38 @@ class Preparer:
             for name, value in outputs.items()
         }
 
+    def stand_in(
+        self, conversation: Conversation, images: list[Image.Image]
+    ) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """What the processor makes of other images in the places of a conversation's own.
+
+        Args:
+            conversation: A whole sample that can be prepared.
+            images: One per image mark, of the sizes of the sample's own.
+
+        Returns:
+            The processor's vision inputs by name, and the vision tokens that each image fills.
+
+        Raises:
+            ChatTemplateError: The template refuses the conversation.
+            ValueError: The processor refuses it.
+        """
+        inputs = self.model_inputs(render_chat(self._processor, conversation), images)
+        return self._vision_inputs(inputs), self._tokens_by_image(inputs)
+
+    def _vision_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: inputs[name] for name in self._image_processor.model_input_names if name in inputs}
+
+    def _tokens_by_image(self, inputs: dict[str, Any]) -> list[int]:
+        """How many image tokens stand in the text that the processor has put in each image's place."""
+        vision = inputs["input_ids"][0] == self._image_token_id
+        starts, ends = inputs["offset_mapping"][0].unbind(-1)
+        (replacements,) = inputs["text_replacement_offsets"]
+        return [
+            int(vision[(starts < end) & (ends > begin)].sum())
+            for begin, end in (replacement["new_span"] for replacement in replacements)
+        ]
+
     def _with_roles(
         self,
         chat: RenderedChat,
@@ -189,10 +226,7 @@ class Preparer:
             # width is white space, which some tokenizers leave out of their offsets.
             answer |= (starts < end) & (ends > begin) | (starts == ends) & (begin < starts) & (starts <= end)
         vision = input_ids == self._image_token_id
-        n_tokens = [
-            int(vision[(starts < end) & (ends > begin)].sum())
-            for begin, end in (replacement["new_span"] for replacement in replacements)
-        ]
+        n_tokens = self._tokens_by_image(inputs)
         if sum(n_tokens) != (n_vision := int(vision.sum())):
             return Rejection(
                 RejectionReason.PROCESSOR_REFUSED,
@@ -204,16 +238,7 @@ class Preparer:
             token_inputs={name: inputs[name][0] for name in inputs if name.endswith("token_type_ids")},
             vision=vision.nonzero().squeeze(1),
             instruction=(~vision & ~answer).nonzero().squeeze(1),
-            images=shared
-            or _by_image(
-                {
-                    name: inputs[name]
-                    for name in self._processor.image_processor.model_input_names
-                    if name in inputs
-                },
-                digests,
-                n_tokens,
-            ),
+            images=shared or _by_image(self._vision_inputs(inputs), digests, n_tokens),
         )
         return Prepared(model_input, digests)
 

@@ -21,6 +21,14 @@ from scalselect_assets.selection import Selection
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0  # seconds; a busy machine starts a run's process in tens of them
 _LOCATION = {"repositoryName": "__repository__", "repositoryLocationName": "scalselect"}
+# The first of the project's two code locations; the other one has processes of its own.
+_WORKSPACE_YAML = f"""\
+load_from:
+  - python_file:
+      relative_path: {ROOT / "definitions.py"}
+      working_directory: {ROOT}
+      location_name: scalselect
+"""
 _DAGSTER_YAML = """\
 telemetry: {enabled: false}
 nux: {enabled: false}
@@ -42,6 +50,8 @@ class DagsterDev:
         self._home.mkdir()
         declared.mkdir()
         (self._home / "dagster.yaml").write_text(_DAGSTER_YAML)
+        workspace = folder / "workspace.yaml"
+        workspace.write_text(_WORKSPACE_YAML)
         for selection in selections:
             (declared / f"{selection.name}.yaml").write_text(selection.to_yaml())
         with socket.socket() as probe:
@@ -50,7 +60,7 @@ class DagsterDev:
         self._log = (folder / "dagster-dev.log").open("wb")
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml"),
+                *(sys.executable, "-m", "dagster", "dev", "-w", str(workspace)),
                 *("-h", "127.0.0.1", "-p", str(self._port)),
             ],
             cwd=ROOT,

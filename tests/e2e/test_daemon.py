@@ -39,8 +39,10 @@ class Deployment:
                 budget=0.5,
                 settle_seconds=0.5,
                 automation=automation,  # type: ignore[arg-type]
-                automation_seconds=1,
+                automation_seconds=2,
                 nightly_cron="* * * * *",
+                compare=None,
+                report=False,
             )
             for name, automation in (("refreshed", "refresh"), ("declared", "declarative"))
         )

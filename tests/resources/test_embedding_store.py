@@ -542,3 +542,26 @@ def test_vectors_are_taken_by_position_from_the_recorded_version(store: Embeddin
     assert sorted(map(tuple, taken)) == sorted(map(tuple, vectors_of(10)[[9, 0, 4]]))
     with pytest.raises(EmbeddingTableError, match=r"materialize attention_embeddings\[s\.jsonl\] again"):
         store.take(replace(table, version=99), [0])
+
+
+def test_the_vectors_of_some_rows_come_in_the_order_that_is_asked_for(store: EmbeddingStore) -> None:
+    rows = [30, 2, 17, 5, 90]  # rejected rows leave gaps, and nothing says that the table is in row order
+    vectors = np.arange(20, dtype=np.float32).reshape(5, 4)
+    table = store.replace(
+        "model",
+        "a shard",
+        dimension=4,
+        rows=rows,
+        sample_keys=[f"key {row}" for row in rows],
+        source_ids=[None] * 5,
+        vectors=vectors,
+        attributes={},
+    )
+    for wanted in ([90], [5, 30, 17], rows, sorted(rows)):
+        got = store.read_vectors(table, wanted)
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, vectors[[rows.index(row) for row in wanted]])
+    assert store.read_vectors(table, []).shape == (0, 4)
+    for missing in ([3], [90, 91], [-1]):
+        with pytest.raises(EmbeddingTableError, match=f"it has no row {missing[-1]}"):
+            store.read_vectors(table, missing)

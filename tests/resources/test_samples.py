@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from resources.samples import (
     content_key,
+    conversation_of,
     occurrence_key,
     parse_row,
     text_key,
     with_image_paths,
+    written_turns,
 )
 from scalselect_assets.method.conversation import IMAGE, Conversation, Turn
 from scalselect_assets.method.rejection import RejectionReason as Reason
@@ -345,3 +347,35 @@ def test_new_image_paths_leave_the_rest_of_the_row_verbatim():
     )
     assert with_image_paths('{"image":"a"}', ["b/a"]) == '{"image":"b/a"}'
     assert with_image_paths("{ }", []) == "{ }"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"messages": [{"role": "user", "content": " <image> a"}, {"role": "assistant", "content": "b "}],
+             "images": ["x"]},
+            [("user", " <image> a"), ("assistant", "b ")],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "image": "x"},
+            [("user", "<image>a"), ("assistant", "b")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, ANSWER], "system": "s"},
+            [("system", "s"), ("user", "a"), ("assistant", "A dog.")],
+        ),
+    ],
+)  # fmt: skip
+def test_turns_are_given_as_written_with_a_mark_for_each_image(row, expected):
+    text = json.dumps(row)
+    turns = written_turns(text)
+    assert list(turns) == expected
+    sample = parse_row(text).sample
+    assert sample is None or conversation_of(turns) == sample.conversation
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "no JSON"])
+def test_turns_of_a_malformed_row_are_an_error(text):
+    with pytest.raises(ValueError, match="row"):
+        written_turns(text)

@@ -1,0 +1,361 @@
+"""How good a subset is, whatever it was chosen by: what it spans, what it covers, how much it repeats itself.
+
+With at least k rows in general position every subset spans the whole dominant subspace exactly, so that the
+share which it *contains* tells subsets apart below k rows only. What tells them apart beyond is how evenly
+and strongly the directions are represented (`span_measures`), and how much of the pool's energy lies in the
+directions that the subset, left to itself, would find dominant (`own_subspace_measures`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalselect_assets.method.candidates import Blocks, Labels, whole_stream
+from scalselect_assets.method.moments import Moments, check_same_dimension
+from scalselect_assets.method.preprocessing import unit_rows
+from scalselect_assets.method.subspace import Subspace, principal_axes
+
+_COSINE_ROUNDING = 1e-9  # equal rows may have a cosine that much below 1
+_QUERY_ROWS = 2048  # rows that are compared with a whole stream at once
+
+
+@dataclass(frozen=True, slots=True)
+class SpanMeasures:
+    """What N chosen rows of U_k span, by their Gram matrix G = Σ_S u uᵀ; the pool's is the identity.
+
+    (n/N)·G is the identity for a subset that represents the pool in proportion, on average over random
+    subsets. Its eigenvalues say how many times as strongly as in the pool a direction is represented.
+
+    Attributes:
+        leverage_share: tr G / k, the chosen rows' share of all leverage; in [0, 1], largest for top leverage.
+        n_directions: Numerical rank of G, at most min(N, k).
+        energy_contained: Share of the dominant subspace's energy Σ s_j² in directions that are combinations
+            of the chosen rows, tr(P diag(s²)) / Σ s_j², where P projects on the span of their coordinates
+            u_j·s_j in the basis of the subspace; in [0, 1], 1.0 once n_directions is k.
+        smallest_eigenvalue: Of (n/N)·G: the worst represented direction; 0.0 where one is missing.
+        mean_log_eigenvalue: log det((n/N)·G) / k, the mean over directions; -inf where one is missing.
+        harmonic_mean_eigenvalue: Of (n/N)·G; 0.0 where one is missing. Its inverse is the mean variance with
+            which a regression on the subset would estimate the directions, relative to the pool's.
+    """
+
+    leverage_share: float
+    n_directions: int
+    energy_contained: float
+    smallest_eigenvalue: float
+    mean_log_eigenvalue: float
+    harmonic_mean_eigenvalue: float
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSubspaceMeasures:
+    """How well the subset's own leading directions V_S (d, k) serve the pool, whose scatter matrix is C.
+
+    V_S are the right singular vectors of the subset's rows, centred on their own mean (and scaled as the
+    pool's columns), as many as the pool's subspace has, or as the subset's rank if that is less. V are the
+    pool's own.
+
+    Attributes:
+        k: Number of directions of V_S.
+        energy_captured: tr(V_Sᵀ C V_S) / tr(Vᵀ C V), in [0, 1]: the share of the dominant subspace's energy
+            that the directions hold which the subset alone would find dominant. 1.0 for the pool itself, and
+            where the pool has no directions.
+        projection_error: ‖X - X V_S V_Sᵀ‖ / ‖X‖ in Frobenius norms over the centred pool X: what is lost when
+            the pool is projected on them; 0.0 where the pool has no energy.
+        least_projection_error: The same with V, which is the least of any k directions.
+    """
+
+    k: int
+    energy_captured: float
+    projection_error: float
+    least_projection_error: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelCoverage:
+    """How the labels of a pool are represented.
+
+    Attributes:
+        values: The labels, c of them.
+        n_pool: (c,) int64 rows in the pool.
+        n_chosen: (c,) int64 of them chosen.
+        covered: Share of the labels with rows in the pool that have a chosen row.
+    """
+
+    values: tuple[str, ...]
+    n_pool: NDArray[np.int64]
+    n_chosen: NDArray[np.int64]
+    covered: float
+
+    @property
+    def share_of_pool(self) -> NDArray[np.float64]:
+        """(c,) float64, summing to 1."""
+        shares: NDArray[np.float64] = self.n_pool / self.n_pool.sum()
+        return shares
+
+    @property
+    def share_of_chosen(self) -> NDArray[np.float64]:
+        """(c,) float64, summing to 1."""
+        shares: NDArray[np.float64] = self.n_chosen / self.n_chosen.sum()
+        return shares
+
+    @property
+    def chosen_share(self) -> NDArray[np.float64]:
+        """Which share of each label's rows is chosen, (c,) float64; 0.0 where the pool has none."""
+        return self.n_chosen / np.maximum(self.n_pool, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class NearDuplicates:
+    """How many chosen rows have another chosen row near them.
+
+    Attributes:
+        rate: Share of the examined rows with another row within the threshold.
+        threshold: Cosine from which two rows count as near-duplicates.
+        n_examined: Rows that were compared with all others.
+        is_exact: Whether that were all.
+        standard_error: Of ``rate``, for the draw of the examined rows without replacement; 0.0 if exact.
+    """
+
+    rate: float
+    threshold: float
+    n_examined: int
+    is_exact: bool
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What two choices have in common.
+
+    Attributes:
+        n_common: Rows in both.
+        jaccard: Of the rows in either, the share in both; 1.0 for two empty choices.
+        share_of_first: Of the first choice's rows, the share in the second; 1.0 where it has none.
+        share_of_second: The reverse.
+    """
+
+    n_common: int
+    jaccard: float
+    share_of_first: float
+    share_of_second: float
+
+
+def span_measures(
+    projections: Blocks, chosen: NDArray[np.int64], n: int, singular_values: NDArray[np.float64]
+) -> SpanMeasures:
+    """What chosen rows of U_k span; one pass, O(N·k² + k³) time, memory of a block and k × k matrices.
+
+    Args:
+        projections: The n rows of U_k (`candidates.projected`), in order.
+        chosen: (N,) int64 distinct rows, N >= 1, in any order.
+        n: Number of rows.
+        singular_values: (k,) float64, of the subspace.
+
+    Raises:
+        ValueError: ``chosen`` is empty, repeats a row or names one that is not there; or the blocks are not n
+            rows of width k.
+    """
+    mask, k = _chosen_mask(n, chosen), len(singular_values)
+    gram = np.zeros((k, k))
+    for start, u in whole_stream(projections, n):
+        _check_width(u, k)
+        rows = u[mask[start : start + len(u)]]
+        gram += rows.T @ rows
+    if k == 0:
+        return SpanMeasures(0.0, 0, 1.0, 1.0, 0.0, 1.0)
+    eigenvalues = np.linalg.eigvalsh(gram) * (n / len(chosen))
+    missing = eigenvalues <= eigenvalues[-1] * k * np.finfo(np.float64).eps
+    complete = not missing.any()
+    return SpanMeasures(
+        leverage_share=float(np.trace(gram)) / k,
+        n_directions=k - int(np.count_nonzero(missing)),
+        energy_contained=1.0 if complete else _energy_contained(gram, singular_values),
+        smallest_eigenvalue=float(eigenvalues[0]) if complete else 0.0,
+        mean_log_eigenvalue=float(np.log(eigenvalues).mean()) if complete else -np.inf,
+        harmonic_mean_eigenvalue=float(k / (1 / eigenvalues).sum()) if complete else 0.0,
+    )
+
+
+def own_subspace_measures(pool: Moments, subset: Moments, subspace: Subspace) -> OwnSubspaceMeasures:
+    """How well the subset's own leading directions serve the pool; O(d³) time, some d × d matrices.
+
+    Args:
+        pool: Moments of all rows (prepared as for the subspace).
+        subset: Moments of the chosen rows, made in the same way (`moments.MomentsAccumulator`); one pass over
+            them, O(N·d²).
+        subspace: The pool's; its k and its scale are used.
+
+    Raises:
+        ValueError: The dimensions differ, or the subset has no rows.
+    """
+    check_same_dimension(pool, subset)
+    scale = subspace.scale
+    own = principal_axes(_scaled(subset, scale))
+    k = min(subspace.k, own.rank)
+    directions = own.subspace(k).directions
+    scatter = pool.scatter()
+    total = float((scatter.diagonal() / np.square(scale)).sum())
+    in_columns = directions / scale[:, None]
+    captured = float(np.einsum("ij,ij->", in_columns, scatter @ in_columns))
+    best = float(np.square(subspace.singular_values).sum())
+    return OwnSubspaceMeasures(
+        k=k,
+        energy_captured=min(1.0, captured / best) if best else 1.0,
+        projection_error=_root_of_rest(captured, total),
+        least_projection_error=_root_of_rest(best, total),
+    )
+
+
+def label_coverage(labels: Labels, chosen: NDArray[np.int64]) -> LabelCoverage:
+    """How the labels are represented among the chosen rows; O(n).
+
+    Args:
+        labels: Of the pool's rows.
+        chosen: (N,) int64 distinct rows, N >= 1.
+
+    Raises:
+        ValueError: ``chosen`` is empty, repeats a row or names one that is not there.
+    """
+    mask = _chosen_mask(len(labels.codes), chosen)
+    n_pool = np.bincount(labels.codes, minlength=len(labels.values)).astype(np.int64)
+    n_chosen = np.bincount(labels.codes[mask], minlength=len(labels.values)).astype(np.int64)
+    covered = np.count_nonzero(n_chosen) / np.count_nonzero(n_pool)
+    return LabelCoverage(labels.values, n_pool, n_chosen, float(covered))
+
+
+def near_duplicates(
+    rows: Blocks,
+    n: int,
+    *,
+    threshold: float,
+    exact_up_to: int = 20_000,
+    sample: int = 2_000,
+    seed: int = 0,
+) -> NearDuplicates:
+    """How many rows have another row whose cosine with them reaches a threshold.
+
+    Rows are compared as they are given: centre vectors before, since those of one model point much the same
+    way. A row of zeros is near none. All n rows are examined up to ``exact_up_to``, beyond that a random
+    sample of them, each against all n. n²·d multiplications, or sample·n·d; all rows are read twice for each
+    2048 examined. Memory: 2048 rows and a block in float64, and the cosines between them.
+
+    Args:
+        rows: The chosen rows, in blocks of (m, d).
+        n: How many they are, 1 or more.
+        threshold: In (0, 1].
+        exact_up_to: Number of rows up to which all are examined.
+        sample: How many are, beyond; 2 or more.
+        seed: Of the sample.
+
+    Raises:
+        ValueError: A number is out of range, or the blocks are not n rows.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(
+            f"Got cosine {threshold}; allowed is above 0 and at most 1. Near-duplicates have 0.95."
+        )
+    if n < 1 or sample < 2:
+        raise ValueError(f"Got {n} rows and a sample of {sample}; allowed is from 1 row and from 2 examined.")
+    is_exact = n <= max(exact_up_to, sample)
+    examined = np.arange(n)
+    if not is_exact:
+        examined = np.sort(np.random.default_rng(seed).choice(n, size=sample, replace=False))
+    n_near = 0
+    for first in range(0, len(examined), _QUERY_ROWS):
+        n_near += _count_near(rows, n, examined[first : first + _QUERY_ROWS], threshold)
+    rate, m = n_near / len(examined), len(examined)
+    error = 0.0 if is_exact else np.sqrt(rate * (1 - rate) / (m - 1) * (1 - m / n))
+    return NearDuplicates(rate, threshold, m, is_exact, float(error))
+
+
+def overlap(first: Sequence[Any] | NDArray[Any], second: Sequence[Any] | NDArray[Any]) -> Overlap:
+    """What two choices have in common.
+
+    Args:
+        first: Identities of the rows (positions in one pool, or keys); each once.
+        second: The same.
+
+    Raises:
+        ValueError: A choice names a row twice.
+    """
+    sets = []
+    for name, identities in (("first", first), ("second", second)):
+        distinct = set(np.asarray(identities).tolist())
+        if len(distinct) < len(identities):
+            raise ValueError(
+                f"Got {len(identities)} rows in the {name} choice, {len(distinct)} of them distinct; each "
+                "may be there once. Identify rows by sample key and shard."
+            )
+        sets.append(distinct)
+    common, either = len(sets[0] & sets[1]), len(sets[0] | sets[1])
+    return Overlap(
+        common,
+        common / either if either else 1.0,
+        common / len(sets[0]) if sets[0] else 1.0,
+        common / len(sets[1]) if sets[1] else 1.0,
+    )
+
+
+def _count_near(rows: Blocks, n: int, examined: NDArray[np.int64], threshold: float) -> int:
+    """How many of the examined rows have another row near them; two passes, the first for the rows."""
+    parts = []
+    for start, x in whole_stream(rows, n):
+        low, high = np.searchsorted(examined, [start, start + len(x)])
+        parts.append(unit_rows(x[examined[low:high] - start]))
+    queries = np.concatenate(parts)
+    near = np.zeros(len(queries), dtype=bool)
+    for start, x in whole_stream(rows, n):
+        for first in range(0, len(x), _QUERY_ROWS):
+            cosines = queries @ unit_rows(x[first : first + _QUERY_ROWS]).T
+            here = examined - (start + first)
+            inside = np.flatnonzero((here >= 0) & (here < cosines.shape[1]))
+            cosines[inside, here[inside]] = -1.0
+            near |= (cosines >= threshold - _COSINE_ROUNDING).any(axis=1)
+    return int(np.count_nonzero(near))
+
+
+def _energy_contained(gram: NDArray[np.float64], singular_values: NDArray[np.float64]) -> float:
+    """tr(P diag(s²)) / Σ s², P the projection on the range of diag(s) G diag(s)."""
+    k = len(singular_values)
+    energies = np.square(singular_values)
+    # The range of diag(s) G diag(s) is that of diag(s) times any basis of G's range, whose vectors are told
+    # from rounding more safely in G itself.
+    eigenvalues, vectors = np.linalg.eigh(gram)
+    kept = eigenvalues > eigenvalues[-1] * k * np.finfo(np.float64).eps
+    basis, _ = np.linalg.qr(singular_values[:, None] * vectors[:, kept])
+    return float((np.square(basis).sum(axis=1) * energies).sum() / energies.sum())
+
+
+def _scaled(moments: Moments, scale: NDArray[np.float64]) -> Moments:
+    """The moments of the rows divided by ``scale`` by columns."""
+    if (scale == 1.0).all():
+        return moments
+    scatter = moments.scatter() / scale[:, None] / scale
+    return Moments(moments.n, moments.mean / scale, scatter[np.triu_indices(moments.d)])
+
+
+def _root_of_rest(held: float, total: float) -> float:
+    return float(np.sqrt(max(0.0, 1 - held / total))) if total else 0.0
+
+
+def _chosen_mask(n: int, chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
+    mask = np.zeros(n, dtype=bool)
+    inside = chosen[(chosen >= 0) & (chosen < n)]
+    mask[inside] = True
+    if not len(chosen) or np.count_nonzero(mask) < len(chosen):
+        raise ValueError(
+            f"Got {len(chosen)} chosen rows, {np.count_nonzero(mask)} of them distinct rows of {n}; "
+            "expected one or more, each once. Pass positions in the pool."
+        )
+    return mask
+
+
+def _check_width(u: NDArray[np.float64], k: int) -> None:
+    if u.shape[1] != k:
+        raise ValueError(
+            f"Got projections of width {u.shape[1]} with {k} singular values; expected one each. Take both "
+            "from one subspace."
+        )

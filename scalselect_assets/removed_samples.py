@@ -1,0 +1,187 @@
+"""Step 5a, all shards: the samples that are not to be chosen, each with what it repeats.
+
+Holds: contaminated samples, whose image or text an evaluation set has (`decontamination`), and duplicates of
+samples of higher leverage (`near_duplicates`), among those that are not contaminated. The choice excludes
+them, and the training dataset its text-only rows among them; nothing is deleted. Costs: by shard what is
+contaminated, computed where its rows or the evaluation set changed and kept otherwise; for duplicates a
+search over the vectors of the pool.
+"""
+
+import hashlib
+import json
+import time
+from typing import Any, Final
+
+import dagster as dg
+import polars as pl
+
+from resources.artifacts import ArtifactStore
+from resources.identity import digest
+from resources.storage import StorageResource
+from scalselect_assets import (
+    attention_embeddings,
+    decontamination,
+    importance_scores,
+    lineage,
+    near_duplicates,
+    raw_samples,
+    subspace_basis,
+)
+from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.materialization import Output, at_work
+from scalselect_assets.selection import Selection
+from scalselect_assets.tables import Column, Table, column_schema, polars_schema
+
+NAME: Final = "removed_samples"
+CODE_VERSION: Final = "1"
+
+REMOVED_SAMPLES: Table = {
+    "shard": near_duplicates.NEAR_DUPLICATES["shard"],
+    "row": near_duplicates.NEAR_DUPLICATES["row"],
+    "sample_key": near_duplicates.NEAR_DUPLICATES["sample_key"],
+    "reason": Column(pl.String(), "evaluation_image, evaluation_text, exact_duplicate or near_duplicate."),
+    "partner": Column(
+        pl.String(),
+        "The evaluation file that it repeats, of a text with line and beginning; null for samples.",
+    ),
+    "partner_shard": near_duplicates.NEAR_DUPLICATES["partner_shard"],
+    "partner_row": near_duplicates.NEAR_DUPLICATES["partner_row"],
+    "partner_key": near_duplicates.NEAR_DUPLICATES["partner_key"],
+    "cosine": near_duplicates.NEAR_DUPLICATES["cosine"],
+    "distance": decontamination.DECONTAMINATION["distance"],
+    "overlap": decontamination.DECONTAMINATION["overlap"],
+    "detail": Column(pl.String(), "What was found, and what else matches; null for duplicates."),
+}
+
+
+def provenance(selection: Selection, storage: StorageResource, score_version: str) -> str:
+    """What the list is computed from; the scores cover vectors, texts and images of every shard.
+
+    Args:
+        selection: What is looked for.
+        storage: Reads the evaluation set's files, those that it does not remember.
+        score_version: `ScorePlan.version`.
+
+    Raises:
+        dg.Failure: The evaluation set cannot be used.
+    """
+    contaminated, duplicates = selection.decontamination, selection.near_duplicates
+    return lineage.provenance(
+        NAME,
+        CODE_VERSION,
+        code=[decontamination.CODE_VERSION, near_duplicates.CODE_VERSION],
+        decontamination=contaminated and contaminated.matching(),
+        evaluation_set=decontamination.version_of(storage, selection),
+        near_duplicates=duplicates and duplicates.model_dump(),
+        importance_scores=score_version,
+    )
+
+
+def read_removed(artifacts: ArtifactStore, selection: Selection) -> tuple[pl.DataFrame, str]:
+    """The removed samples and their version; none and an empty version where the selection removes none.
+
+    Raises:
+        ArtifactMissingError: Not materialized.
+    """
+    if not selection.removes_samples:
+        return pl.DataFrame(schema=polars_schema(REMOVED_SAMPLES)), ""
+    frame, header = artifacts.read_frame(NAME)
+    return frame, header["data_version"]
+
+
+def build(selection: Selection) -> dg.AssetsDefinition:
+    """The asset for one selection."""
+
+    @dg.asset(
+        **selection.asset_options(NAME, by_shard=False),
+        deps=[
+            selection.key(name)
+            for name in (
+                importance_scores.NAME,
+                subspace_basis.NAME,
+                attention_embeddings.NAME,
+                raw_samples.NAME,
+            )
+        ],
+        kinds={"lancedb", "numpy", "parquet"},
+        code_version=lineage.shown_code_version(
+            CODE_VERSION,
+            decontamination=selection.decontamination and selection.decontamination.model_dump(),
+            near_duplicates=selection.near_duplicates and selection.near_duplicates.model_dump(),
+        ),
+        metadata={"dagster/column_schema": column_schema(REMOVED_SAMPLES)},
+        check_specs=[
+            dg.AssetCheckSpec(
+                "every_partner_is_kept",
+                asset=selection.key(NAME),
+                description="No sample is removed twice, or for one that is removed itself.",
+            ),
+            dg.AssetCheckSpec(
+                "no_shard_is_removed_whole",
+                asset=selection.key(NAME),
+                description="No shard is a copy of the evaluation set, as one whose rows all match it is.",
+            ),
+        ],
+    )
+    def removed_samples(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
+        """Duplicates and samples of the evaluation set, each with what it repeats."""
+        with at_work(context, storage.locks(selection.store)):
+            start = time.monotonic()
+            artifacts = storage.artifacts(selection.store)
+            subspace, basis = subspace_basis.read_basis(artifacts)
+            plan, in_basis = ScorePlan.from_header(basis), json.loads(basis["shards"])
+            evaluation = decontamination.evaluation_of(storage, selection)
+            looked = decontamination.look(storage, selection, evaluation, sorted(in_basis))
+            told: dict[str, Any] = dict(looked.told)
+            duplicates = pl.DataFrame(schema=polars_schema(near_duplicates.NEAR_DUPLICATES))
+            if selection.near_duplicates is not None:
+                pool = near_duplicates.read_pool(
+                    artifacts, storage.embeddings(selection.store), in_basis, plan
+                )
+                clean = near_duplicates.without(pool, looked.frame)
+                duplicates, found = near_duplicates.find(
+                    clean, subspace, selection.near_duplicates, to_unit_length=selection.unit_rows
+                )
+                told |= found
+            frame = _joined(looked.frame, duplicates)
+            data_version = digest(hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
+            made_from = provenance(selection, storage, plan.version)
+            path, size = artifacts.write_frame(NAME, frame, lineage.header(data_version, made_from))
+            return Output(
+                data_version,
+                made_from,
+                {
+                    "dagster/row_count": frame.height,
+                    "embedded": subspace.n,
+                    "removed_by_reason": raw_samples.reason_counts(frame),
+                    **told,
+                    "basis_version": basis["data_version"],
+                    "seconds": time.monotonic() - start,
+                    "bytes": size,
+                    "dagster/uri": str(path),
+                },
+                (
+                    near_duplicates.partners_kept(duplicates),
+                    dg.AssetCheckResult(
+                        check_name="no_shard_is_removed_whole",
+                        passed=not looked.whole_shards,
+                        severity=dg.AssetCheckSeverity.WARN,
+                        metadata={"shards": list(looked.whole_shards)[:100]},
+                    ),
+                ),
+            ).result()
+
+    return removed_samples
+
+
+def _joined(contaminated: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFrame:
+    schema = polars_schema(REMOVED_SAMPLES)
+    frames = [
+        frame.with_columns(
+            pl.lit(None, dtype).alias(name) for name, dtype in schema.items() if name not in frame.columns
+        )
+        .select(schema.names())
+        .cast(schema)
+        for frame in (contaminated, duplicates)
+    ]
+    return pl.concat(frames).sort(["shard", "row"])

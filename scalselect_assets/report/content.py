@@ -1,0 +1,245 @@
+"""What the report says, as plain values; `render` turns them into a page.
+
+Counts are of rows, shares lie in [0, 1]. Texts are as the pool has them: whoever shows them escapes them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One named value that is told as it stands."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Where the rows of the pool went; ``rows`` is ``embedded + rejected``."""
+
+    rows: int
+    embedded: int
+    rejected: int
+    selected: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyCurve:
+    """Cumulative energy by number of directions, thinned where there are many.
+
+    Attributes:
+        directions: Numbers of directions, ascending, from 0; ``k`` is among them.
+        energy: Share of the energy that so many leading directions hold.
+        k: How many are kept.
+        k_energy: The share that they hold.
+        rank: Numerical rank of the centred embeddings.
+        dimension: Length of a vector.
+        rule: What chose k, in words.
+    """
+
+    directions: tuple[int, ...]
+    energy: tuple[float, ...]
+    k: int
+    k_energy: float
+    rank: int
+    dimension: int
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeverageBin:
+    """Samples with a normalised leverage in [low, high), of the pool and of the selection."""
+
+    low: float
+    high: float
+    pool: int
+    selected: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeverageProfile:
+    """How leverage is spread over the pool.
+
+    Attributes:
+        bins: Adjacent, ascending, a quarter of an octave each; the first one begins at 0 where it gathers all
+            that is too small to tell apart.
+        ranks: Numbers of samples, ascending.
+        values: For each of ``ranks``, the largest value of a fixed grid that so many samples reach: at most
+            1.1 % below the exact normalised leverage at that rank. Exact at both ends.
+        cut: Normalised leverage of the last selected sample, where the selection is exactly the top by
+            leverage; None where something else chose it.
+        leverage_share: Share of the pool's normalised leverage that the selected samples hold.
+        relative_error_bound: Bound on the mean absolute error of normalised leverage (mean 1), above 0 where
+            shards keep scores of an earlier basis.
+    """
+
+    bins: tuple[LeverageBin, ...]
+    ranks: tuple[int, ...]
+    values: tuple[float, ...]
+    cut: float | None
+    leverage_share: float
+    relative_error_bound: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCounts:
+    """Rows with one source label: in the pool, embedded, and selected."""
+
+    source: str
+    pool: int
+    embedded: int
+    selected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A column of the comparison: its name and what it means."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A row of the comparison.
+
+    Attributes:
+        name: Of the strategy.
+        seeds: With which it was run, in words; empty where it takes none.
+        values: For each measure of the comparison, in its order; None where it does not apply.
+        is_selection: Whether it made the selection that the report is about.
+    """
+
+    name: str
+    seeds: str
+    values: tuple[float | None, ...]
+    is_selection: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The selection beside what other strategies would have selected."""
+
+    measures: tuple[Measure, ...]
+    strategies: tuple[Strategy, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Churn:
+    """What became of the selection before: samples that stayed, came and went, and the share that went."""
+
+    stayed: int
+    came: int
+    went: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedReason:
+    """How many rows were rejected for one typed reason, and what it means."""
+
+    reason: str
+    rows: int
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A thumbnail, or why there is none: exactly one of ``data`` and ``problem`` is given.
+
+    Attributes:
+        alt: What it shows, in words.
+        data: JPEG bytes.
+        width: Of the thumbnail, in pixels; 0 without one.
+        height: Likewise.
+        problem: Why there is no picture.
+    """
+
+    alt: str
+    data: bytes | None = None
+    width: int = 0
+    height: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryItem:
+    """One sample.
+
+    Attributes:
+        sample_key: Its content hash.
+        place: ``shard#row``.
+        source_id: The row's own id, where it has one.
+        source: Its source label.
+        question: What is asked, without image marks.
+        answer: What the row answers.
+        leverage: Rank-k leverage score.
+        normalised_leverage: n·leverage/k.
+        rank: By normalised leverage over the pool, from 1.
+        percentile: Per cent of the pool's samples that rank below it.
+        is_selected: Whether it is in the selection.
+        pictures: Its images, as many as are shown.
+        overlay: Where the instruction's attention lies, if that is known.
+        note: What else is to be said, such as what was left out.
+    """
+
+    sample_key: str
+    place: str
+    source_id: str | None
+    source: str
+    question: str
+    answer: str
+    leverage: float
+    normalised_leverage: float
+    rank: int
+    percentile: float
+    is_selected: bool
+    pictures: tuple[Picture, ...] = ()
+    overlay: Picture | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Samples of one kind, highest leverage first."""
+
+    name: str
+    description: str
+    items: tuple[GalleryItem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportContent:
+    """Everything that the page says; equal contents give equal bytes.
+
+    Attributes:
+        title: Of the page.
+        made_from: Versions of what the report was made from; never a time.
+        settings: What was asked for.
+        counts: Where the rows went.
+        energy: The spectrum and where it is cut.
+        leverage: How leverage is spread.
+        composition: By source label, largest in the pool first.
+        comparison: Other strategies, where they were run.
+        churn: Against the selection before, where there was one.
+        rejected: By reason.
+        galleries: Samples to look at.
+        manifest: The training dataset's manifest as indented JSON, cut to what a page can hold.
+        manifest_note: What was cut and where the whole lies.
+    """
+
+    title: str
+    made_from: tuple[Fact, ...]
+    settings: tuple[Fact, ...]
+    counts: Counts
+    energy: EnergyCurve
+    leverage: LeverageProfile
+    composition: tuple[SourceCounts, ...]
+    comparison: Comparison | None
+    churn: Churn | None
+    rejected: tuple[RejectedReason, ...]
+    galleries: tuple[Gallery, ...]
+    manifest: str
+    manifest_note: str = ""

@@ -1,0 +1,56 @@
+"""Pictures of where the instruction's attention lies, for the samples that the report shows.
+
+Holds: one PNG for each shown sample in `attention_overlays`, named by model and sample, so that a night draws
+only those that the galleries did not show before; the model is loaded for these. What the present report does
+not show is removed. Costs: of each new one, a forward pass of the vision tower and one layer.
+"""
+
+from typing import TYPE_CHECKING, Final
+
+from upath import UPath
+
+from resources.identity import digest
+from resources.names import encode_name
+from resources.storage import StorageResource
+from resources.vlm import VlmResource
+from scalselect_assets.explanation import ExplanationError, attention_of
+from scalselect_assets.sample_lineage import SamplePlace
+from scalselect_assets.selection import Selection
+
+if TYPE_CHECKING:
+    from scalselect_assets.selection_report import GallerySample
+
+FOLDER: Final = "attention_overlays"
+_MAX_SIDE: Final = 512
+
+
+class AttentionOverlays:
+    """Draws or remembers the overlay of each sample's first image."""
+
+    def __init__(self, selection: Selection, storage: StorageResource, vlm: VlmResource) -> None:
+        """The overlays in the store of ``selection``."""
+        self._selection, self._storage, self._vlm = selection, storage, vlm
+        self._artifacts = storage.artifacts(selection.store)
+        self._shown: set[UPath] = set()
+
+    def of(self, sample: "GallerySample") -> bytes | None:
+        """The overlay as PNG; none where the sample's image or model is not the one that was embedded."""
+        fingerprint = self._vlm.card(self._artifacts, **self._selection.target)["fingerprint"]
+        content = digest(fingerprint, sample.shard, sample.row, sample.sample_key, sample.text)
+        path = self._artifacts.path(FOLDER, encode_name(content), suffix=".png")
+        self._shown.add(path)
+        if path.exists():
+            return bytes(path.read_bytes())
+        place = SamplePlace(sample.shard, sample.row, 0, sample.sample_key, None)
+        try:
+            drawn = attention_of(self._selection, self._storage, self._vlm, place).pngs(_MAX_SIDE)[0]
+        except (ExplanationError, FileNotFoundError):
+            return None  # the picture beside it says what is wrong with the image
+        self._artifacts.write_bytes(path, drawn)
+        return drawn
+
+    def forget_others(self) -> None:
+        """Remove the overlays that were not asked for."""
+        for path in self._artifacts.paths(FOLDER, suffix=".png"):
+            if path not in self._shown:
+                path.unlink(missing_ok=True)
