@@ -557,13 +557,12 @@ def test_a_refresh_that_is_told_to_stop_goes_on_next_time(bench: Bench) -> None:
     assert ran(report) == [f"{SHARD}[b.jsonl]", *WHOLE]
 
 
-def test_a_run_that_was_killed_is_closed_as_failed(bench: Bench) -> None:
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTED])
+def test_a_run_that_was_killed_is_closed_as_failed(bench: Bench, status: dg.DagsterRunStatus) -> None:
     bench.first_refresh()
     job = build_defs([bench.selection]).resolve_job_def("bench_assets")
     with open_instance(bench.selection) as instance:
-        run = instance.create_run_for_job(
-            job, tags={"scalselect/refresh": "bench"}, status=dg.DagsterRunStatus.STARTED
-        )
+        run = instance.create_run_for_job(job, tags={"scalselect/refresh": "bench"}, status=status)
     bench.refresh()
     with open_instance(bench.selection) as instance:
         assert instance.get_run_by_id(run.run_id).status is dg.DagsterRunStatus.FAILURE  # type: ignore[union-attr]
