@@ -30,10 +30,10 @@ dev: install  ## Open the Dagster UI (http://127.0.0.1:3000) on the demo's store
 	@test -f $(DEMO)/demo/selection.yaml || { echo "run 'make demo' first"; exit 1; }
 	$(BIN)/scalselect ui --store $(DEMO)/demo
 
-test: install  ## Run all tests, also those of the next two targets
+test: install  ## Run the tests, all but the longest of the next target
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-e2e: install  ## Run the tests that start a real Dagster deployment on loopback (six minutes)
+e2e: install  ## Run the tests that start a real Dagster deployment on loopback (ten minutes)
 	$(BIN)/python -m pytest -m e2e -n 2
 
 faults: install  ## Run the tests that kill processes, fill disks and move clocks

@@ -82,6 +82,7 @@ def deployment(make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path) -
     deployment.dev.stop()
 
 
+@pytest.mark.long
 def test_both_ways_materialize_exactly_what_is_due(
     deployment: Deployment, capsys: pytest.CaptureFixture[str]
 ) -> None:
