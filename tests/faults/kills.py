@@ -31,7 +31,9 @@ BETWEEN = "between assets"
 KEPT = "(set aside)"
 RECEIPT = "receipt of a table"
 EMBEDDING = "attention_embeddings"
-STAGES = (DISCOVERY, *ASSET_MODULES[:2], TABLE, RECEIPT, *ASSET_MODULES[2:], DAGSTER, BETWEEN)
+ABSENT = {"removed_samples", "selection_report"}  # which the pool's selection does not declare
+_FIRST, _LATER = ASSET_MODULES[:2], [asset for asset in ASSET_MODULES[2:] if asset not in ABSENT]
+STAGES = (DISCOVERY, *_FIRST, TABLE, RECEIPT, *_LATER, DAGSTER, BETWEEN)
 """In the order in which a refresh comes past them; Dagster's records are everywhere."""
 
 _EVENTS = {"open", "sqlite3.connect", "fcntl.flock"}
