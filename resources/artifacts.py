@@ -215,7 +215,7 @@ class ArtifactStore:
         writing = target_path.with_name(f".writing-{uuid.uuid4().hex}")
         try:
             # Around closing, too, which writes again what could not be written.
-            with _named(path), writing.open("xb") as file:
+            with named(path), writing.open("xb") as file:
                 yield file
                 file.flush()
                 if durable:
@@ -227,7 +227,7 @@ class ArtifactStore:
 
 
 @contextmanager
-def _named(path: UPath) -> Iterator[None]:
+def named(path: UPath) -> Iterator[None]:
     """Let errors of writing and closing say where, as those of opening do by themselves."""
     try:
         yield

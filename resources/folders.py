@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from upath import UPath
 
+from resources.artifacts import named
 from resources.image_root import is_local
 
 _MAKING = ".making-"
@@ -101,7 +102,7 @@ class NewFolder:
         if is_local(path):
             local = Path(path.path)
             local.parent.mkdir(parents=True, exist_ok=True)
-            with _named(path), local.open("xb") as file:
+            with named(path), local.open("xb") as file:
                 stream = HashedStream(file)
                 yield stream
                 file.flush()
@@ -207,14 +208,3 @@ def _put_in_force(folder: NewFolder) -> None:
 
 def _beside(target: UPath, prefix: str) -> UPath:
     return target.parent / f"{prefix}{target.name}"
-
-
-@contextmanager
-def _named(path: UPath) -> Iterator[None]:
-    """Let errors of writing and closing say where, as those of opening do by themselves."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
