@@ -248,6 +248,20 @@ def llava_turns(row: ExportRow) -> list[dict[str, str]]:
     return [{"from": _LLAVA_ROLES[role], "value": text} for role, text in row.turns]
 
 
+def llava_row(placed: PlacedRow) -> dict[str, Any]:
+    """A row for trainers that take one ``image`` or a list of them; without any, the key is left out."""
+    references = placed.references
+    images: dict[str, Any] = (
+        {"image": references if len(references) > 1 else references[0]} if references else {}
+    )
+    return {
+        "id": placed.row.id,
+        "sample_key": placed.row.sample_key,
+        **images,
+        "conversations": llava_turns(placed.row),
+    }
+
+
 def openai_turns(row: ExportRow) -> list[dict[str, str]]:
     """The turns with ``role`` and ``content``, marks in the text."""
     return [{"role": role, "content": text} for role, text in row.turns]

@@ -20,7 +20,7 @@ from scalselect_assets.exports.base import (
     Refusal,
     RefusalReason,
     Setting,
-    llava_turns,
+    llava_row,
     read_json_rows,
     refuse_reserved,
     refuse_system,
@@ -59,7 +59,7 @@ class Llava:
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
         """The image key is omitted where there is no image."""
-        write_json_array((_row(placed) for placed in rows), folder, FILE)
+        write_json_array((llava_row(placed) for placed in rows), folder, FILE)
         arguments = ["--data_path", folder.place(FILE), "--image_folder", setting.images_base]
         text = shlex.join(arguments)
         # A path that is not ASCII is still a path: the shell takes UTF-8.
@@ -104,13 +104,3 @@ def check_llava_turns(row: dict[str, Any], n_images: int, where: str, verdict: P
     texts = [turn["value"] for turn in turns]
     verdict.require(any(text.split() for text in texts), f"{where}: length 0")
     require_marks(texts, n_images, where, verdict)
-
-
-def _row(placed: PlacedRow) -> dict[str, Any]:
-    image = {"image": placed.references[0]} if placed.images else {}
-    return {
-        "id": placed.row.id,
-        "sample_key": placed.row.sample_key,
-        **image,
-        "conversations": llava_turns(placed.row),
-    }

@@ -8,7 +8,6 @@ alternate; a row of length 0 in words is an error; a row that fails is silently 
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import yaml
 
@@ -19,7 +18,7 @@ from scalselect_assets.exports.base import (
     Refusal,
     Setting,
     is_text_list,
-    llava_turns,
+    llava_row,
     read_json_rows,
     refuse_system,
     refuse_turn_order,
@@ -47,7 +46,7 @@ class LlavaNext:
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:  # noqa: ARG002
         """``image`` is a path, a list of several, or absent."""
-        write_json_array((_row(placed) for placed in rows), folder, FILE)
+        write_json_array((llava_row(placed) for placed in rows), folder, FILE)
         data = {"datasets": [{"json_path": folder.place(FILE), "sampling_strategy": "all"}]}
         folder.write(DATA, yaml.safe_dump(data, sort_keys=False).encode("ascii"))
 
@@ -74,16 +73,3 @@ class LlavaNext:
             check_llava_turns(row, len(images), where, verdict)
             require_images(images, where, setting, verdict)
         return verdict
-
-
-def _row(placed: PlacedRow) -> dict[str, Any]:
-    references = placed.references
-    images: dict[str, Any] = (
-        {"image": references if len(references) > 1 else references[0]} if references else {}
-    )
-    return {
-        "id": placed.row.id,
-        "sample_key": placed.row.sample_key,
-        **images,
-        "conversations": llava_turns(placed.row),
-    }

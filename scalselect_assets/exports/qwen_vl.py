@@ -10,7 +10,6 @@ ends with ``%`` and digits is sampled).
 
 import ast
 from collections.abc import Iterable
-from typing import Any
 
 from resources.folders import NewFolder
 from scalselect_assets.exports.base import (
@@ -19,7 +18,7 @@ from scalselect_assets.exports.base import (
     Refusal,
     Setting,
     is_text_list,
-    llava_turns,
+    llava_row,
     read_json_rows,
     refuse_images_of,
     refuse_reserved,
@@ -56,7 +55,7 @@ class QwenVl:
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
         """``image`` is a path, a list of several, or absent."""
-        write_json_lines((_row(placed) for placed in rows), folder, FILE, escaped=True)
+        write_json_lines((llava_row(placed) for placed in rows), folder, FILE, escaped=True)
         entry = {setting.name: {"annotation_path": folder.place(FILE), "data_path": setting.images_base}}
         write_companion(folder, ENTRY, f"data_dict.update({entry!a})\n")
 
@@ -88,16 +87,3 @@ class QwenVl:
             )
             require_images(images, where, setting, verdict)
         return verdict
-
-
-def _row(placed: PlacedRow) -> dict[str, Any]:
-    references = placed.references
-    images: dict[str, Any] = (
-        {"image": references if len(references) > 1 else references[0]} if references else {}
-    )
-    return {
-        "id": placed.row.id,
-        "sample_key": placed.row.sample_key,
-        **images,
-        "conversations": llava_turns(placed.row),
-    }
