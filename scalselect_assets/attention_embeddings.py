@@ -82,6 +82,53 @@ def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable
     return receipt.table, receipt.header
 
 
+def fitted_table(
+    artifacts: ArtifactStore, shard: str, in_basis: Mapping[str, Mapping[str, str]]
+) -> tuple[EmbeddingTable, dict[str, str]]:
+    """As ``recorded_table``, of a shard whose vectors are still those that the basis was fitted on.
+
+    Args:
+        artifacts: The store.
+        shard: Which one.
+        in_basis: By shard, what the basis says of it.
+
+    Raises:
+        ArtifactMissingError: The shard is not embedded.
+        ArtifactCorruptError: The receipt is damaged.
+        dg.Failure: The basis was fitted on other vectors of the shard, or without it.
+    """
+    table, header = recorded_table(artifacts, shard)
+    fitted_on = in_basis.get(shard, {}).get(NAME)
+    if header["data_version"] != fitted_on:
+        raise dg.Failure(
+            f"the basis was fitted on version {fitted_on} of shard {shard!r}, its vectors are now "
+            f"{header['data_version']}; run the refresh again, or materialize embedding_moments[{shard}] and "
+            "subspace_basis first",
+            allow_retries=False,
+        )
+    return table, header
+
+
+def read_rejected(
+    artifacts: ArtifactStore, shard: str, version: str, columns: list[str] | None = None
+) -> pl.DataFrame:
+    """The rows of a shard that have no vector, of the same version as its vectors.
+
+    Raises:
+        ArtifactMissingError: The shard is not embedded.
+        ArtifactCorruptError: The file is damaged.
+        dg.Failure: The rows are of another version than ``version``, that of the vectors.
+    """
+    rejected, header = artifacts.read_frame(REJECTED, shard, columns=columns)
+    if header["data_version"] != version:
+        raise dg.Failure(
+            f"{REJECTED}[{shard}] is of version {header['data_version']}, its vectors of {version}; "
+            f"materialize {NAME}[{shard}] again",
+            allow_retries=False,
+        )
+    return rejected
+
+
 def limit_devices(instance: dg.DagsterInstance) -> None:
     """Give the pool its default limit, if the instance has one and the pool has no limit yet.
 

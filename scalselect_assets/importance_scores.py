@@ -6,12 +6,14 @@ shards. Costs: one pass over the shard's vectors, n·d·k multiplications, one b
 
 import json
 import time
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
 import dagster as dg
 import polars as pl
 
+from resources.artifacts import ArtifactStore
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import attention_embeddings, lineage, subspace_basis
@@ -30,6 +32,26 @@ CODE_VERSION = "2"
 def provenance(basis_version: str) -> str:
     """What the scores of a shard are computed from; the basis version covers the vectors of every shard."""
     return lineage.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
+
+
+def read_scores(
+    artifacts: ArtifactStore, plan: ScorePlan, shard: str, columns: list[str] | None = None
+) -> pl.DataFrame:
+    """The scores of a shard, in row order.
+
+    Raises:
+        ArtifactMissingError: The shard is not scored.
+        ArtifactCorruptError: The file is damaged.
+        dg.Failure: The shard was scored with another basis than the plan says.
+    """
+    scores, header = artifacts.read_frame(NAME, shard, columns=columns)
+    if header["subspace_basis"] != (wanted := plan.of_shard(shard)):
+        raise dg.Failure(
+            f"shard {shard!r} was scored with basis {header['subspace_basis']}, it is to be scored with "
+            f"{wanted}; scores of any other basis cannot be compared: materialize {NAME}[{shard}] again",
+            allow_retries=False,
+        )
+    return scores
 
 
 def build(selection: Selection) -> dg.AssetsDefinition:
@@ -59,7 +81,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
         def score(shard: str) -> Output:
             start, basis_version = time.monotonic(), plan.of_shard(shard)
-            frame = _score(storage, selection, shard, scorer(basis_version), fitted_on.get(shard, {}))
+            frame = _score(storage, selection, shard, scorer(basis_version), fitted_on)
             made_from = provenance(basis_version)  # the basis covers the vectors, so nothing else comes in
             header = lineage.header(made_from, made_from, subspace_basis=basis_version)
             path, size = artifacts.write_frame(NAME, frame, header, shard)
@@ -88,7 +110,7 @@ def _score(
     selection: Selection,
     shard: str,
     scorer: "LeverageScorer",
-    fitted_on: dict[str, str],
+    fitted_on: Mapping[str, Mapping[str, str]],
 ) -> pl.DataFrame:
     """Scores of one shard, in row order.
 
@@ -97,14 +119,7 @@ def _score(
     """
     from scalselect_assets.method.preprocessing import prepared_rows
 
-    table, embeddings = attention_embeddings.recorded_table(storage.artifacts(selection.store), shard)
-    fitted_version = fitted_on.get("attention_embeddings")
-    if fitted_version != embeddings["data_version"]:
-        raise dg.Failure(
-            f"the basis was fitted on version {fitted_version} of shard {shard!r}, its vectors are now "
-            f"{embeddings['data_version']}; materialize embedding_moments[{shard}] and subspace_basis first",
-            allow_retries=False,
-        )
+    table, _ = attention_embeddings.fitted_table(storage.artifacts(selection.store), shard, fitted_on)
     frames = []
     for batch in storage.embeddings(selection.store).read(table):
         x = prepared_rows(batch.vector, to_unit_length=selection.unit_rows)

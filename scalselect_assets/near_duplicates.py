@@ -23,10 +23,7 @@ from resources.artifacts import ArtifactStore
 from resources.embedding_store import EmbeddingStore, EmbeddingTable
 from resources.identity import digest
 from resources.samples import parse_row
-from scalselect_assets import (
-    attention_embeddings,
-    importance_scores,
-)
+from scalselect_assets import attention_embeddings, importance_scores
 from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.curation import NearDuplicates
 from scalselect_assets.tables import SELECTED_SUBSET, Column, Table, polars_schema
@@ -78,7 +75,6 @@ class Pool:
         ranked: Shard, row, sample key, normalised leverage and content, the best first.
         tables: Of the shards, by shard.
         embeddings: Where the tables are.
-        dimension: Length of the vectors.
     """
 
     ranked: pl.DataFrame
@@ -106,23 +102,10 @@ def read_pool(
     tables: dict[str, EmbeddingTable] = {}
     frames = [pl.DataFrame(schema=_RANKED)]
     for shard in sorted(in_basis):
-        tables[shard], embedded = attention_embeddings.recorded_table(artifacts, shard)
-        if embedded["data_version"] != in_basis[shard]["attention_embeddings"]:
-            raise dg.Failure(
-                f"the basis was fitted on version {in_basis[shard]['attention_embeddings']} of shard "
-                f"{shard!r}, its vectors are now {embedded['data_version']}; materialize "
-                f"embedding_moments[{shard}] and subspace_basis first",
-                allow_retries=False,
-            )
-        scores, header = artifacts.read_frame(
-            importance_scores.NAME, shard, columns=["row", "sample_key", "normalised_leverage"]
+        tables[shard], _ = attention_embeddings.fitted_table(artifacts, shard, in_basis)
+        scores = importance_scores.read_scores(
+            artifacts, plan, shard, ["row", "sample_key", "normalised_leverage"]
         )
-        if header["subspace_basis"] != (wanted := plan.of_shard(shard)):
-            raise dg.Failure(
-                f"shard {shard!r} was scored with basis {header['subspace_basis']}, it is to be scored with "
-                f"{wanted}; materialize importance_scores[{shard}] again",
-                allow_retries=False,
-            )
         rows = scores.join(_contents(embeddings, tables[shard]), on=["row", "sample_key"])
         if rows.height != tables[shard].n_rows or rows.height != scores.height:
             raise dg.Failure(

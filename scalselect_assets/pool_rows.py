@@ -64,15 +64,7 @@ class PoolRows:
             dg.Failure: A shard was scored with another basis than the plan says.
         """
         for shard in sorted(self.shards):
-            scores, header = self.artifacts.read_frame(importance_scores.NAME, shard, columns=columns)
-            if header["subspace_basis"] != (wanted := self.plan.of_shard(shard)):
-                raise dg.Failure(
-                    f"shard {shard!r} was scored with basis {header['subspace_basis']}, it is to be scored "
-                    f"with {wanted}; scores of any other basis cannot be compared: materialize "
-                    f"importance_scores[{shard}] again",
-                    allow_retries=False,
-                )
-            yield shard, scores
+            yield shard, importance_scores.read_scores(self.artifacts, self.plan, shard, columns)
 
     def all(self) -> pl.DataFrame:
         """Every embedded row; see ``described``."""
@@ -124,15 +116,7 @@ class PoolRows:
         Raises:
             dg.Failure: The shard has other vectors by now.
         """
-        table, header = attention_embeddings.recorded_table(self.artifacts, shard)
-        fitted_on = self.shards[shard]["attention_embeddings"]
-        if header["data_version"] != fitted_on:
-            raise dg.Failure(
-                f"the basis was fitted on version {fitted_on} of shard {shard!r}, its vectors are now "
-                f"{header['data_version']}; run the refresh again",
-                allow_retries=False,
-            )
-        return table
+        return attention_embeddings.fitted_table(self.artifacts, shard, self.shards)[0]
 
 
 def _label(label: str, shard: str) -> pl.Expr:

@@ -450,13 +450,7 @@ class _Scores:
         return (self._read(shard, columns) for shard in self._shards)
 
     def _read(self, shard: str, columns: Sequence[str]) -> pl.DataFrame:
-        frame, header = self._artifacts.read_frame(importance_scores.NAME, shard, columns=list(columns))
-        if header["subspace_basis"] != (wanted := self._plan.of_shard(shard)):
-            raise dg.Failure(
-                f"shard {shard!r} was scored with basis {header['subspace_basis']}, it is to be scored with "
-                f"{wanted}; materialize {importance_scores.NAME}[{shard}] again",
-                allow_retries=False,
-            )
+        frame = importance_scores.read_scores(self._artifacts, self._plan, shard, list(columns))
         return frame.select(pl.lit(shard).alias("shard"), *columns)
 
     @staticmethod
@@ -512,15 +506,9 @@ class _Rows:
             sources = self._labels(shard, rows)
             self._embedded.update(sources)
             self._selected.update(compress(sources, rows["is_selected"]))
-            rejected, rejected_header = self._artifacts.read_frame(
-                attention_embeddings.REJECTED, shard, columns=["reason", "text"]
+            rejected = attention_embeddings.read_rejected(
+                self._artifacts, shard, header["data_version"], ["reason", "text"]
             )
-            if rejected_header["data_version"] != header["data_version"]:
-                raise dg.Failure(
-                    f"rejected_rows[{shard}] is of version {rejected_header['data_version']}, its vectors of "
-                    f"{header['data_version']}; materialize attention_embeddings[{shard}] again",
-                    allow_retries=False,
-                )
             self.rejected.update(rejected["reason"].to_list())
             self._pool.update(sources)
             self._pool.update(self._labels(shard, rejected))

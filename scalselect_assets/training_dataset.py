@@ -435,13 +435,8 @@ class _DatasetWriter:
 
     def _text_only_rows(self, shard: str) -> pl.DataFrame:
         """The shard's rows without an image that are kept; counts all rejected rows."""
-        rejected, header = self._artifacts.read_frame(attention_embeddings.REJECTED, shard)
-        if header["data_version"] != self.headers[shard]["data_version"]:
-            raise dg.Failure(
-                f"rejected_rows[{shard}] is of version {header['data_version']}, its vectors of "
-                f"{self.headers[shard]['data_version']}; materialize attention_embeddings[{shard}] again",
-                allow_retries=False,
-            )
+        version = self.headers[shard]["data_version"]
+        rejected = attention_embeddings.read_rejected(self._artifacts, shard, version)
         self.rejected[shard] = raw_samples.reason_counts(rejected)
         kept = rejected.filter(pl.col("row").is_in(self._text_only.get(shard, set())))
         if self._spool is not None:
