@@ -250,7 +250,8 @@ class Explanation:
             f"{score.rank:,} of {score.pool:,}; {score.percentile:.1f} % of the others rank below",
         )
         yield "leverage", f"{score.leverage:.6g} in {score.k} directions"
-        needed = "" if score.lowest_selected is None else f"; selected from {score.lowest_selected:.4g} on"
+        lowest = score.lowest_selected
+        needed = "" if lowest is None else f"; the lowest selected has {lowest:.4g}"
         yield "  normalised", f"{score.normalised_leverage:.4g} where the pool's mean is 1{needed}"
 
 
@@ -437,7 +438,7 @@ class _Scored:
             normalised_leverage=normalised,
             rank=before + 1,
             pool=pool,
-            percentile=100 * (pool - before - 1) / (pool - 1) if pool > 1 else 100.0,
+            percentile=importance_scores.percentile(before + 1, pool),
             selected=subset.height,
             lowest_selected=None if lowest is None else float(lowest),  # type: ignore[arg-type]
             k=subspace.k,

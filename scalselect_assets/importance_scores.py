@@ -54,6 +54,11 @@ def read_scores(
     return scores
 
 
+def percentile(rank: int, n: int) -> float:
+    """How many percent of the others rank below: 100 for the first of ``n``, rank 1, and 0 for the last."""
+    return 100 * (n - rank) / (n - 1) if n > 1 else 100.0
+
+
 def build(selection: Selection) -> dg.AssetsDefinition:
     """The asset for one selection."""
 

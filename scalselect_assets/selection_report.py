@@ -23,6 +23,7 @@ from pydantic import AfterValidator
 from upath import UPath
 
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from resources.embedding_store import EmbeddingTable
 from resources.identity import digest
 from resources.image_root import is_local
 from resources.sample_source import SampleSource
@@ -105,6 +106,10 @@ class GallerySample:
     """The row's JSON text, verbatim."""
     images: tuple[str, ...]
     """Its images, relative to the image root."""
+    image_sha256: tuple[str, ...]
+    """Of the bytes that were embedded, likewise."""
+    fingerprint: str
+    """Of the model that it was embedded with."""
 
 
 Overlay: TypeAlias = Callable[[GallerySample], bytes | None]
@@ -498,7 +503,7 @@ class _Rows:
         wanted = {str(shard): rows for (shard,), rows in picks.group_by("shard")}
         for shard in shards:
             table, header = attention_embeddings.recorded_table(self._artifacts, shard)
-            columns = ["text", "images"] if shard in wanted else ["text"]
+            columns = ["text", *(["images", "image_sha256"] if shard in wanted else [])]
             chosen = self._chosen.get(shard, pl.Series(dtype=pl.Int64))
             rows = pl.DataFrame(self._embeddings.read_rows(table, columns)).with_columns(
                 is_selected=pl.col("row").is_in(chosen.implode())
@@ -513,9 +518,8 @@ class _Rows:
             self._pool.update(sources)
             self._pool.update(self._labels(shard, rejected))
             if shard in wanted:
-                self._show(
-                    shard, rows.with_columns(source=pl.Series(sources, dtype=pl.String)), wanted[shard]
-                )
+                labelled = rows.with_columns(source=pl.Series(sources, dtype=pl.String))
+                self._show(table, labelled, wanted[shard])
 
     def composition(self) -> tuple[SourceCounts, ...]:
         """Rows by source, largest in the pool first; the smallest together where there are many."""
@@ -535,7 +539,8 @@ class _Rows:
             for text in rows["text"]
         ]
 
-    def _show(self, shard: str, rows: pl.DataFrame, picks: pl.DataFrame) -> None:
+    def _show(self, table: EmbeddingTable, rows: pl.DataFrame, picks: pl.DataFrame) -> None:
+        shard = table.shard
         held = picks.unique("row").join(rows, on="row").sort("row")
         if held.height != picks["row"].n_unique():
             raise dg.Failure(
@@ -543,7 +548,15 @@ class _Rows:
                 allow_retries=False,
             )
         for one in held.iter_rows(named=True):
-            sample = GallerySample(one["sample_key"], shard, one["row"], one["text"], tuple(one["images"]))
+            sample = GallerySample(
+                one["sample_key"],
+                shard,
+                one["row"],
+                one["text"],
+                tuple(one["images"]),
+                tuple(one["image_sha256"]),
+                table.fingerprint,
+            )
             question, answer, source_id, said = _words(sample.text)
             pictures, left_out = self._pictures(sample)
             self.items[shard, sample.row] = GalleryItem(
@@ -556,7 +569,7 @@ class _Rows:
                 leverage=one["leverage"],
                 normalised_leverage=one["normalised_leverage"],
                 rank=one["rank"],
-                percentile=100 * (self._n - one["rank"]) / self._n,
+                percentile=importance_scores.percentile(one["rank"], self._n),
                 is_selected=one["is_selected"],
                 pictures=pictures,
                 overlay=self._overlay(sample),

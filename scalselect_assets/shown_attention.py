@@ -1,8 +1,9 @@
 """Pictures of where the instruction's attention lies, for the samples that the report shows.
 
-Holds: one PNG for each shown sample in `attention_overlays`, named by model and sample, so that a night draws
-only those that the galleries did not show before; the model is loaded for these. What the present report does
-not show is removed. Costs: of each new one, a forward pass of the vision tower and one layer.
+Holds: one PNG for each shown sample in `attention_overlays`, named by the model, the sample and the bytes of
+its images, so that a night draws only those that the galleries did not show before; the model is loaded for
+these. What the present report does not show is removed. Costs: of each new one, a forward pass of the vision
+tower and one layer.
 """
 
 from typing import TYPE_CHECKING, Final
@@ -34,9 +35,15 @@ class AttentionOverlays:
         self._shown: set[UPath] = set()
 
     def of(self, sample: "GallerySample") -> bytes | None:
-        """The overlay as PNG; none where the sample's image or model is not the one that was embedded."""
-        fingerprint = self._vlm.card(self._artifacts, **self._selection.target)["fingerprint"]
-        content = digest(fingerprint, sample.shard, sample.row, sample.sample_key, sample.text)
+        """The overlay as PNG; none where it must be drawn and image or model are not those of the vector."""
+        content = digest(
+            sample.fingerprint,
+            sample.shard,
+            sample.row,
+            sample.sample_key,
+            sample.text,
+            list(sample.image_sha256),
+        )
         path = self._artifacts.path(FOLDER, encode_name(content), suffix=".png")
         self._shown.add(path)
         if path.exists():

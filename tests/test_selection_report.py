@@ -177,6 +177,22 @@ def test_where_attention_lies_is_drawn_once_and_forgotten_when_it_is_not_shown(
     )
 
 
+def test_an_image_that_is_replaced_has_another_overlay(
+    make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path
+) -> None:
+    bench = Bench(pool := make_pool({"a.jsonl": 3}), tmp_path / "store", demo_vlm)
+
+    def drawn() -> set[str]:
+        bench.refresh()
+        materialized(bench)
+        return {path.name for path in (bench.store / shown_attention.FOLDER).iterdir()}
+
+    before = drawn()
+    (pool / "images" / "0.png").write_bytes(png_bytes(77))
+    after = drawn()
+    assert (len(before), len(after), len(before & after)) == (3, 3, 2)
+
+
 def test_rows_are_counted_by_source_before_and_after(kept: Bench, content: ReportContent) -> None:
     chosen = kept.artifacts.read_frame("selected_subset")[0]
     by_shard = {str(shard): rows.height for (shard,), rows in chosen.group_by("shard")}
@@ -240,7 +256,7 @@ def test_galleries_show_the_ends_and_the_middle_with_exact_ranks(kept: Bench, co
             assert item.place == f"{row['shard']}#{row['row']}"
             assert item.sample_key == row["sample_key"]
             assert (item.leverage, item.normalised_leverage) == (row["leverage"], row["normalised_leverage"])
-            assert item.percentile == pytest.approx(100 * (n - item.rank) / n)
+            assert item.percentile == pytest.approx(100 * (n - item.rank) / (n - 1))
             assert item.is_selected == ((row["shard"], row["row"]) in chosen)
 
 

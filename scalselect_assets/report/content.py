@@ -178,7 +178,7 @@ class GalleryItem:
         leverage: Rank-k leverage score.
         normalised_leverage: n·leverage/k.
         rank: By normalised leverage over the pool, from 1.
-        percentile: Per cent of the pool's samples that rank below it.
+        percentile: Per cent of the pool's other samples that rank below it.
         is_selected: Whether it is in the selection.
         pictures: Its images, as many as are shown.
         overlay: Where the instruction's attention lies, if that is known.

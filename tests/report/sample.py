@@ -60,7 +60,7 @@ def item(rank: int, question: str, **more: Any) -> GalleryItem:
         "leverage": 0.5 / rank,
         "normalised_leverage": 20 / rank,
         "rank": rank,
-        "percentile": 100 * (1000 - rank) / 1000,
+        "percentile": 100 * (1000 - rank) / 999,
         "is_selected": rank <= 160,
         "pictures": (picture(rank),),
     }
