@@ -10,7 +10,6 @@ The evaluation set's version is the hash of its files' names and bytes. It is pa
 a file that is added or changed makes every shard's list stale, and nothing else of it does.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -30,6 +29,7 @@ from resources.evaluation_set import (
     sha256_of,
 )
 from resources.identity import digest
+from resources.samples import written_turns
 from resources.storage import StorageResource
 from scalselect_assets import image_hashes, lineage, raw_samples
 from scalselect_assets.curation import Decontamination
@@ -297,10 +297,7 @@ def _said(conversation: str | None, text: str) -> str:
     if conversation is not None:
         return "\n".join(Conversation.from_json(conversation).texts("system", "user", "assistant"))
     # A row without an image has no conversation; its layout was read and found right.
-    value = json.loads(text)
-    turns = value.get("messages") or value.get("conversations") or ()
-    said = [turn.get("content") or turn.get("value") or "" for turn in turns]
-    return "\n".join([value.get("system") or "", *said])
+    return "\n".join(said for _, said in written_turns(text))
 
 
 def evaluation_of(storage: StorageResource, selection: Selection) -> EvaluationSet:

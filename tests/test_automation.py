@@ -32,6 +32,8 @@ from scalselect_assets.refresh import Discovery, report_discovery
 from scalselect_assets.selection import Selection
 from tests.conftest import sharegpt_row, write_lines
 
+pytestmark = pytest.mark.usefixtures("quick_dagster")
+
 RAW, EMBEDDINGS, MOMENTS, BASIS, SCORES, REMOVED, SUBSET, DATASET, REPORT = ASSET_MODULES
 SHARD = (RAW, EMBEDDINGS, MOMENTS)
 
@@ -227,7 +229,7 @@ def automation() -> Iterator[Automation]:
 
 
 @pytest.fixture(scope="module")
-def a_filled_instance(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def a_filled_instance(tmp_path_factory: pytest.TempPathFactory, quick_dagster: None) -> tuple[Path, Any]:
     """Three shards and all that follows; made once, since most tests begin here."""
     folder = tmp_path_factory.mktemp("filled")
     with opened(folder) as instance:

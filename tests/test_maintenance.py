@@ -32,13 +32,15 @@ from scalselect_assets.maintenance import Kind, MaintenanceReport, clean
 from tests.conftest import write_lines, write_pool_shard
 from tests.test_refresh import Bench
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
 DAY = 86_400.0
 
 
 @pytest.fixture(scope="module")
-def refreshed(tmp_path_factory: pytest.TempPathFactory, demo_vlm: Path, one_torch_thread: None) -> Path:
+def refreshed(
+    tmp_path_factory: pytest.TempPathFactory, demo_vlm: Path, one_torch_thread: None, quick_dagster: None
+) -> Path:
     """A folder in which a pool and its store are up to date, and a copy of it beside."""
     folder = tmp_path_factory.mktemp("refreshed") / "now"
     for seed, (shard, n_rows) in enumerate({"a.jsonl": 5, "b.jsonl": 4}.items()):

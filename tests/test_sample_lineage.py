@@ -16,7 +16,7 @@ from scalselect_assets.sample_lineage import SampleKeyError, SampleLineage, trac
 from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
 from tests.test_refresh import SHARD, Bench
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
 PATH = (
     "raw_samples",
@@ -30,7 +30,9 @@ PATH = (
 
 
 @pytest.fixture(scope="module")
-def refreshed(tmp_path_factory: pytest.TempPathFactory, demo_vlm: Path, one_torch_thread: None) -> Path:
+def refreshed(
+    tmp_path_factory: pytest.TempPathFactory, demo_vlm: Path, one_torch_thread: None, quick_dagster: None
+) -> Path:
     """A folder in which a pool and its store are up to date, and a copy of it beside."""
     folder = tmp_path_factory.mktemp("refreshed") / "now"
     pool = folder / "pool"

@@ -16,9 +16,9 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -133,44 +133,20 @@ def _prepare() -> None:
     import dagster as dg
     import lancedb.background_loop
     import scipy.integrate  # noqa: F401
-    from alembic.script import ScriptDirectory
-    from dagster._core.storage.event_log.sqlite import sqlite_event_log
-    from dagster._core.storage.runs.sqlite import sqlite_run_storage
 
-    from scalselect_assets import deployment, graph, method, plots  # noqa: F401
+    from scalselect_assets import graph, method, plots  # noqa: F401
     from tests.faults import bench, kills, standin  # noqa: F401
 
     for module in pkgutil.iter_modules(method.__path__, f"{method.__name__}."):
         import_module(module.name)
     standin.install()
-    # Two processes per step that copy what it prints, and a picture per basis.
-    deployment._DAGSTER_YAML += (
-        "compute_logs:\n"
-        "  module: dagster._core.storage.noop_compute_log_manager\n"
-        "  class: NoOpComputeLogManager\n"
-    )
     plots.energy_curve = lambda *_: dg.MetadataValue.md("")  # type: ignore[assignment]
-    # Dagster makes an engine for each connection, and reads all its migrations for each run's file.
-    ScriptDirectory.from_config = cache(ScriptDirectory.from_config)  # type: ignore[method-assign]
-    for storage in (sqlite_event_log, sqlite_run_storage):
-        storage.create_engine = _engine
     # The only thread so far; LanceDB starts another in each child, after the fork.
     loop = lancedb.background_loop.LOOP
     loop.loop.call_soon_threadsafe(loop.loop.stop)
     loop.thread.join()
     warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
     gc.freeze()
-
-
-_engines: dict[str, Any] = {}
-
-
-def _engine(place: str, **options: Any) -> Any:
-    from sqlalchemy import create_engine
-
-    if place not in _engines:
-        _engines[place] = create_engine(place, **options)
-    return _engines[place]
 
 
 def _own_mounts() -> bool:
@@ -191,14 +167,17 @@ def _serve() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     pickle.dump(_own_mounts(), answers)  # which a process with threads may not
     _prepare()
-    answers.flush()
-    while True:
-        try:
-            kind, *request = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pickle.dump({"start": _fork, "wait": _wait}[kind](*request), answers)
+    from tests.quick_dagster import quick_storage
+
+    with TemporaryDirectory() as templates, quick_storage(Path(templates)):
         answers.flush()
+        while True:
+            try:
+                kind, *request = pickle.load(sys.stdin.buffer)
+            except EOFError:
+                return
+            pickle.dump({"start": _fork, "wait": _wait}[kind](*request), answers)
+            answers.flush()
 
 
 def _fork(function: Callable[..., Any], arguments: tuple[Any, ...], folder: Path) -> int:

@@ -19,6 +19,7 @@ from scalselect_assets.refresh import summary
 from tests.faults.bench import FaultBench, Pool, problems
 from tests.faults.children import Children
 from tests.faults.invariants import Content, contents, expected, incomplete, torn
+from tests.quick_dagster import closed_connections
 
 PAGE = 4096
 NO_SPACE = "No space left on device"
@@ -96,6 +97,7 @@ def test_a_full_disk_leaves_old_or_new_and_is_told_by_its_place(
     assert any("/lance/" in message for message in in_assets)
 
 
+@closed_connections()
 def refresh_without_space_for_records(pool: Pool, store: Path) -> list[str]:
     """What refreshes say where Dagster's own files lie on the full disk, and nothing else."""
     (store / "dagster").mkdir(parents=True)
@@ -124,6 +126,7 @@ def test_records_that_cannot_be_written_cost_nothing_but_time(
     assert len(said) == 2
 
 
+@closed_connections()
 def refresh_with_small_files(pool: Pool, store: Path) -> list[str]:
     """What a refresh says that may not write files as large as a shard's rows."""
     bench = FaultBench(pool.folder, store)

@@ -139,7 +139,7 @@ def test_a_budget_of_tokens_is_never_exceeded_and_no_row_that_fits_is_passed_ove
         return
     chosen = by_leverage(pool, terms)
     assert tuple(sorted(chosen)) in possible
-    assert terms.spent(np.array(chosen)) == sum(costs[row] for row in chosen)
+    assert terms.spent(np.array(chosen, np.int64)) == sum(costs[row] for row in chosen)
     # Lexicographically first: what was passed over did not go with what was taken before it.
     order = pool.by(pool.normalised_leverage, terms.eligible_rows).tolist()
     taken = set(include)
