@@ -30,11 +30,14 @@ dev: install  ## Open the Dagster UI (http://127.0.0.1:3000) on the demo's store
 	@test -f $(DEMO)/demo/selection.yaml || { echo "run 'make demo' first"; exit 1; }
 	$(BIN)/scalselect ui --store $(DEMO)/demo
 
-test: install  ## Run the tests, all but the longest of the next target
+# Tests start many processes, which would else compile the code each for itself.
+test e2e faults: export PYTHONDONTWRITEBYTECODE :=
+
+test: install  ## Run all tests (a quarter of an hour on two cores)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-e2e: install  ## Run the tests that start a real Dagster deployment on loopback (ten minutes)
-	$(BIN)/python -m pytest -m e2e -n 2
+e2e: install  ## Run the test of a real Dagster deployment on loopback (ten minutes)
+	$(BIN)/python -m pytest -m e2e -s
 
 faults: install  ## Run the tests that kill processes, fill disks and move clocks
 	$(BIN)/python -m pytest -m faults -n auto

@@ -34,6 +34,9 @@ telemetry: {enabled: false}
 nux: {enabled: false}
 concurrency:
   pools: {granularity: run, default_limit: 1}
+compute_logs:  # four processes less for each run
+  module: dagster._core.storage.noop_compute_log_manager
+  class: NoOpComputeLogManager
 run_coordinator:
   module: dagster.core.run_coordinator
   class: QueuedRunCoordinator
@@ -135,6 +138,18 @@ class DagsterDev:
             s={**_LOCATION, "sensorName": name},
         )
         assert answer["__typename"] == "Sensor", answer
+
+    def turn_off_sensor(self, name: str) -> None:
+        answer = self.ask(
+            "query($s: SensorSelector!) { sensorOrError(sensorSelector: $s) "
+            "{ ... on Sensor { sensorState { id } } } }",
+            s={**_LOCATION, "sensorName": name},
+        )
+        stopped = self.ask(
+            "mutation($id: String!) { stopSensor(id: $id) { __typename } }", id=answer["sensorState"]["id"]
+        )
+        assert stopped["__typename"] == "StopSensorMutationResult", stopped
+        self.wait(f"{name} to be off", lambda: self.instigators()[name] == "STOPPED")
 
     def turn_on_schedule(self, name: str) -> None:
         answer = self.ask(

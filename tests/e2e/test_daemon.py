@@ -82,7 +82,6 @@ def deployment(make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path) -
     deployment.dev.stop()
 
 
-@pytest.mark.long
 def test_both_ways_materialize_exactly_what_is_due(
     deployment: Deployment, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +149,10 @@ def test_both_ways_materialize_exactly_what_is_due(
     _no_model_is_held_twice(dev)
     _the_basis_never_meets_a_shard(dev)
 
+    dev.turn_off_sensor("declared_automation")
+    dev.turn_off_sensor("declared_discovery")
+    _a_terminated_refresh_goes_on_next_time(deployment)
+
 
 def _no_model_is_held_twice(dev: DagsterDev) -> None:
     """Runs that hold a model wait for each other: the refresh of one selection, the shards of the other."""
@@ -183,9 +186,8 @@ def _the_basis_never_meets_a_shard(dev: DagsterDev) -> None:
     assert [(one, other) for one in basis for other in by_shard if overlap(one, other)] == []
 
 
-def test_a_refresh_that_is_terminated_goes_on_next_time(deployment: Deployment) -> None:
+def _a_terminated_refresh_goes_on_next_time(deployment: Deployment) -> None:
     dev = deployment.dev
-    deployment.refresh()
     before = dev.materializations(deployment.refreshed)
     for number in range(4):
         write_pool_shard(deployment.pool, f"new-{number}.jsonl", 20, seed=10_000 * (number + 1))
