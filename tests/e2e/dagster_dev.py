@@ -1,4 +1,7 @@
-"""A real `dagster dev` on loopback: webserver, daemon and code server, driven as the UI drives it."""
+"""A real `dagster dev` on loopback: webserver, daemon and code server, driven as the UI drives it.
+
+Only how a run's process comes to its imports is not as Dagster has it; see `site/sitecustomize.py`.
+"""
 
 import json
 import os
@@ -71,7 +74,10 @@ class DagsterDev:
                 **os.environ,
                 "DAGSTER_HOME": str(self._home),
                 "SCALSELECT_SELECTIONS": str(declared),
-                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, [str(Path(__file__).with_name("site")), str(ROOT), os.getenv("PYTHONPATH")])
+                ),
+                **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"), "1"),
                 # Without it, what is reported during a tick may be seen by two of them, and be made twice.
                 "DAGSTER_AUTOMATION_TICK_SETTLE_SECONDS": "0.1",
             },
