@@ -15,7 +15,10 @@ install: $(INSTALLED)  ## Create .venv with the package and everything that the 
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,training]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
+		-e '.[dev,training]'
+	@# Pip would compile on one core. What a package has for another Python does not compile, and need not.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 demo: install  ## Generate a pool and a small VLM, run the whole path, say where the selection is
