@@ -17,8 +17,8 @@ import urllib.request
 from pathlib import Path
 
 PAGES = {
-    "graph": ("locations/__repository__@definitions.py/asset-groups/{name}/lineage", (2400, 620)),
-    "selected_subset": ("assets/{name}/selected_subset", (1500, 1750)),
+    "graph": ("locations/__repository__@definitions.py/asset-groups/{name}/lineage", (2400, 1220)),
+    "selected_subset": ("assets/{name}/selected_subset", (1500, 2300)),
     "checks": (
         "assets/{name}/attention_embeddings?view=checks&checkDetail=some_rows_are_embedded",
         (1500, 900),
