@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
+from resources.interrupts import deferred
+
 T = TypeVar("T")
 
 
@@ -37,6 +39,9 @@ class LogProgress:
             now = time.monotonic()
             if now - reported >= self._interval:
                 reported, rate = now, done / max(now - start, 1e-9)
-                log.info(f"{shard}: {done}/{n_rows} rows, {rate:.1f}/s, {(n_rows - done) / rate:.0f} s left")
+                left = (n_rows - done) / rate
+                with deferred():
+                    log.info(f"{shard}: {done}/{n_rows} rows, {rate:.1f}/s, {left:.0f} s left")
         seconds = max(time.monotonic() - start, 1e-9)
-        log.info(f"{shard}: {done} rows in {seconds:.1f} s, {done / seconds:.1f}/s")
+        with deferred():
+            log.info(f"{shard}: {done} rows in {seconds:.1f} s, {done / seconds:.1f}/s")

@@ -11,6 +11,8 @@ from typing import Any
 
 import dagster as dg
 
+from resources.interrupts import deferred
+
 _RECORDS_PER_QUERY = 1000  # Dagster's own limit
 
 
@@ -52,6 +54,7 @@ class Cycle:
         }
 
 
+@deferred()
 def since_last(
     instance: dg.DagsterInstance,
     subset: dg.AssetKey,

@@ -40,6 +40,7 @@ from upath import UPath
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingStore
 from resources.image_root import is_local
+from resources.interrupts import deferred
 from resources.names import decode_name, encode_name
 from resources.search_table import SEARCH_TABLE
 from resources.storage import StorageResource
@@ -246,18 +247,18 @@ def maintenance_job(selection: Selection) -> dg.JobDefinition:
             retention=timedelta(days=config.retention_days),
             dry_run=config.dry_run,
         )
-        context.log_event(
-            dg.AssetObservation(
-                selection.key(attention_embeddings.NAME),
-                metadata={
-                    "bytes_freed": report.bytes_freed,
-                    "retention_days": config.retention_days,
-                    "dry_run": report.dry_run,
-                    "removed": _table(report.removed_by_kind()),
-                    "kept": _table(report.kept_by_reason()),
-                },
-            )
+        observation = dg.AssetObservation(
+            selection.key(attention_embeddings.NAME),
+            metadata={
+                "bytes_freed": report.bytes_freed,
+                "retention_days": config.retention_days,
+                "dry_run": report.dry_run,
+                "removed": _table(report.removed_by_kind()),
+                "kept": _table(report.kept_by_reason()),
+            },
         )
+        with deferred():
+            context.log_event(observation)
 
     @dg.job(
         name=selection.job_name(NAME),
@@ -322,15 +323,14 @@ class _Survey:
         basis = json.loads(self._header(subspace_basis.NAME).get("shards", "{}"))
         manifest = self._manifest()
         pool = set(storage.samples(selection.source, selection.image_root, selection.store).shard_keys())
+        with deferred():
+            known = instance.get_dynamic_partitions(shards_name(selection.name))
         # Why a shard that has left the pool is still needed.
         self._still_needed = {
             **dict.fromkeys(manifest, "the manifest names it, until the next refresh"),
             **dict.fromkeys(self._held, "the pool's totals hold it, until the next refresh"),
             **dict.fromkeys(basis, "the basis holds it, until the next refresh"),
-            **dict.fromkeys(
-                instance.get_dynamic_partitions(shards_name(selection.name)),
-                "no refresh has seen yet that it left the pool",
-            ),
+            **dict.fromkeys(known, "no refresh has seen yet that it left the pool"),
         }
         self._shards = {shard: encode_name(shard) for shard in {*pool, *self._still_needed}}
         self._in_force = set(self._shards.values())

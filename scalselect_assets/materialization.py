@@ -18,6 +18,7 @@ from typing import Any
 import dagster as dg
 
 from resources.identity import digest
+from resources.interrupts import deferred
 from resources.locks import StoreLocks
 from scalselect_assets.lineage import DATA_VERSION_TAG, recorded_versions
 
@@ -89,7 +90,7 @@ def at_work(
     name = context.asset_key.path[-1]
     with (
         _told_faults(context, name if shard is None else f"{name}[{shard}]"),
-        locks.writing(work or shard or name, context.log.info),
+        locks.writing(work or shard or name, deferred()(context.log.info)),
     ):
         yield
 
@@ -131,7 +132,8 @@ def materialize_shards(
             if len(shards) == 1:
                 raise
             failures[shard] = failure
-            context.log.error(f"{shard}: {failure.description}")
+            with deferred():
+                context.log.error(f"{shard}: {failure.description}")
     if failures:
         _record(context, outputs)
         raise dg.Failure(
@@ -149,6 +151,7 @@ def materialize_shards(
     )
 
 
+@deferred()
 def _record(context: dg.AssetExecutionContext, outputs: Mapping[str, Output]) -> None:
     """Record shards one by one, where the run will not, since it fails."""
     for shard, output in outputs.items():
@@ -225,7 +228,8 @@ def retry_or_fail(context: dg.AssetExecutionContext, told: str, cause: BaseExcep
     """
     tried = context.retry_number
     if tried < RETRIES:
-        context.log.warning(f"{told}; it will be tried again")
+        with deferred():
+            context.log.warning(f"{told}; it will be tried again")
         raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=RETRY_SECONDS * 4**tried) from cause
     raise dg.Failure(
         f"{told}; it did not pass in {RETRIES} retries, run again", allow_retries=False

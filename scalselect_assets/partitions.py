@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import dagster as dg
 
+from resources.interrupts import deferred
+
 
 def shards_name(selection_name: str) -> str:
     """What Dagster calls the shards of one selection."""
@@ -19,6 +21,7 @@ def shard_partitions(selection_name: str) -> dg.DynamicPartitionsDefinition:
     return dg.DynamicPartitionsDefinition(name=shards_name(selection_name))
 
 
+@deferred()
 def pool_shards(context: dg.AssetExecutionContext, partitions: dg.DynamicPartitionsDefinition) -> list[str]:
     """All shards of the pool, sorted."""
     return sorted(partitions.get_partition_keys(dynamic_partitions_store=context.instance))

@@ -24,6 +24,7 @@ import dagster as dg
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingTableError
 from resources.identity import digest
+from resources.interrupts import deferred
 from resources.progress import Progress
 from resources.sample_source import SampleSource, ShardIndex
 from resources.storage import StorageResource
@@ -174,13 +175,14 @@ def report_discovery(
     Partitions come before events, so that nobody sees a set of shards without its partitions.
     """
     partitions = shards_name(selection.name)
-    known = set(instance.get_dynamic_partitions(partitions))
-    pool = set(discovery.versions) | (known & set(discovery.unsettled))
-    added, removed = sorted(pool - known), sorted(known - pool)
-    if added:
-        instance.add_dynamic_partitions(partitions, added)
-    for shard in removed:
-        instance.delete_dynamic_partition(partitions, shard)
+    with deferred():
+        known = set(instance.get_dynamic_partitions(partitions))
+        pool = set(discovery.versions) | (known & set(discovery.unsettled))
+        added, removed = sorted(pool - known), sorted(known - pool)
+        if added:
+            instance.add_dynamic_partitions(partitions, added)
+        for shard in removed:
+            instance.delete_dynamic_partition(partitions, shard)
     observed = _latest_versions(
         instance,
         selection.key(SHARD_FILES),
@@ -189,11 +191,17 @@ def report_discovery(
     )
     for shard, version in discovery.versions.items():
         if observed.get(shard, {}).get("data_version") != version:
-            instance.report_runless_asset_event(
-                dg.AssetObservation(
-                    selection.key(SHARD_FILES), partition=shard, tags={DATA_VERSION_TAG: version}
-                )
+            observation = dg.AssetObservation(
+                selection.key(SHARD_FILES), partition=shard, tags={DATA_VERSION_TAG: version}
             )
+            with deferred():  # one by one, since ten thousand take minutes
+                instance.report_runless_asset_event(observation)
+    _report_manifest(selection, instance, pool)
+    return added, removed
+
+
+@deferred()
+def _report_manifest(selection: Selection, instance: dg.DagsterInstance, pool: set[str]) -> None:
     manifest_version = _manifest_version(pool)
     manifest = instance.fetch_observations(selection.key(SHARD_MANIFEST), limit=1).records
     seen = manifest[0].asset_observation if manifest else None
@@ -205,7 +213,6 @@ def report_discovery(
                 metadata={"shards": len(pool)},
             )
         )
-    return added, removed
 
 
 def _manifest_version(shards: Iterable[str]) -> str:
@@ -239,9 +246,9 @@ def source_assets(selection: Selection) -> list[dg.SourceAsset]:
     )
     def shard_manifest(context: dg.OpExecutionContext, storage: StorageResource) -> dg.DataVersion:
         discovered(context, storage)
-        return dg.DataVersion(
-            _manifest_version(context.instance.get_dynamic_partitions(shards_name(selection.name)))
-        )
+        with deferred():
+            known = context.instance.get_dynamic_partitions(shards_name(selection.name))
+        return dg.DataVersion(_manifest_version(known))
 
     return [shard_files, shard_manifest]
 
@@ -262,6 +269,7 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
     ) -> None:
         _require_pool_by_run(context.instance)
 
+        @deferred()
         def stopped() -> bool:
             run = context.instance.get_run_by_id(context.run_id)
             return run is not None and run.status in {
@@ -279,9 +287,9 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
             log=context.log,
             should_stop=stopped,
         ).run()
-        context.log.info(
-            f"{len(report.runs)} runs, {len(report.embedded)} shards embedded, {len(report.failed)} failed"
-        )
+        n_embedded, n_failed = len(report.embedded), len(report.failed)
+        with deferred():
+            context.log.info(f"{len(report.runs)} runs, {n_embedded} shards embedded, {n_failed} failed")
         if problems := report.problems():
             raise dg.Failure("\n".join(problems), allow_retries=False)
 
@@ -296,6 +304,7 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
     return refresh
 
 
+@deferred()
 def _require_pool_by_run(instance: dg.DagsterInstance) -> None:
     """A slot by op would be held by the refresh and waited for, in vain, by the embeddings that it makes.
 
@@ -416,6 +425,7 @@ class Refresh:
         """The assets after those by shard."""
         return [asset for asset in self._selection.assets if asset not in _SHARD_ASSETS]
 
+    @deferred()
     def _pool(self) -> Sequence[str]:
         """The shards that Dagster knows, in its order."""
         return self._instance.get_dynamic_partitions(shards_name(self._selection.name))
@@ -553,7 +563,8 @@ class Refresh:
             and not is_whole(self._artifacts, ScorePlan.from_header(basis))
         ):
             return True
-        event = self._instance.get_latest_materialization_event(self._selection.key(asset))
+        with deferred():
+            event = self._instance.get_latest_materialization_event(self._selection.key(asset))
         found = recorded(event.asset_materialization) if event else {}
         return not _is_current(self._whole_header(asset), found, expected)
 
@@ -632,6 +643,7 @@ class Refresh:
 
     # Runs
 
+    @deferred()
     def _materialize(
         self,
         assets: Sequence[str],
@@ -686,6 +698,7 @@ class Refresh:
             self._close_interrupted_runs()
             raise
 
+    @deferred()
     def _close_interrupted_runs(self) -> None:
         """A stopped refresh may leave its run begun for ever; the lock shows that nobody works on it."""
         interrupted = self._instance.get_runs(
@@ -729,6 +742,7 @@ def _is_current(header: Mapping[str, str], found: Mapping[str, str], expected: s
     ) == found.get("data_version")
 
 
+@deferred()
 def _latest_versions(
     instance: dg.DagsterInstance, key: dg.AssetKey, event_type: dg.DagsterEventType, shards: set[str]
 ) -> dict[str, Mapping[str, str]]:

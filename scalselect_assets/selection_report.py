@@ -26,6 +26,7 @@ from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, Arti
 from resources.embedding_store import EmbeddingTable
 from resources.identity import digest
 from resources.image_root import is_local
+from resources.interrupts import deferred
 from resources.sample_source import SampleSource
 from resources.samples import parse_row
 from resources.storage import StorageResource
@@ -271,6 +272,7 @@ def build(selection: Selection, additions: Additions | None = None) -> dg.Assets
     return selection_report
 
 
+@deferred()
 def last_churn(instance: dg.DagsterInstance, selection: Selection) -> Churn | None:
     """What became of the selection before, as it was recorded when the present one was made; none if not."""
     event = instance.get_latest_materialization_event(selection.key(selected_subset.NAME))

@@ -18,6 +18,7 @@ from pydantic import Field
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingTable
 from resources.identity import digest
+from resources.interrupts import deferred
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import (
@@ -200,7 +201,8 @@ def verify_job(selection: Selection) -> dg.JobDefinition:
     @dg.op(name=selection.job_name("verify_basis_op"), description="Compare the basis with its rebuild.")
     def verify_basis_op(context: dg.OpExecutionContext, storage: StorageResource) -> None:
         difference = rebuild_difference(storage.artifacts(selection.store))
-        context.log_event(dg.AssetObservation(selection.key(NAME), metadata=difference))
+        with deferred():
+            context.log_event(dg.AssetObservation(selection.key(NAME), metadata=difference))
         if max(difference.values()) > REBUILD_TOLERANCE:
             raise dg.Failure(
                 f"the basis differs from the one of all shards' moments by {difference}, allowed is "

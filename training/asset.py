@@ -12,6 +12,7 @@ import dagster as dg
 from pydantic import Field
 from upath import UPath
 
+from resources.interrupts import deferred
 from training.exports import Export, ExportError, read_export, read_manifest
 from training.plots import loss_curve
 from training.recipe import Recipe
@@ -104,12 +105,13 @@ def build(selection: str, store: str) -> dg.Definitions:
         _require_the_extra()
         from training.fine_tuning import TrainingError, fine_tune
 
+        tell = deferred()(context.log.info)
         # Both errors say what to do; trying again would not help.
         try:
             export = read_export(training_runs.outputs(store))
-            context.log.info(f"{len(export.rows)} rows of version {export.version}, verified")
+            tell(f"{len(export.rows)} rows of version {export.version}, verified")
             result = fine_tune(
-                export, config, training_runs.of(selection), context.log.info, training_runs.fsspec_options
+                export, config, training_runs.of(selection), tell, training_runs.fsspec_options
             )
         except (ExportError, TrainingError) as error:
             raise dg.Failure(str(error), allow_retries=False) from error
