@@ -39,7 +39,7 @@ test e2e faults: export PYTHONDONTWRITEBYTECODE :=
 test: install  ## Run all tests (a quarter of an hour on two cores)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-e2e: install  ## Run the test of a real Dagster deployment on loopback (ten minutes)
+e2e: install  ## Run the test of a real Dagster deployment on loopback (seven minutes)
 	$(BIN)/python -m pytest -m e2e -s
 
 faults: install  ## Run the tests that kill processes, fill disks and move clocks

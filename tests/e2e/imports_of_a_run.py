@@ -1,8 +1,5 @@
 """What a run imports, except LanceDB, which starts a thread that would not be in a fork."""
 
-import pkgutil
-from importlib import import_module
-
 import lance_namespace_urllib3_client  # noqa: F401 - most of what importing LanceDB takes
 from transformers import (  # noqa: F401 - the demo model's classes
     AutoProcessor,
@@ -13,7 +10,5 @@ from transformers import (  # noqa: F401 - the demo model's classes
     LlavaProcessor,
 )
 
-from scalselect_assets import deployment, graph, method, plots  # noqa: F401
-
-for module in pkgutil.iter_modules(method.__path__, f"{method.__name__}."):
-    import_module(module.name)
+from scalselect_assets import deployment, graph, plots  # noqa: F401
+from tests import all_methods  # noqa: F401

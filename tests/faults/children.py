@@ -7,7 +7,6 @@ import ctypes
 import gc
 import os
 import pickle
-import pkgutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -134,11 +132,10 @@ def _prepare() -> None:
     import lancedb.background_loop
     import scipy.integrate  # noqa: F401
 
-    from scalselect_assets import graph, method, plots  # noqa: F401
+    from scalselect_assets import graph, plots  # noqa: F401
+    from tests import all_methods  # noqa: F401
     from tests.faults import bench, kills, standin  # noqa: F401
 
-    for module in pkgutil.iter_modules(method.__path__, f"{method.__name__}."):
-        import_module(module.name)
     standin.install()
     plots.energy_curve = lambda *_: dg.MetadataValue.md("")  # type: ignore[assignment]
     # The only thread so far; LanceDB starts another in each child, after the fork.
