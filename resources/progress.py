@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from resources.interrupts import deferred
+from scalselect_assets.interrupts import deferred
 
 T = TypeVar("T")
 

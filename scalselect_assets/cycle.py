@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from resources.interrupts import deferred
+from scalselect_assets.interrupts import deferred
 
 _RECORDS_PER_QUERY = 1000  # Dagster's own limit
 

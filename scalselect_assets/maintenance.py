@@ -40,7 +40,6 @@ from upath import UPath
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingStore
 from resources.image_root import is_local
-from resources.interrupts import deferred
 from resources.names import decode_name, encode_name
 from resources.search_table import SEARCH_TABLE
 from resources.storage import StorageResource
@@ -58,6 +57,7 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
+from scalselect_assets.interrupts import deferred
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection
 

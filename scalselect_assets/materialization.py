@@ -18,8 +18,8 @@ from typing import Any
 import dagster as dg
 
 from resources.identity import digest
-from resources.interrupts import deferred
 from resources.locks import StoreLocks
+from scalselect_assets.interrupts import deferred
 from scalselect_assets.lineage import DATA_VERSION_TAG, recorded_versions
 
 RETRIES = 3

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from resources.interrupts import deferred
+from scalselect_assets.interrupts import deferred
 
 
 def shards_name(selection_name: str) -> str:

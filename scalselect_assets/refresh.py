@@ -24,7 +24,6 @@ import dagster as dg
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingTableError
 from resources.identity import digest
-from resources.interrupts import deferred
 from resources.progress import Progress
 from resources.sample_source import SampleSource, ShardIndex
 from resources.storage import StorageResource
@@ -43,6 +42,7 @@ from scalselect_assets import (
 )
 from scalselect_assets.basis_history import ScorePlan, is_whole
 from scalselect_assets.exports import publish
+from scalselect_assets.interrupts import deferred
 from scalselect_assets.lineage import DATA_VERSION_TAG, recorded
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection

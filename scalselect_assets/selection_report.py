@@ -26,7 +26,6 @@ from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, Arti
 from resources.embedding_store import EmbeddingTable
 from resources.identity import digest
 from resources.image_root import is_local
-from resources.interrupts import deferred
 from resources.sample_source import SampleSource
 from resources.samples import parse_row
 from resources.storage import StorageResource
@@ -42,6 +41,7 @@ from scalselect_assets import (
     training_dataset,
 )
 from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.interrupts import deferred
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.rejection import RejectionReason
 from scalselect_assets.pool_rows import source_of

@@ -18,7 +18,6 @@ from pydantic import Field
 from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from resources.embedding_store import EmbeddingTable
 from resources.identity import digest
-from resources.interrupts import deferred
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import (
@@ -29,6 +28,7 @@ from scalselect_assets import (
     plots,
     pool_moments,
 )
+from scalselect_assets.interrupts import deferred
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import missing_shards_check, pool_shards

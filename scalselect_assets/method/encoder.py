@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scalselect_assets.interrupts import deferred
 from scalselect_assets.method.conversation import Conversation
 from scalselect_assets.method.first_layer import (
     FeatureCountError,
@@ -193,9 +194,12 @@ class VlmEncoder:
                     while groups and len(pending) < max(_GROUPS_AHEAD, 4 * workers):
                         images, places = groups.popleft()
                         conversations = [samples[place].conversation for place in places]
-                        pending.append((places, submit(images, conversations, read_image)))
-                    places, prepared = pending.popleft()
-                    for place, item in zip(places, prepared.result(), strict=True):
+                        with deferred():
+                            pending.append((places, submit(images, conversations, read_image)))
+                    places, future = pending.popleft()
+                    with deferred():
+                        prepared = future.result()
+                    for place, item in zip(places, prepared, strict=True):
                         yield place, item.as_tensors() if workers and isinstance(item, Prepared) else item
             finally:
                 for _, future in pending:

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from scalselect_assets.interrupts import deferred
+
 # Rows are gathered up to this many bytes before they are multiplied: long products run near the processor's
 # limit, short ones at the memory's.
 _BUFFER_BYTES = 1 << 26
@@ -327,10 +329,11 @@ def check_same_dimension(a: Moments, b: Moments) -> None:
 def one_blas_thread_per_core() -> Iterator[Callable[..., Iterator[Any]]]:
     """A ``map`` over as many threads as BLAS may use, while BLAS uses one in each call.
 
-    One caller at a time: the limit is one of the process, and the cores are busy anyway.
+    One caller at a time: the limit is one of the process, and the cores are busy anyway. An interruption
+    waits for the end of the block.
     """
     threads = _threads(n_cores())
-    with _ONE_CALLER, _blas().limit(limits=1, user_api="blas"):
+    with deferred(), _ONE_CALLER, _blas().limit(limits=1, user_api="blas"):
         yield threads.map
 
 

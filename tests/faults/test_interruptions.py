@@ -1,6 +1,9 @@
-"""A refresh that is interrupted while it tells Dagster something: that is told, and the refresh stops."""
+"""Interruptions at the worst moments: Dagster is told what it was being told, and no thread waits in vain."""
 
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,8 @@ from scalselect_assets.deployment import open_instance
 from tests.faults.bench import FaultBench, Pool, refresh
 from tests.faults.children import Children
 from tests.faults.invariants import contents, expected, same
+from tests.faults.standin import load_real_encoder
+from tests.method.samples import question, read_image
 
 N_INTERRUPTIONS = 16
 
@@ -73,3 +78,29 @@ def test_what_is_being_told_to_dagster_is_told_before_a_refresh_stops(
     children.run(refresh, pool.folder, store)
     found, due = contents(FaultBench(pool.folder, store)), expected(pool)
     assert [name for name in due if not same(found.get(name), due[name])] == []
+
+
+def interrupted_wait(model: Path) -> str:
+    """In a child: an interruption as the lock of a future is taken, whose thread is still at work."""
+    encoder, enter = load_real_encoder(model), threading.Condition.__enter__
+
+    def interrupted(condition: threading.Condition) -> bool:
+        entered = enter(condition)
+        if sys._getframe(1).f_code.co_name == "result":
+            signal.raise_signal(signal.SIGINT)
+        return entered
+
+    def read_slowly(reference: str) -> bytes:
+        time.sleep(0.3)
+        return read_image(reference)
+
+    threading.Condition.__enter__ = interrupted  # type: ignore[method-assign]
+    try:
+        encoder.encode([question("Why?", "1")], read_slowly)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "to its end"
+
+
+def test_an_interruption_leaves_no_thread_waiting_for_a_lock(children: Children, demo_vlm: Path) -> None:
+    assert children.run(interrupted_wait, demo_vlm, timeout=60).value == "interrupted"

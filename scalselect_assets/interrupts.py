@@ -3,7 +3,9 @@
 Ctrl-C, SIGTERM and a termination in Dagster's UI raise an exception in the main thread, between any two
 instructions of it. In the middle of a transaction of Dagster's SQLite files that leaves a connection with the
 file locked, for as long as the exception's traceback lives, and the run that is to be recorded as stopped
-waits for the lock minutes long. So whatever asks or tells a Dagster instance does it here.
+waits for the lock minutes long. Between taking a future's lock and using it, the lock stays taken, and the
+thread that is to set the result waits for ever, as does who waits for the thread. So whatever asks or tells a
+Dagster instance, and whatever waits for threads, does it here.
 """
 
 import signal
@@ -11,8 +13,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-
-import dagster as dg
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -50,7 +50,9 @@ def deferred() -> Iterator[None]:
                 signal.set_wakeup_fd(note.fileno(), warn_on_full_buffer=False)
                 try:
                     yield
-                except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+                except Exception:
+                    raise
+                except BaseException:  # as KeyboardInterrupt and Dagster's own are, but no error is
                     stopped = True
                     raise
         finally:
