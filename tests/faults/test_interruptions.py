@@ -20,7 +20,7 @@ from tests.faults.invariants import contents, expected, same
 from tests.faults.standin import load_real_encoder
 from tests.method.samples import question, read_image
 
-N_INTERRUPTIONS = 16
+N_INTERRUPTIONS = 12
 
 
 @contextmanager
