@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from scalselect_assets.interrupts import deferred
+from scalselect_assets.method.interrupts import deferred
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from scalselect_assets.interrupts import deferred
+from scalselect_assets.method.interrupts import deferred
 
 _RECORDS_PER_QUERY = 1000  # Dagster's own limit
 

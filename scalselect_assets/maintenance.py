@@ -57,7 +57,7 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
-from scalselect_assets.interrupts import deferred
+from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection
 

@@ -19,8 +19,8 @@ import dagster as dg
 
 from resources.identity import digest
 from resources.locks import StoreLocks
-from scalselect_assets.interrupts import deferred
 from scalselect_assets.lineage import DATA_VERSION_TAG, recorded_versions
+from scalselect_assets.method.interrupts import deferred
 
 RETRIES = 3
 RETRY_SECONDS = 5.0

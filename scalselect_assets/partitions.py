@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from scalselect_assets.interrupts import deferred
+from scalselect_assets.method.interrupts import deferred
 
 
 def shards_name(selection_name: str) -> str:

@@ -42,8 +42,8 @@ from scalselect_assets import (
 )
 from scalselect_assets.basis_history import ScorePlan, is_whole
 from scalselect_assets.exports import publish
-from scalselect_assets.interrupts import deferred
 from scalselect_assets.lineage import DATA_VERSION_TAG, recorded
+from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.partitions import shards_name
 from scalselect_assets.selection import Selection
 

@@ -41,8 +41,8 @@ from scalselect_assets import (
     training_dataset,
 )
 from scalselect_assets.basis_history import ScorePlan
-from scalselect_assets.interrupts import deferred
 from scalselect_assets.materialization import Output, at_work
+from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.method.rejection import RejectionReason
 from scalselect_assets.pool_rows import source_of
 from scalselect_assets.report import charts, told

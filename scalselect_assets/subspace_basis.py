@@ -28,8 +28,8 @@ from scalselect_assets import (
     plots,
     pool_moments,
 )
-from scalselect_assets.interrupts import deferred
 from scalselect_assets.materialization import Output, at_work
+from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.selection import Selection

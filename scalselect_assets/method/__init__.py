@@ -12,6 +12,8 @@ from, and the `attention_map` of a sample over its images (by `token_layout`).
 
 Choices (the same): `candidates` are ranked by one of the `strategies` (one is `spanning`); under the terms
 of a budget and `quotas` the ranking gives a `choice`; `subset_measures` says what it is worth.
+
+`interrupts` wait for what must not stop half-way (the standard library's alone).
 """
 
 REPRESENTATION_VERSION = "2"

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scalselect_assets.interrupts import deferred
 from scalselect_assets.method.conversation import Conversation
 from scalselect_assets.method.first_layer import (
     FeatureCountError,
@@ -33,6 +32,7 @@ from scalselect_assets.method.first_layer import (
     FirstLayerState,
     VisionInput,
 )
+from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.method.model_card import ModelCard
 from scalselect_assets.method.preparation import Prepared, Preparer
 from scalselect_assets.method.rejection import Rejection, RejectionReason

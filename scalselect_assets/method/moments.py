@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from scalselect_assets.interrupts import deferred
+from scalselect_assets.method.interrupts import deferred
 
 # Rows are gathered up to this many bytes before they are multiplied: long products run near the processor's
 # limit, short ones at the memory's.

@@ -1,6 +1,7 @@
 """Interruptions at the worst moments: Dagster is told what it was being told, and no thread waits in vain."""
 
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import dagster as dg
 from dagster._utils.interrupts import capture_interrupts
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, ExceptionContext, event
 
 from scalselect_assets.deployment import open_instance
 from tests.faults.bench import FaultBench, Pool, refresh
@@ -38,13 +39,19 @@ def _interrupted_before(place: int) -> Iterator[list[int]]:
         if not of[2].startswith(("SELECT", "PRAGMA")):
             done.append(begun[0])
 
-    event.listen(Engine, "before_cursor_execute", before)
-    event.listen(Engine, "after_cursor_execute", after)
+    def refused(error: ExceptionContext) -> None:
+        # Dagster inserts the key of an asset that it may know, and updates it then.
+        if isinstance(error.original_exception, sqlite3.IntegrityError):
+            done.append(begun[0])
+
+    listeners = {"before_cursor_execute": before, "after_cursor_execute": after, "handle_error": refused}
+    for name, listener in listeners.items():
+        event.listen(Engine, name, listener)
     try:
         yield done
     finally:
-        event.remove(Engine, "before_cursor_execute", before)
-        event.remove(Engine, "after_cursor_execute", after)
+        for name, listener in listeners.items():
+            event.remove(Engine, name, listener)
 
 
 def interrupted_refresh(pool: Path, store: Path, place: int) -> tuple[list[int], str, list[str]]:
@@ -69,7 +76,8 @@ def test_what_is_being_told_to_dagster_is_told_before_a_refresh_stops(
     pool.change("a.jsonl", [0])
     writes, how, unfinished = children.run(interrupted_refresh, pool.folder, store, -1).value
     assert (how, unfinished) == ("to its end", [])
-    places = range(1, len(writes) + 1, max(len(writes) // N_INTERRUPTIONS, 1))
+    n_writes = len(writes) - 20  # a refresh has some more or some fewer
+    places = range(1, n_writes, n_writes // N_INTERRUPTIONS)
     assert len(places) >= N_INTERRUPTIONS
     for place in places:
         pool.change("a.jsonl", [0])

@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 from dagster._utils.interrupts import capture_interrupts, raise_interrupts_as
 
-from scalselect_assets.interrupts import deferred
+from scalselect_assets.method.interrupts import deferred
 
 
 def interrupt() -> None:
