@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
+from scipy.linalg import LinAlgError, eigh_tridiagonal, eigvalsh_tridiagonal, lapack
 
 from scalselect_assets.method.moments import Moments, NonFiniteError, stored_array
 from scalselect_assets.method.rank import DEFAULT_RANK_RULE, RankRule
+
+# Products of different directions above this are no rounding.
+_ORTHOGONAL = 1e-13
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,14 +170,7 @@ class PrincipalAxes:
         d = self.d
         if k == 0:
             return np.empty((d, 0))
-        vectors: NDArray[np.float64]
-        _, vectors = eigh_tridiagonal(
-            self.diagonal,
-            self.off_diagonal,
-            select="i",
-            select_range=(d - k, d - 1),
-            lapack_driver="stemr",
-        )
+        vectors = self._tridiagonal_eigenvectors(k)
         if d > 1:
             # Q leaves the first component alone. Its vectors lie one row further down than those of the QR
             # factorisation that dormqr expects; reading the same memory one number further on moves them
@@ -188,6 +184,29 @@ class PrincipalAxes:
             )
             _check("dormqr", info)
             vectors[1:] = rest
+        return vectors
+
+    def _tridiagonal_eigenvectors(self, k: int) -> NDArray[np.float64]:
+        """(d, k), of the k largest eigenvalues of T, ascending; orthonormal also where energies are equal."""
+        d = self.d
+        vectors: NDArray[np.float64]
+        try:
+            _, vectors = eigh_tridiagonal(
+                self.diagonal,
+                self.off_diagonal,
+                select="i",
+                select_range=(d - k, d - 1),
+                lapack_driver="stemr",
+            )
+        except LinAlgError:
+            # Where many energies are equal but for rounding, MRRR may not converge. QR does, for all at once.
+            _, vectors = eigh_tridiagonal(self.diagonal, self.off_diagonal, lapack_driver="stev")
+            vectors = np.asfortranarray(vectors[:, d - k :])
+        # For the same reason its vectors may not be orthogonal; one step of Newton and Schulz makes them so.
+        excess = vectors.T @ vectors
+        excess[np.diag_indices(k)] -= 1.0
+        if np.abs(excess).max() > _ORTHOGONAL:
+            vectors -= vectors @ (0.5 * excess)
         return vectors
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
@@ -160,12 +160,18 @@ def test_a_scatter_that_overflowed_is_refused_rather_than_taken_for_no_energy():
     k=st.integers(1, 60),
     diagonal=st.booleans(),
 )
+# LAPACK's MRRR gives vectors that are not orthogonal, and does not converge.
+@example(
+    [(158459.70324349203, 8), (740590.624694853, 8), (874967.0, 2), (0.0, 1), (874967.0, 8)], 52, 17, False
+)
+@example([(127036.0, 7), (417429.0, 10), (520074.0, 10)], 59, 27, False)
+@example([(42348.0, 12), (764483.0, 8), (581484.0, 10)], 57, 30, False)
 def test_repeated_energies_still_give_orthonormal_eigenvectors(groups, seed, k, diagonal):
     energies = np.concatenate([np.full(count, value) for value, count in groups])
     scatter = np.diag(energies) if diagonal else rotated(energies, seed)
     subspace = fit_subspace(with_scatter(scatter), FixedRank(k))
     V = subspace.directions
-    np.testing.assert_allclose(V.T @ V, np.eye(subspace.k), atol=1e-11)
+    np.testing.assert_allclose(V.T @ V, np.eye(subspace.k), atol=1e-12)
     np.testing.assert_allclose(
         scatter @ V, V * subspace.singular_values**2, atol=1e-12 * max(energies.max(), 1e-300)
     )
