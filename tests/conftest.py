@@ -11,8 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 from sqlalchemy import Engine, event
+
+# No test is timed. In CI every property is tried on the same cases each time; elsewhere on new ones, which
+# may show a fault that the change at hand did not make.
+settings.register_profile("scalselect", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("scalselect")
 
 
 @event.listens_for(Engine, "connect")
