@@ -49,7 +49,7 @@ from scalselect_assets.maintenance import DEFAULT_RETENTION_DAYS
 from scalselect_assets.maintenance import clean as clean_store
 from scalselect_assets.method.rank import FixedRank, parse_rank_rule
 from scalselect_assets.method.selection import parse_budget
-from scalselect_assets.partitions import shards_name
+from scalselect_assets.partitions import known_shards
 from scalselect_assets.refresh import Refresh, RefreshReport, discover, summary
 from scalselect_assets.sample_directions import DEFAULT_DIRECTIONS
 from scalselect_assets.sample_lineage import SampleLineage, trace
@@ -338,7 +338,7 @@ def status(
         with deployment.open_instance(selection) as instance:
             refresh = _make_refresh(selection, instance, VlmResource(), _Bars(), verbose=verbose)
             pending = refresh.pending(discovery)
-            known = set(instance.get_dynamic_partitions(shards_name(selection.name)))
+            known = set(known_shards(instance, selection.name))
         result = summary(artifacts) if is_complete(artifacts) else {}
         state = {
             **result,
@@ -396,7 +396,7 @@ def explain(
         selection = read_selection(_declaration(store))
         storage = StorageResource()
         with deployment.open_instance(selection) as instance:
-            shards = instance.get_dynamic_partitions(shards_name(selection.name))
+            shards = known_shards(instance, selection.name)
         told = explain_sample(
             selection, storage, sample, similar=similar, directions=directions, shards=shards
         )

@@ -58,7 +58,7 @@ from scalselect_assets import (
     training_dataset,
 )
 from scalselect_assets.method.interrupts import deferred
-from scalselect_assets.partitions import shards_name
+from scalselect_assets.partitions import known_shards
 from scalselect_assets.selection import Selection
 
 NAME = "maintenance"
@@ -323,14 +323,14 @@ class _Survey:
         basis = json.loads(self._header(subspace_basis.NAME).get("shards", "{}"))
         manifest = self._manifest()
         pool = set(storage.samples(selection.source, selection.image_root, selection.store).shard_keys())
-        with deferred():
-            known = instance.get_dynamic_partitions(shards_name(selection.name))
         # Why a shard that has left the pool is still needed.
         self._still_needed = {
             **dict.fromkeys(manifest, "the manifest names it, until the next refresh"),
             **dict.fromkeys(self._held, "the pool's totals hold it, until the next refresh"),
             **dict.fromkeys(basis, "the basis holds it, until the next refresh"),
-            **dict.fromkeys(known, "no refresh has seen yet that it left the pool"),
+            **dict.fromkeys(
+                known_shards(instance, selection.name), "no refresh has seen yet that it left the pool"
+            ),
         }
         self._shards = {shard: encode_name(shard) for shard in {*pool, *self._still_needed}}
         self._in_force = set(self._shards.values())

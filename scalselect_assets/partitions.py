@@ -22,6 +22,12 @@ def shard_partitions(selection_name: str) -> dg.DynamicPartitionsDefinition:
 
 
 @deferred()
+def known_shards(instance: dg.DagsterInstance, selection_name: str) -> Sequence[str]:
+    """The shards of one selection that Dagster knows, in its order."""
+    return instance.get_dynamic_partitions(shards_name(selection_name))
+
+
+@deferred()
 def pool_shards(context: dg.AssetExecutionContext, partitions: dg.DynamicPartitionsDefinition) -> list[str]:
     """All shards of the pool, sorted."""
     return sorted(partitions.get_partition_keys(dynamic_partitions_store=context.instance))

@@ -44,7 +44,7 @@ from scalselect_assets.basis_history import ScorePlan, is_whole
 from scalselect_assets.exports import publish
 from scalselect_assets.lineage import DATA_VERSION_TAG, recorded
 from scalselect_assets.method.interrupts import deferred
-from scalselect_assets.partitions import shards_name
+from scalselect_assets.partitions import known_shards, shards_name
 from scalselect_assets.selection import Selection
 
 SHARD_FILES = "shard_files"
@@ -176,7 +176,7 @@ def report_discovery(
     """
     partitions = shards_name(selection.name)
     with deferred():
-        known = set(instance.get_dynamic_partitions(partitions))
+        known = set(known_shards(instance, selection.name))
         pool = set(discovery.versions) | (known & set(discovery.unsettled))
         added, removed = sorted(pool - known), sorted(known - pool)
         if added:
@@ -246,9 +246,7 @@ def source_assets(selection: Selection) -> list[dg.SourceAsset]:
     )
     def shard_manifest(context: dg.OpExecutionContext, storage: StorageResource) -> dg.DataVersion:
         discovered(context, storage)
-        with deferred():
-            known = context.instance.get_dynamic_partitions(shards_name(selection.name))
-        return dg.DataVersion(_manifest_version(known))
+        return dg.DataVersion(_manifest_version(known_shards(context.instance, selection.name)))
 
     return [shard_files, shard_manifest]
 
@@ -425,10 +423,9 @@ class Refresh:
         """The assets after those by shard."""
         return [asset for asset in self._selection.assets if asset not in _SHARD_ASSETS]
 
-    @deferred()
     def _pool(self) -> Sequence[str]:
         """The shards that Dagster knows, in its order."""
-        return self._instance.get_dynamic_partitions(shards_name(self._selection.name))
+        return known_shards(self._instance, self._selection.name)
 
     def _model_fingerprint(self) -> str:
         return str(self._vlm.card(self._artifacts, **self._selection.target)["fingerprint"])

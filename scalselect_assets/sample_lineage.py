@@ -37,7 +37,7 @@ from scalselect_assets import (
 )
 from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.method.rejection import RejectionReason
-from scalselect_assets.partitions import shards_name
+from scalselect_assets.partitions import known_shards
 from scalselect_assets.selection import Selection
 
 SHORTEST_PREFIX: Final = 6
@@ -310,7 +310,7 @@ class _Trace:
     def of(self, key: str) -> SampleLineage:
         """The lineage of the one sample that goes by ``key``."""
         # Those in the pool, and those that the last results are of.
-        known = set(self._instance.get_dynamic_partitions(shards_name(self._selection.name)))
+        known = set(known_shards(self._instance, self._selection.name))
         shards = known | last_shards(self._artifacts)
         place = find_sample(self._selection, self._artifacts, shards, key)
         raw, header = self._artifacts.read_frame(raw_samples.NAME, place.shard)

@@ -29,14 +29,17 @@ def _interrupted_before(place: int) -> Iterator[list[int]]:
     """Interrupt before one of the writes to Dagster's records; yields the places of those that were done."""
     begun, done = [0], list[int]()
 
+    def writes(*of: Any) -> bool:
+        return not of[2].startswith(("SELECT", "PRAGMA"))
+
     def before(*of: Any) -> None:
-        if not of[2].startswith(("SELECT", "PRAGMA")):
+        if writes(*of):
             begun[0] += 1
             if begun[0] == place:
                 signal.raise_signal(signal.SIGINT)
 
     def after(*of: Any) -> None:
-        if not of[2].startswith(("SELECT", "PRAGMA")):
+        if writes(*of):
             done.append(begun[0])
 
     def refused(error: ExceptionContext) -> None:
