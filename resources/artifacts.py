@@ -25,7 +25,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from upath import UPath
 
-from resources.image_root import is_local
+from resources.files import is_local
 from resources.names import encode_name
 
 Header = Mapping[str, str]

@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from upath import UPath
 
-from resources.image_root import is_local
+from resources.files import is_local
 from resources.names import encode_name
 
 _NOTE_PREFIX = "scalselect.note."

@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeAlias
 
 from upath import UPath
 
-from resources.image_root import file_state, is_local
-from resources.samples import shorten
+from resources.files import file_state, is_local
+from resources.written_json import shorten
 
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from upath import UPath
 
 from resources.artifacts import named
-from resources.image_root import is_local
+from resources.files import is_local
 
 _MAKING = ".making-"
 _REPLACED = ".replaced-"

@@ -2,7 +2,9 @@
 
 No image outside the root is ever opened, whatever a reference says: references are untrusted. They are read
 lexically (``a/../b.png`` is ``b.png``, as in a URL), and on a local file system a symbolic link must also
-lead to a place below the real root. The normalised path is what an image is known by everywhere else.
+lead to a place below the real root. The normalised path is what an image is known by everywhere else; that
+of an image inside a shard is its address, ``<shard>#<row>/<n>``, whose shard lies below the pool's folder or
+else below the root. A name that exists in another Unicode normal form (macOS writes NFD) is found.
 """
 
 import errno
@@ -10,31 +12,24 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Mapping
+import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 from upath import UPath
 
-from resources.samples import shorten
+from resources.files import FileState, file_state, is_local, store_state
+from resources.forms.base import Form
+from resources.forms.embedded import Address, address_of
+from resources.forms.registry import form_of
+from resources.written_json import shorten
 from scalselect_assets.method.rejection import Rejection, RejectionReason
 
-_LOCAL_PROTOCOLS = ("", "file", "local")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ)
 _NOT_A_FILE = "is not a regular file; refer to an image file"
-_STORE_VERSION_FIELDS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """What can be told of a file without reading it."""
-
-    size: int
-    version: str
-    """Modification time in nanoseconds, or an object store's ETag (failing that, its date)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +49,20 @@ class ImageRoot:
     one shard, and the next pass, which may find other files, makes its own. Memory: the distinct references.
     """
 
-    def __init__(self, root: UPath, base: UPath) -> None:
+    def __init__(self, root: UPath, base: UPath, shards: UPath | None = None) -> None:
         """Set up the root.
 
         Args:
             root: Folder that holds every image that may be opened.
             base: Folder that relative references start from: the shard's, or the root itself.
+            shards: The pool's folder, which the addresses of embedded images start from; the root itself
+                where it is not given.
 
         Raises:
             ValueError: ``base`` is not at or below ``root``.
         """
         self.root = root
+        self._shards = shards
         self._local = is_local(root)
         self._lexical_root = _absolute(root)
         self._base = self._lexical_root if base is root else _absolute(base)
@@ -115,8 +113,11 @@ class ImageRoot:
         Raises:
             FileNotFoundError: There is no such file.
             PermissionError: The path leaves the root.
+            ShardFormatError: It is inside a shard that is damaged.
             OSError: The file cannot be read.
         """
+        if embedded := _embedded(path):
+            return self._read_embedded(path, *embedded)
         try:
             location, _ = self._find(path)
         except _RefusedError as refused:
@@ -128,17 +129,28 @@ class ImageRoot:
         data: bytes = self.root.fs.cat_file(location)
         return data
 
+    def _read_embedded(self, path: str, form: Form, address: Address) -> bytes:
+        try:
+            location, state = self._find_shard(address)
+        except _RefusedError as refused:
+            outside = refused.reason is RejectionReason.OUTSIDE_IMAGE_ROOT
+            error = PermissionError if outside else FileNotFoundError
+            raise error(self._rejection(path, refused).detail) from refused
+        return form.read_image(location, state.version, address)
+
     def _resolve(self, reference: str) -> ResolvedImage:
         path = None
         try:
             path = self._path(reference)
-            self._find(path)
+            path = self._name_there(path)
         except _RefusedError as refused:
             return ResolvedImage(path, self._rejection(reference, refused))
         return ResolvedImage(path, None)
 
     def _path(self, reference: str) -> str:
         """The normalised path that a reference means."""
+        if _embedded(reference):
+            return reference
         target = self._target(reference)
         if "\0" in target:
             raise _RefusedError(RejectionReason.MISSING_IMAGE, "holds a NUL character; correct the path")
@@ -153,7 +165,7 @@ class ImageRoot:
     def _target(self, reference: str) -> str:
         """The path in a reference, relative to the base or absolute."""
         if reference[:5].lower() == "data:":
-            what = "is data inside the row, which is not read; write it to a file and refer to that"
+            what = "is a data URI that is not Base64; write it again, or to a file and refer to that"
             raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
         scheme = _SCHEME.match(reference)
         if not scheme:
@@ -175,6 +187,9 @@ class ImageRoot:
             _RefusedError: It is not a file, or outside the root.
             OSError: The file system cannot say.
         """
+        if embedded := _embedded(path):
+            location, state = self._find_shard(embedded[1])
+            return str(location), state
         normal = posixpath.normpath(path)
         if normal.startswith("/") or normal.split("/")[0] == "..":
             raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
@@ -182,9 +197,58 @@ class ImageRoot:
             return self._find_local(normal) if self._local else self._find_in_store(normal)
         except OSError as error:
             if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
+                other = None if normal.isascii() else self._other_form(normal)
+                if other is not None:
+                    return self._find(other)
                 what = "does not exist; add the file or correct the path"
                 raise _RefusedError(RejectionReason.MISSING_IMAGE, what) from error
             raise
+
+    def _find_shard(self, address: Address) -> tuple[UPath, FileState]:
+        """The shard that holds an embedded image, below the pool's folder or else below the root.
+
+        A shard may be a link, as in discovery; a training file's addresses lead to the pool that it was
+        chosen from, which is then the root.
+        """
+        if self._shards is not None:
+            folder = ImageRoot(self._shards, self._shards)
+            inner = posixpath.normpath(address.shard)
+            with suppress(_RefusedError, FileNotFoundError):
+                if not inner.startswith(("/", "../")):
+                    if folder._local:
+                        folder._real_folder(posixpath.dirname(inner))
+                    return self._shards / inner, file_state(self._shards / inner)
+        location, state = self._find(address.shard)
+        return UPath(location) if self._local else self.root / posixpath.normpath(address.shard), state
+
+    def _name_there(self, path: str) -> str:
+        """A path as the file system spells it.
+
+        Raises:
+            _RefusedError: There is no such file, or it is outside the root.
+            OSError: The file system cannot say.
+        """
+        self._find(path)
+        if path.isascii() or _embedded(path) or self._is_there(path):
+            return path
+        return self._other_form(path) or path
+
+    def _other_form(self, path: str) -> str | None:
+        """The path in the Unicode normal forms that its parts have on disk; None where there is none."""
+        found: list[str] = []
+        for part in path.split("/"):
+            spellings = dict.fromkeys([part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))])
+            there = (name for name in spellings if self._is_there("/".join([*found, name])))
+            if (name := next(there, None)) is None:
+                return None
+            found.append(name)
+        spelt = "/".join(found)
+        return None if spelt == path else spelt
+
+    def _is_there(self, path: str) -> bool:
+        if self._local:
+            return os.path.lexists(posixpath.join(self._lexical_root, path))
+        return bool(self.root.fs.exists(posixpath.join(self.root.path, path)))
 
     def _find_local(self, path: str) -> tuple[str, FileState]:
         folder, _, name = path.rpartition("/")
@@ -203,7 +267,7 @@ class ImageRoot:
         info = self.root.fs.info(location)
         if info["type"] != "file":
             raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE)
-        return location, _store_state(info)
+        return location, store_state(info)
 
     def _real_folder(self, folder: str) -> str:
         """The real place of a folder below the root, with a closing slash.
@@ -232,25 +296,11 @@ class ImageRoot:
         return Rejection(refused.reason, detail)
 
 
-def is_local(path: UPath) -> bool:
-    """Whether a path is on this machine's file system, so that the system can be asked about links."""
-    return path.protocol in _LOCAL_PROTOCOLS
-
-
-def file_state(path: UPath) -> FileState:
-    """Size and version of any file, local or in an object store.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        OSError: It cannot be asked about.
-    """
-    return local_file_state(path.path) if is_local(path) else _store_state(path.fs.info(path.path))
-
-
-def local_file_state(path: str) -> FileState:
-    """``file_state`` of a path on this machine, without the cost of a path object; raises likewise."""
-    status = os.stat(path)  # noqa: PTH116 - see above
-    return FileState(status.st_size, str(status.st_mtime_ns))
+def _embedded(reference: str) -> tuple[Form, Address] | None:
+    """The form and the address, where a reference leads into a shard; None for a path."""
+    address = address_of(reference)
+    form = address and form_of(address.shard)
+    return (form, address) if form and address else None
 
 
 class _RefusedError(Exception):
@@ -260,11 +310,6 @@ class _RefusedError(Exception):
         super().__init__(what)
         self.reason = reason
         self.what = what
-
-
-def _store_state(info: Mapping[str, Any]) -> FileState:
-    version = next((info[field] for field in _STORE_VERSION_FIELDS if info.get(field)), "")
-    return FileState(int(info["size"]), str(version))
 
 
 def _absolute(folder: UPath) -> str:

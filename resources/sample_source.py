@@ -1,8 +1,9 @@
 """The sample pool: which shards there are, what each holds, and whether it is still the same.
 
-A shard is one file of the pool. Its key is its path below the source, escaped where Dagster's partition keys
-do not allow a character. Reading streams; discovery keeps a small ``ShardIndex`` of each shard, so that the
-next discovery reads no bytes of a file that has not changed and asks only for the images' sizes and times.
+A shard is one file of the pool, of any form that ``resources.forms`` reads. Its key is its path below the
+source, escaped where Dagster's partition keys do not allow a character. Reading streams; discovery keeps a
+small ``ShardIndex`` of each shard, so that the next discovery reads no bytes of a file that has not changed
+and asks only for the images' sizes and times.
 """
 
 import hashlib
@@ -17,31 +18,30 @@ from urllib.parse import unquote
 
 from upath import UPath
 
-from resources.image_root import FileState, ImageRoot, file_state, is_local, local_file_state
+from resources.files import FileState, file_state, is_local, local_file_state
+from resources.forms.base import Form
+from resources.forms.embedded import address_of, to_data_uri
+from resources.forms.registry import form_of
+from resources.forms.text import PLAIN, TextForm
+from resources.image_root import ImageRoot
+from resources.pool_listing import (
+    DEFAULT_IGNORE,
+    PoolListing,
+    folder_identity,
+    list_shards,
+)
 from resources.samples import (
     Sample,
     content_key,
     occurrence_key,
     parse_row,
-    shorten,
+    repeat_key,
     text_key,
     with_image_paths,
 )
-from resources.shard_reader import (
-    LINES_SUFFIXES,
-    Container,
-    RowText,
-    ShardFormatError,
-    container,
-    iter_rows,
-    read_chunks,
-    rows_of,
-)
+from resources.shard_reader import Container, RowText, ShardFormatError
+from resources.written_json import shorten
 from scalselect_assets.method.rejection import Rejection, RejectionReason
-
-SHARD_SUFFIXES = (".json", *LINES_SUFFIXES)
-STORE_MARK = "selection.yaml"
-"""A folder with a file of this name is the store of some selection, and holds no shards."""
 
 # Dagster refuses "..." and these control characters in a partition key; an undecodable byte of a file name
 # (a surrogate in Python) could not be stored as text.
@@ -123,15 +123,29 @@ class SampleSource:
     """
 
     source: UPath
-    """A folder, all of whose JSON and JSON Lines files are shards, or one such file."""
+    """A folder, all of whose files of the forms that are read are shards, or one such file."""
     image_root: UPath | None = None
     exclude: tuple[UPath, ...] = ()
     """Folders below the source that hold no shards, such as the artifacts of the selection itself."""
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+    """Patterns of names or paths below the source that are no shards."""
 
     def shard_keys(self) -> dict[str, UPath]:
         """The shards there are now, sorted by key.
 
-        Hidden files and folders and stores of selections are skipped, and links to folders are not followed.
+        Raises:
+            FileNotFoundError: The source does not exist.
+            OSError: A folder cannot be listed; a partial answer would look like deleted shards.
+        """
+        folder = self._folder()
+        shards = self.listing().shards
+        return dict(sorted((self.shard_key(relative), folder / relative) for relative in shards))
+
+    def listing(self) -> PoolListing:
+        """The shards there are now, and what is passed over.
+
+        Hidden files and folders, ignored ones and stores of selections are skipped, and links to folders are
+        not followed.
 
         Raises:
             FileNotFoundError: The source does not exist.
@@ -141,12 +155,10 @@ class SampleSource:
             # A daemon lives long, and object stores' listings are cached for the life of a process.
             self.source.fs.invalidate_cache()
         folder = self._folder()
-        if folder is self.source:
-            excluded = frozenset(_identity(path) for path in self.exclude)
-            paths = {relative: folder / relative for relative in _walk(folder, "", excluded)}
-        else:
-            paths = {self.source.name: self.source}
-        return dict(sorted((self.shard_key(relative), path) for relative, path in paths.items()))
+        if folder is not self.source:
+            return PoolListing([self.source.name])
+        excluded = frozenset(folder_identity(path) for path in self.exclude)
+        return list_shards(folder, excluded, self.ignore)
 
     @staticmethod
     def shard_key(relative_path: str) -> str:
@@ -177,19 +189,20 @@ class SampleSource:
             OSError: The shard cannot be read, or the file system cannot say whether an image exists.
         """
         path = self.shard_path(key)
+        name = self._relative_path(key)
         images = self._images(path)
         n_seen: dict[str, int] = {}
         accepted: dict[str, str] = {}
-        for row in iter_rows(path):
-            judged = _judge(row, images)
+        for row in _form(path).rows(path, name):
+            judged, repeat = _judge(row, images)
             base = judged.sample_key
-            if judged.sample and base in accepted:
-                detail = f"the row repeats {accepted[base]} of this shard, text and images; remove one"
+            if repeat is not None and repeat in accepted:
+                detail = f"the row repeats {accepted[repeat]} of this shard, all but its id; remove one"
                 rejection = Rejection(RejectionReason.DUPLICATE, detail)
                 judged = replace(judged, sample=None, image_paths=(), rejection=rejection)
-            elif judged.sample:
+            elif repeat is not None:
                 named = "" if judged.source_id is None else f" (id {shorten(judged.source_id)})"
-                accepted[base] = f"row {row.row}{named}"
+                accepted[repeat] = f"row {row.row}{named}"
             occurrence = n_seen.get(base, 0)
             n_seen[base] = occurrence + 1
             yield replace(judged, sample_key=occurrence_key(base, occurrence)) if occurrence else judged
@@ -201,21 +214,35 @@ class SampleSource:
             ShardFormatError: It begins like neither.
             OSError: It cannot be read.
         """
-        return container(self.shard_path(key))
+        path = self.shard_path(key)
+        return _form(path).container(path)
 
     def export_text(self, key: str, text: str, image_paths: Sequence[str]) -> str:
         """A row's text for a file of rows from all over the pool, read with the image root beside it.
 
         Verbatim, except that in a pool without a declared image root the references of a shard in a
-        subfolder, which start there, are rewritten to start from the source folder.
+        subfolder, which start there, are rewritten to start from the source folder, and that images which a
+        text shard holds as Base64 stand in the row again. Those of a table or an archive keep their address.
 
         Args:
             key: The row's shard.
-            text: The row's text, verbatim.
+            text: The row's text, as it was read.
             image_paths: Its images, relative to the image root; empty for a row without any.
+
+        Raises:
+            FileNotFoundError: The row has an embedded image, and the shard or the image is gone.
+            OSError: The shard cannot be read.
         """
         starts_at_root = self.image_root is not None or "/" not in key
-        return text if starts_at_root or not image_paths else with_image_paths(text, image_paths)
+        name = self._relative_path(key)
+        is_text = isinstance(_form(UPath(name)), TextForm)
+        held = {path for path in image_paths if is_text and _is_within(path, name)}
+        if not image_paths or (starts_at_root and not held):
+            return text
+        return with_image_paths(
+            text,
+            [to_data_uri(self.open_image(path)) if path in held else path for path in image_paths],
+        )
 
     def index_shard(self, key: str) -> ShardIndex:
         """Read a shard once for what discovery remembers of it.
@@ -232,22 +259,19 @@ class SampleSource:
         # Asked before the bytes are read: what is written meanwhile shows as a change next time.
         state = file_state(path)
         digest = hashlib.sha256()
+        name = self._relative_path(key)
         named: set[str] = set()
         n_rows: int | None = 0
-        with path.open("rb") as stream:
-            chunks = _digested(read_chunks(stream), digest)
-            try:
-                for n_rows, row in enumerate(rows_of(chunks, path), start=1):  # noqa: B007
-                    sample = None if row.error else parse_row(row.text).sample
-                    for reference in sample.images if sample else ():
-                        image = images.path_of(reference)
-                        if image is not None:
-                            named.add(image)
-            except ShardFormatError:
-                n_rows = None
-                named.clear()
-                for _ in chunks:
-                    pass
+        try:
+            for n_rows, row in enumerate(_form(path).rows(path, name, digest), start=1):  # noqa: B007
+                sample = None if row.error else parse_row(row.text).sample
+                for reference in sample.images if sample else ():
+                    image = images.path_of(reference)
+                    if image is not None and not _is_within(image, name):
+                        named.add(image)
+        except ShardFormatError:
+            n_rows = None
+            named.clear()
         return ShardIndex(
             state.size,
             state.version,
@@ -288,7 +312,7 @@ class SampleSource:
         """
         self._relative_path(key)
         root = self._present_images_folder()
-        images = ImageRoot(root, root)
+        images = ImageRoot(root, root, self._folder())
         seen: list[tuple[object, ...]] = []
         changed = [index.version]
         for path in index.images:
@@ -307,15 +331,24 @@ class SampleSource:
         return self.shard_state(key, index).fingerprint
 
     def open_image(self, relative_path: str) -> bytes:
-        """The bytes of an image, by its path relative to the image root.
+        """The bytes of an image, by its path relative to the image root or its address in a shard.
 
         Raises:
             FileNotFoundError: There is no such image.
             PermissionError: The path leads out of the image root.
+            ShardFormatError: The shard that holds it is damaged.
             OSError: It cannot be read.
         """
+        return self.image_files().read(relative_path)
+
+    def image_files(self) -> ImageRoot:
+        """The images of the pool, by their paths relative to the image root or their addresses.
+
+        Raises:
+            FileNotFoundError: The source does not exist.
+        """
         root = self.images_folder()
-        return ImageRoot(root, root).read(relative_path)
+        return ImageRoot(root, root, self._folder())
 
     def images_folder(self) -> UPath:
         """What image paths are relative to: the image root, else the source folder.
@@ -324,6 +357,14 @@ class SampleSource:
             FileNotFoundError: The source does not exist.
         """
         return self.image_root or self._folder()
+
+    def shards_folder(self) -> UPath:
+        """What the addresses of embedded images start from.
+
+        Raises:
+            FileNotFoundError: The source does not exist.
+        """
+        return self._folder()
 
     def _declared_root(self) -> str | None:
         return None if self.image_root is None else str(self.image_root)
@@ -359,7 +400,7 @@ class SampleSource:
 
     def _images(self, shard: UPath) -> ImageRoot:
         root = self._present_images_folder()
-        return ImageRoot(root, root if self.image_root else shard.parent)
+        return ImageRoot(root, root if self.image_root else shard.parent, self._folder())
 
     def _present_images_folder(self) -> UPath:
         """``images_folder``, which is there."""
@@ -375,8 +416,19 @@ class SampleSource:
         return self.image_root
 
 
-def _judge(row: RowText, images: ImageRoot) -> PoolRow:
-    """The row as far as it can be told on its own: its key is the base, and duplicates are not seen."""
+def _form(path: UPath) -> Form:
+    """The form of a shard; one file that is declared by itself may have any name, and is text then."""
+    return form_of(path.name) or PLAIN
+
+
+def _is_within(path: str, shard: str) -> bool:
+    """Whether an image lies inside the shard that names it."""
+    address = address_of(path)
+    return address is not None and address.shard == shard
+
+
+def _judge(row: RowText, images: ImageRoot) -> tuple[PoolRow, str | None]:
+    """The row as far as it can be told on its own, its key being the base, and what repeats of it share."""
 
     def judged(
         base: str,
@@ -388,62 +440,28 @@ def _judge(row: RowText, images: ImageRoot) -> PoolRow:
         return PoolRow(row.row, row.line, row.text, base, source_id, sample, image_paths, rejection)
 
     if row.error:
-        detail = f"{row.error}; save the file as UTF-8"
-        return judged(text_key(row.text), rejection=Rejection(RejectionReason.MALFORMED_ROW, detail))
+        return judged(text_key(row.text), rejection=Rejection(RejectionReason.MALFORMED_ROW, row.error)), None
     parsed = parse_row(row.text, row.row)
     if parsed.sample is None:
-        return judged(text_key(row.text), parsed.source_id, parsed.rejection)
-    references = parsed.sample.images
-    resolved = [images.resolve(reference) for reference in references]
-    paths = tuple(found.path or name for found, name in zip(resolved, references, strict=True))
-    base = content_key(parsed.sample, paths)
-    rejection = next((found.rejection for found in resolved if found.rejection), None)
-    if rejection:
-        return judged(base, parsed.source_id, rejection)
-    return judged(base, parsed.source_id, sample=parsed.sample, image_paths=paths)
-
-
-def _digested(chunks: Iterator[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
-    for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
-
-
-def _walk(folder: UPath, below: str, excluded: frozenset[str]) -> Iterator[str]:
-    """Paths of the shard files under ``folder``, each preceded by ``below``."""
-    for name, is_folder in _entries(folder):
-        if name.startswith("."):
+        return judged(text_key(row.text), parsed.source_id, parsed.rejection), None
+    paths, names = [], []
+    rejection: Rejection | None = None
+    for reference in parsed.sample.images:
+        address = address_of(reference)
+        if address and address.row == row.row and address.place < len(row.images):
+            paths.append(reference)
+            names.append(f"sha256:{hashlib.sha256(row.images[address.place]).hexdigest()}")
             continue
-        if not is_folder:
-            if name.lower().endswith(SHARD_SUFFIXES):
-                yield below + name
-        elif _identity(folder / name) not in excluded and not (folder / name / STORE_MARK).exists():
-            yield from _walk(folder / name, f"{below}{name}/", excluded)
-
-
-def _entries(folder: UPath) -> list[tuple[str, bool]]:
-    """Name of every file (False) and folder (True) in ``folder``; links to folders, sockets etc. left out."""
-    if is_local(folder):
-        with os.scandir(folder.path) as entries:
-            return [
-                (entry.name, not entry.is_file())
-                for entry in entries
-                if entry.is_file() or entry.is_dir(follow_symlinks=False)
-            ]
-    own_name = folder.path.strip("/")
-    listed = [
-        (info["name"].strip("/"), info["type"] == "directory")
-        for info in folder.fs.ls(folder.path, detail=True)
-    ]
-    # A store may list the folder's own marker object among what it holds.
-    return [(posixpath.basename(name), is_folder) for name, is_folder in listed if name != own_name]
+        found = images.resolve(reference)
+        rejection = rejection or found.rejection
+        paths.append(found.path or reference)
+        names.append(paths[-1])
+    base = content_key(parsed.sample, names)
+    if rejection:
+        return judged(base, parsed.source_id, rejection), None
+    kept = judged(base, parsed.source_id, sample=parsed.sample, image_paths=tuple(paths))
+    return kept, repeat_key(row.text, names)
 
 
 def _is_folder(path: UPath) -> bool:
     return os.path.isdir(path.path) if is_local(path) else bool(path.is_dir())  # noqa: PTH112 - ten times faster
-
-
-def _identity(folder: UPath) -> str:
-    if is_local(folder):
-        return os.path.realpath(folder.path)
-    return f"{folder.protocol}:{folder.path.strip('/')}"

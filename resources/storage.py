@@ -13,8 +13,8 @@ from upath import UPath
 
 from resources.artifacts import ArtifactStore
 from resources.embedding_store import EmbeddingStore
+from resources.files import is_local
 from resources.identity import digest
-from resources.image_root import is_local
 from resources.locks import StoreLocks
 from resources.sample_source import SampleSource
 

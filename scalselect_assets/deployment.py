@@ -12,8 +12,8 @@ from typing import Any
 
 import dagster as dg
 
+from resources.pool_listing import STORE_MARK
 from resources.progress import LogProgress
-from resources.sample_source import STORE_MARK
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets.attention_embeddings import limit_devices

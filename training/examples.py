@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from upath import UPath
 
 from resources.image_root import ImageRoot
-from resources.samples import parse_row, shorten
+from resources.samples import parse_row
+from resources.written_json import shorten
 from scalselect_assets.method.chat import ChatTemplateError, render_chat
 from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError, decode_image
 from scalselect_assets.method.rejection import Rejection, RejectionReason

@@ -22,6 +22,7 @@ from typing import Any
 
 from upath import UPath
 
+from resources.files import is_local
 from resources.folders import (
     HashedStream,
     NewFolder,
@@ -31,7 +32,7 @@ from resources.folders import (
     replaced_folder,
 )
 from resources.identity import digest
-from resources.image_root import ImageRoot, is_local
+from resources.image_root import ImageRoot
 from resources.sample_source import SampleSource
 from scalselect_assets.exports.axolotl import Axolotl
 from scalselect_assets.exports.base import (

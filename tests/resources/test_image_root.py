@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from resources.image_root import FileState, ImageRoot, file_state
+from resources.files import FileState, file_state
+from resources.image_root import ImageRoot
 from scalselect_assets.method.rejection import Rejection
 from scalselect_assets.method.rejection import RejectionReason as Reason
 
@@ -159,7 +160,7 @@ def test_impossible_names_are_missing_images(pool, reference):
         ("HTTPS://x.org/a.png?b=/../c", "remote images are not fetched; download it"),
         ("s3://bucket/a.png", "remote images are not fetched; download it"),
         ("file://host/a.png", "remote images are not fetched; download it"),
-        ("data:image/png;base64," + "A" * 10_000, "write it to a file"),
+        ("data:image/png," + "A" * 10_000, "not Base64; write it again, or to a file"),
     ],
 )
 def test_remote_and_embedded_images_are_missing_with_a_remedy(pool, reference, remedy):

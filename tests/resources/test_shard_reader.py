@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from upath import UPath
 
 from resources import shard_reader
-from resources.shard_reader import RowText, ShardFormatError, container, iter_rows, rows_of, split_shard
+from resources.forms.text import PLAIN
+from resources.shard_reader import RowText, ShardFormatError, iter_rows, rows_of, split_shard
 
 ROW = {
     "messages": [{"role": "user", "content": "무엇? \u2028 “왜” 🙂"}, {"role": "assistant", "content": "네"}]
@@ -250,7 +251,7 @@ def test_one_object_on_one_line_is_a_row_only_where_it_may_be_one():
 def test_the_container_is_told_by_content(tmp_path):
     for name, data, kind in (("a.jsonl", b" [1]", "array"), ("b.json", as_lines(ROW), "lines")):
         (tmp_path / name).write_bytes(data)
-        assert container(UPath(tmp_path / name)) == kind
+        assert PLAIN.container(UPath(tmp_path / name)) == kind
 
 
 def test_a_file_is_read_from_any_file_system():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from resources.image_root import is_local
+from resources.files import is_local
 from resources.storage import StorageResource
 from tests.conftest import sharegpt_row, write_lines
 
