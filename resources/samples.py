@@ -60,7 +60,7 @@ def parse_row(text: str, row: int = 0, *, keep_text_only: bool = False) -> Parse
     """
     source_id = None
     try:
-        value = _decoded_row(text)
+        value = decoded_row(text)
         source_id = _source_id(value.get("id"))
         laid_out = lay_out(value)
         images = tuple(image.name for image in laid_out.images)
@@ -106,7 +106,7 @@ def with_image_paths(text: str, image_paths: Sequence[str]) -> str:
     """
     if not image_paths:
         return text
-    row = _decoded_row(text)
+    row = decoded_row(text)
     laid_out = lay_out(row)
     slots = [slot for image in laid_out.images for slot in image.slots]
     if all(_is_plain(row, slot) for slot in slots):
@@ -150,7 +150,7 @@ def written_turns(text: str) -> tuple[tuple[Role, str], ...]:
     Raises:
         ValueError: ``parse_row`` would refuse the row for what it says.
     """
-    return lay_out(_decoded_row(text)).texts
+    return lay_out(decoded_row(text)).texts
 
 
 def conversation_of(turns: Iterable[tuple[Role, str]]) -> Conversation:
@@ -181,7 +181,7 @@ def repeat_key(text: str, image_names: Sequence[str]) -> str:
         text: The JSON text of a row that ``parse_row`` accepts.
         image_names: As in ``content_key``.
     """
-    row = _decoded_row(text)
+    row = decoded_row(text)
     row.pop("id", None)
     _rename(lay_out(row), image_names)
     try:
@@ -200,7 +200,12 @@ def occurrence_key(base: str, occurrence: int) -> str:
     return base if occurrence == 0 else _digest(f"{base}#{occurrence}")
 
 
-def _decoded_row(text: str) -> dict[str, object]:
+def decoded_row(text: str) -> dict[str, object]:
+    """The object that a row is.
+
+    Raises:
+        RowError: It is none.
+    """
     try:
         value = decode(text)
     except NotJsonError as error:

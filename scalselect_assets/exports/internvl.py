@@ -16,6 +16,7 @@ from typing import Any
 from resources.folders import NewFolder
 from resources.samples import IMAGE_MARK
 from scalselect_assets.exports.base import (
+    Carried,
     PlacedRow,
     Preflight,
     Refusal,
@@ -28,6 +29,7 @@ from scalselect_assets.exports.base import (
     refuse_images_of,
     refuse_reserved,
     require_ascii,
+    require_filled,
     require_images,
     require_marks,
     write_companion,
@@ -44,6 +46,7 @@ class InternVl:
 
     name = "internvl"
     embeds_images = False
+    carries = frozenset[Carried]()
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:
@@ -96,6 +99,7 @@ def _check(row: dict[str, Any], setting: Setting, verdict: Preflight) -> None:
     verdict.require(
         not one or IMAGE_MARK in turns[0]["value"], f"{where}: a mark would be put before its text"
     )
+    require_filled((turn["value"] for turn in turns), where, verdict)
     roles = [turn["from"] for turn in turns]
     verdict.require(
         set(roles[1:] if roles[0] == "system" else roles) <= {"human", "gpt"},

@@ -13,6 +13,7 @@ import yaml
 
 from resources.folders import NewFolder
 from scalselect_assets.exports.base import (
+    Carried,
     PlacedRow,
     Preflight,
     Refusal,
@@ -38,6 +39,7 @@ class LlavaNext:
 
     name = "llava_next"
     embeds_images = False
+    carries = frozenset[Carried]()
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:

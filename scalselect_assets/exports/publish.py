@@ -14,9 +14,10 @@ import hashlib
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from resources.folders import (
     remove_folder,
     replaced_folder,
 )
+from resources.forms.embedded import address_of, image_suffix
 from resources.identity import digest
-from resources.image_root import ImageRoot
 from resources.sample_source import SampleSource
 from scalselect_assets.exports.axolotl import Axolotl
 from scalselect_assets.exports.base import (
+    Carried,
     Export,
     PlacedImage,
     PlacedRow,
@@ -43,6 +45,8 @@ from scalselect_assets.exports.base import (
     Refusal,
     RefusalReason,
     Setting,
+    carried_fields,
+    refuse_uncarried,
     safe_suffix,
     write_line,
 )
@@ -59,7 +63,7 @@ from scalselect_assets.exports.web_dataset import WebDataset
 from scalselect_assets.method.rejection import Rejection
 
 FOLDER = "exports"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Of all formats: another one writes declared exports again."""
 SELECTED, REJECTED, IMAGES = "selected_ids.jsonl", "rejected.jsonl", "images.jsonl"
 _IMAGE_FOLDER = "images"
@@ -131,7 +135,7 @@ class Report:
         images_base: The folder that its image references start at; None where the images are embedded.
         chosen: Rows that were to be written.
         refused: Rows that the format does not take, by reason.
-        leading: Key of the row that was put first for its image; None where the order is as declared.
+        leading: Keys of the rows that were put first so that a reader sees all columns; mostly none.
         preflight: The verdict on the files.
         files: Every file but the images.
         image_files: Images beside the files.
@@ -143,7 +147,7 @@ class Report:
     images_base: str | None
     chosen: int
     refused: dict[str, int]
-    leading: str | None
+    leading: list[str]
     preflight: Preflight
     files: dict[str, WrittenFile]
     image_files: int
@@ -163,7 +167,7 @@ class Report:
             "chosen": self.chosen,
             "written": self.written,
             "refused": self.refused,
-            "leading_row": self.leading,
+            "leading_rows": self.leading,
             "preflight": self.preflight.to_json(),
             "files": sorted(self.files),
             "image_files": self.image_files,
@@ -175,6 +179,9 @@ def write_export(
     export: Export, spec: ExportSpec, spool: RowSpool, source: SampleSource, target: UPath, name: str
 ) -> Report:
     """Replace one export; arguments and errors as in `write_exports`."""
+    if spool.has_embedded and spec.images == "referenced" and not export.embeds_images:
+        # No trainer opens an image inside a shard of the pool.
+        spec = spec.model_copy(update={"images": "copied"})
     with replaced_folder(target) as folder:
         images = _images(export, spec, source, folder)
         setting = Setting(spec, name, images.base, images.is_there)
@@ -194,6 +201,11 @@ def write_export(
             verdict.rows == expected, f"{verdict.rows} rows are read, {expected} were to be written"
         )
         verdict.require(writing.written == expected, f"{writing.written} rows were written, not {expected}")
+        for field in Carried:
+            n = writing.carried[field]
+            verdict.require(
+                verdict.carried[field] == n, f"{verdict.carried[field]} rows have {field}, not {n}"
+            )
         verdict.require(expected, "no row is left to train on")
         beside = [file for path, file in folder.files.items() if path.startswith(f"{_IMAGE_FOLDER}/")]
         return Report(
@@ -218,7 +230,8 @@ class _Writing:
         self._order = spool.order(spec.order, spec.seed)
         self.refused = Counter[str]()
         self.written = 0
-        self.leading: str | None = None
+        self.carried = Counter[str]()
+        self.leading: list[str] = []
 
     def rows(self, selected: HashedStream, rejected: HashedStream) -> Iterator[PlacedRow]:
         for place in self._places():
@@ -232,29 +245,39 @@ class _Writing:
             scores = {name: getattr(row, name) for name in ("rank", "leverage", "normalised_leverage")}
             write_line(selected, {**row.identity(), **scores, "images": list(row.images)})
             self.written += 1
+            self.carried.update(carried_fields(row))
             yield placed
 
     def _places(self) -> Iterator[int]:
-        """The order, a row with an image in front of it where the format's reader needs one there."""
-        leading = self._first_with_image() if self._export.image_row_first else None
-        if leading is not None and leading != self._order[0]:
-            self.leading = self._spool[leading].sample_key
-            yield leading
-        else:
-            leading = None
+        """The order; in front of it, where the format's reader needs them there, rows with each column."""
+        leading = self._leading() if self._export.image_row_first else []
+        self.leading = [self._spool[place].sample_key for place in leading]
+        yield from leading
         for place in map(int, self._order):
-            if place != leading:
+            if place not in leading:
                 yield place
 
-    def _first_with_image(self) -> int | None:
-        """The first row with an image that can be written."""
+    def _leading(self) -> list[int]:
+        """The first row that can be written with each thing that some rows lack; none where all come soon."""
+        wanted: list[Callable[[int], bool]] = [
+            self._spool.has_image,
+            *(partial(self._carries, field) for field in sorted(self._export.carries)),
+        ]
+        found = dict.fromkeys(place for has in wanted if (place := self._first(has)) is not None)
+        first = [int(place) for place in self._order[: len(found)]]
+        return [] if set(found) == set(first) else list(found)
+
+    def _first(self, has: Callable[[int], bool]) -> int | None:
         for place in map(int, self._order):
-            if self._spool.has_image(place) and isinstance(self._place(self._spool[place]), PlacedRow):
+            if has(place) and isinstance(self._place(self._spool[place]), PlacedRow):
                 return place
         return None
 
+    def _carries(self, field: Carried, place: int) -> bool:
+        return self._spool.may_have_trained_fields(place) and field in carried_fields(self._spool[place])
+
     def _place(self, row: ExportRow) -> PlacedRow | Refusal:
-        refusal = self._export.refuses(row)
+        refusal = refuse_uncarried(row, self._export.carries) or self._export.refuses(row)
         if refusal is not None:
             return refusal
         images = self._images.place(row)
@@ -266,7 +289,7 @@ class _Images:
 
     def __init__(self, source: SampleSource) -> None:
         self._folder = source.images_folder()
-        self._root = ImageRoot(self._folder, self._folder)
+        self._root = source.image_files()
         self.base = str(self._folder)
 
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
@@ -350,10 +373,12 @@ class _ImagesBeside(_Images):
                 write_line(file, {"image": path, "file": name, "sha256": sha256, "bytes": size})
 
     def _put(self, path: str, sha256: str, data: bytes) -> str:
-        name = f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{safe_suffix(path)}"
+        embedded = address_of(path) is not None
+        suffix = image_suffix(data) if embedded else safe_suffix(path)
+        name = f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{suffix}"
         if name in self._new.files:
             return name
-        if not self._linked:
+        if not self._linked or embedded:
             self._new.write(name, data)
             return name
         # Its bytes were just read from there, so that no link leads out of the image root.

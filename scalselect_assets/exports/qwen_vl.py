@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from resources.folders import NewFolder
 from scalselect_assets.exports.base import (
+    Carried,
     PlacedRow,
     Preflight,
     Refusal,
@@ -25,6 +26,7 @@ from scalselect_assets.exports.base import (
     refuse_system,
     refuse_turn_order,
     require_ascii,
+    require_filled,
     require_images,
     require_marks,
     unpaired,
@@ -42,6 +44,7 @@ class QwenVl:
 
     name = "qwen_vl"
     embeds_images = False
+    carries = frozenset[Carried]()
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:
@@ -76,6 +79,7 @@ class QwenVl:
                 continue
             verdict.row(len(images))
             turns = row["conversations"]
+            require_filled((turn["value"] for turn in turns), where, verdict)
             fault = unpaired([turn["from"] for turn in turns], "human", "gpt")
             verdict.require(fault is None, f"{where}: {fault}")
             require_marks(

@@ -104,7 +104,7 @@ def _check_depth(mode: str) -> None:
     if mode == "F" or mode.startswith("I"):
         kind = "floats" if mode == "F" else "16 or 32 bits"
         raise DeepImageError(
-            f"its pixels are {kind} (mode {mode}), and Pillow clips them to white or black, here and in every "
+            f"its pixels are {kind} (mode {mode}), which Pillow clips to white or black, here and in every "
             "trainer: choose the range that matters and write it as 8 bits"
         )
 

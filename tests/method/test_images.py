@@ -55,10 +55,8 @@ def test_more_than_eight_bits_of_grey_are_refused_and_not_clipped(mode: str, kin
 
 def test_a_png_of_sixteen_bits_a_colour_keeps_its_picture() -> None:
     """Pillow takes the high byte of each, so nothing is clipped."""
-    rows = b"".join(
-        b"\0" + struct.pack(">6H", 0x8000 + 256 * y, 0, 65535, 300, 0x1234, 0xFFFF) for y in range(2)
-    )
-    image = decode_image(png_file(2, 2, 16, 2, rows))
+    row = b"\0" + struct.pack(">6H", 0x8000, 0, 65535, 300, 0x1234, 0xFFFF)
+    image = decode_image(png_file(2, 2, 16, 2, row * 2))
 
     assert image.getpixel((0, 0)) == (0x80, 0, 255)
     assert image.getpixel((1, 1)) == (1, 0x12, 255)
