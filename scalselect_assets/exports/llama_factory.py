@@ -1,11 +1,11 @@
 """LLaMA-Factory: ``dataset_info.json`` and a ShareGPT file with OpenAI roles.
 
 Rules from its source (hiyouga/LLaMA-Factory at ff6d4d1, 2026-08): ``data/README.md``; ``data/converter.py``
-(``SharegptDatasetConverter``: ``tools`` is a text of JSON; a leading system message is taken off, then user and assistant alternate and
-their number is even, anything else is skipped with a warning and trained on as nothing); ``data/parser.py``
-(``DatasetAttr.join``: where ``columns`` or ``tags`` are given, what they leave out is unset, so all are
-given); ``data/mm_plugin.py`` (``_validate_messages``: image, video and audio marks are counted in the
-messages, not in the system text, and must equal the files).
+(``SharegptDatasetConverter``: a leading system message is taken off, then user and assistant alternate and
+their number is even, anything else is skipped with a warning and trained on as nothing; ``tools`` is JSON as a
+text); ``data/parser.py`` (``DatasetAttr.join``: where ``columns`` or ``tags`` are given, what they leave out is
+unset, so all are given); ``data/mm_plugin.py`` (``_validate_messages``: image, video and audio marks are
+counted in the messages, not in the system text, and must equal the files).
 """
 
 import json

@@ -5,9 +5,9 @@ are preferably absolute paths; ``channel`` with ``--enable_channel_loss true`` r
 ``swift/dataset/preprocessor/core.py`` (``_check_messages``: known roles, no null content, else the row is
 deleted; columns that are not standard are dropped); ``swift/template/base.py`` (``_swift_prepare_inputs``:
 neighbours of one role are merged; ``_swift_encode``: user and assistant alternate after that, else it fails;
-``_add_default_tags``: marks beyond the images stay in the text; ``_pre_tokenize`` and ``normalize_bbox``: each
-``<ref-object>`` takes the next of ``objects.ref`` and each ``<bbox>`` the next of ``objects.bbox``, those that
-are left over stay in the text, ``bbox`` has to be there and ``image_id`` counts the row's images);
+``_add_default_tags``: marks beyond the images stay in the text; ``_pre_tokenize`` and ``normalize_bbox``:
+each ``<ref-object>`` takes the next of ``objects.ref`` and each ``<bbox>`` the next of ``objects.bbox``, marks
+that are left over stay in the text, ``bbox`` has to be there and ``image_id`` counts the row's images);
 ``swift/template/template_inputs.py`` (``tools``; ``loss`` and ``loss_scale`` of a message);
 ``swift/dataset/register.py`` (paths in ``dataset_info.json`` start from its folder).
 """

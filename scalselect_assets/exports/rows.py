@@ -1,8 +1,9 @@
 """The rows that exports are made of: read once from the pool's tables, then in any order as often as needed.
 
 A `RowSpool` keeps the chosen rows' texts in a temporary file and 41 bytes of each row in memory (where its
-text lies, its rank, a hash that says who it is, and whether trainers may have to read more than its turns). So each further export costs one pass over that file, by
-jumps where its order is not the pool's, and no shard is read twice, whatever the orders are.
+text lies, its rank, a hash that says who it is, and whether a trainer may have to read more than its turns).
+So each further export costs one pass over that file, by jumps where its order is not the pool's, and no shard
+is read twice, whatever the orders are.
 """
 
 import hashlib
