@@ -4,12 +4,13 @@ A deployment may hold several selections; each has its own asset keys (``[name, 
 store. Declarations are YAML files that `definitions.py` finds and that ``scalselect run`` writes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 import dagster as dg
 import yaml
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from resources.vlm import TargetModel
 from scalselect_assets import ASSET_MODULES
@@ -36,6 +37,11 @@ _DRIVING = {
     *("report", "settle_seconds", "owners"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
+
+
+# Settings that are retired, with the only value that is still accepted. Earlier releases wrote them to every
+# declaration and hashed them, so they stay in the hashes: a store that is up to date remains so.
+RETIRED_SETTINGS: Mapping[str, Any] = {"max_drift": 0.0}
 
 
 # Fields that the choice depends on.
@@ -111,11 +117,7 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         default=False, description="Scale each embedding to length 1 first; the paper does not."
     )
     max_drift: float = Field(
-        default=0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Shards keep scores of an earlier basis while the bound on the mean absolute error of "
-        "the normalised scores (mean 1) is at most this; 0 rescores everything whenever the basis moves.",
+        default=0.0, exclude=True, description="Retired: every shard is scored again when the basis moves."
     )
     budget: int | float | TokenBudget = Field(
         default=0.16,
@@ -185,6 +187,17 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         description="When the schedule, or nightly declarative automation, begins.",
     )
     nightly_timezone: str = Field(default="UTC", description="In which nightly_cron is read: an IANA name.")
+
+    @field_validator(*RETIRED_SETTINGS)
+    @classmethod
+    def _retired_setting_is_unused(cls, value: float, info: ValidationInfo) -> float:
+        name = str(info.field_name)
+        if value != (allowed := RETIRED_SETTINGS[name]):
+            raise ValueError(
+                f"got {value:g}, but {name} is retired and only {allowed:g} is still accepted, because every "
+                f"shard is scored again when the basis moves. Remove the line {name} from the declaration."
+            )
+        return value
 
     @field_validator("budget")
     @classmethod
