@@ -117,7 +117,7 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
         default=False, description="Scale each embedding to length 1 first; the paper does not."
     )
     max_drift: float = Field(
-        default=0.0, exclude=True, description="Retired: every shard is scored again when the basis moves."
+        default=0.0, description="Retired: every shard is scored again when the basis moves."
     )
     budget: int | float | TokenBudget = Field(
         default=0.16,
@@ -294,7 +294,7 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
 
     def result_settings(self) -> dict[str, Any]:
         """All that may change a result or what is told of it: not when it is made, nor who is asked."""
-        return self.model_dump(exclude=_DRIVING)
+        return self.model_dump(exclude=_DRIVING | set(RETIRED_SETTINGS))
 
     def key(self, asset: str) -> dg.AssetKey:
         """The asset key of this selection's ``asset``."""
@@ -326,7 +326,8 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
 
     def to_yaml(self, *, in_store: bool = False) -> str:
         """The declaration that `read_selection` reads back; one that lies in its store moves with it."""
-        attributes = {**self.model_dump(), **({"store": "."} if in_store else {})}
+        declared = self.model_dump(exclude=set(RETIRED_SETTINGS))
+        attributes = {**declared, **({"store": "."} if in_store else {})}
         return yaml.safe_dump(
             {"type": DECLARATION_TYPE, "attributes": attributes}, sort_keys=False, allow_unicode=True
         )

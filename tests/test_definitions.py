@@ -219,6 +219,8 @@ def test_a_retired_setting_is_read_where_it_changed_nothing_and_is_not_written_a
     old.write_text(f"{new.read_text()}  max_drift: 0.0\n")
     assert read_selection(old) == read_selection(new)
     assert read_selection(old).to_yaml() == new.read_text()
+    with pytest.raises(ValueError, match="Remove the line max_drift"):  # by Dagster's own loader, too
+        Selection.resolve_from_dict({**selection().model_dump(), "max_drift": 0.05})
 
 
 def test_a_retired_setting_stays_in_the_hashes_that_stores_hold() -> None:
