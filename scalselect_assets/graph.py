@@ -6,7 +6,7 @@ from importlib import import_module
 import dagster as dg
 
 from scalselect_assets import subspace_basis
-from scalselect_assets.automation import automation_sensors, nightly_schedule
+from scalselect_assets.automation import automation_condition, automation_sensors, nightly_schedule
 from scalselect_assets.maintenance import maintenance_job
 from scalselect_assets.refresh import refresh_job, source_assets
 from scalselect_assets.selection import Selection
@@ -18,9 +18,16 @@ def selection_defs(selection: Selection) -> dg.Definitions:
         # Dagster calls backfills in one run a beta, and checks by partition a preview.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        assets: list[dg.AssetsDefinition] = [
+        built: list[dg.AssetsDefinition] = [
             import_module(f"scalselect_assets.{name}").build(selection) for name in selection.assets
         ]
+        # Each condition is about the whole path, so an asset module does not know its own.
+        assets = dg.map_asset_specs(
+            lambda spec: spec.replace_attributes(
+                automation_condition=automation_condition(selection, spec.key.path[-1])
+            ),
+            built,
+        )
     declarative = selection.is_declarative
     return dg.Definitions(
         assets=[*source_assets(selection), *assets],

@@ -69,7 +69,6 @@ class AssetOptions(TypedDict):
     owners: list[str]
     partitions_def: dg.PartitionsDefinition[str] | None
     backfill_policy: dg.BackfillPolicy | None
-    automation_condition: dg.AutomationCondition[Any] | None
 
 
 class Selection(dg.Component, dg.Model, dg.Resolvable):
@@ -289,8 +288,6 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
 
     def asset_options(self, asset: str, *, by_shard: bool) -> AssetOptions:
         """What every asset of this selection has in common, for ``asset``."""
-        from scalselect_assets.automation import automation_condition
-
         return {
             "key": self.key(asset),
             "group_name": self.name,
@@ -298,7 +295,6 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
             "partitions_def": self.partitions if by_shard else None,
             # One run for all shards of a backfill, so that the model is loaded once.
             "backfill_policy": dg.BackfillPolicy.single_run() if by_shard else None,
-            "automation_condition": automation_condition(self, asset),
         }
 
     def job_name(self, job: str) -> str:

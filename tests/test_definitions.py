@@ -11,6 +11,7 @@ import dagster as dg
 import pytest
 
 from scalselect_assets import ASSET_MODULES
+from scalselect_assets.automation import automation_condition
 from scalselect_assets.deployment import build_defs, declared_selections
 from scalselect_assets.selection import Selection, SelectionFileError, read_selection
 
@@ -159,6 +160,37 @@ def test_a_declarative_selection_has_two_sensors_that_a_person_turns_on(automati
     assert None not in conditions(defs)
     assert all(condition.is_serializable for condition in conditions(defs))  # evaluated by the daemon
     assert dg.Definitions.validate_loadable(defs) is None
+
+
+@pytest.mark.parametrize("automation", ["refresh", "declarative", "declarative_nightly"])
+def test_assets_differ_between_the_ways_to_automate_in_their_conditions_only(automation: str) -> None:
+    declared = selection("pool", automation=automation, near_duplicates={})
+    assets = assets_by_name(declared)
+    refreshed = assets_by_name(selection("pool", near_duplicates={}))
+    assert set(assets) == set(ASSET_MODULES)
+    for name, asset in assets.items():
+        (spec,) = asset.specs
+        assert spec.automation_condition == automation_condition(declared, name)
+        (other,) = refreshed[name].specs
+        assert spec.replace_attributes(automation_condition=None) == other
+        for unchanged in (
+            "check_specs_by_output_name",
+            "backfill_policy",
+            "partitions_def",
+            "required_resource_keys",
+        ):
+            assert getattr(asset, unchanged) == getattr(refreshed[name], unchanged), f"{name}: {unchanged}"
+        assert (asset.op.name, asset.op.pool) == (refreshed[name].op.name, refreshed[name].op.pool)
+    # Dagster observes the sources and cannot request them.
+    graph = build_defs([declared]).resolve_asset_graph()
+    sources = graph.get_all_asset_keys() - graph.materializable_asset_keys
+    assert {key.path[-1] for key in sources} == {"shard_files", "shard_manifest"}
+    assert {graph.get(key).automation_condition for key in sources} == {None}
+
+
+def assets_by_name(declared: Selection) -> dict[str, dg.AssetsDefinition]:
+    assets = build_defs([declared]).get_repository_def().assets_defs_by_key
+    return {key.path[-1]: asset for key, asset in assets.items()}
 
 
 def drivers(defs: dg.Definitions) -> set[str]:
