@@ -1,6 +1,7 @@
 """One selection's graph: its sources, the assets of the path, their jobs and what drives them."""
 
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 
 import dagster as dg
@@ -15,22 +16,13 @@ from scalselect_assets.selection import Selection
 def selection_defs(selection: Selection) -> dg.Definitions:
     """Everything that Dagster holds of one selection, except the resources, which a deployment shares."""
     with warnings.catch_warnings():
-        # Dagster calls backfills in one run a beta, and checks by partition a preview.
+        # Dagster calls backfills in one run and observed sources a beta, and checks by partition a preview.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        built: list[dg.AssetsDefinition] = [
-            import_module(f"scalselect_assets.{name}").build(selection) for name in selection.assets
-        ]
-        # Each condition is about the whole path, so an asset module does not know its own.
-        assets = dg.map_asset_specs(
-            lambda spec: spec.replace_attributes(
-                automation_condition=automation_condition(selection, spec.key.path[-1])
-            ),
-            built,
-        )
+        sources, assets = source_assets(selection), _assets(selection)
     declarative = selection.is_declarative
     return dg.Definitions(
-        assets=[*source_assets(selection), *assets],
+        assets=[*sources, *assets],
         jobs=[
             dg.define_asset_job(
                 selection.job_name("assets"),
@@ -44,4 +36,18 @@ def selection_defs(selection: Selection) -> dg.Definitions:
         ],
         schedules=[] if declarative else [nightly_schedule(selection)],
         sensors=automation_sensors(selection) if declarative else [],
+    )
+
+
+def _assets(selection: Selection) -> Sequence[dg.AssetsDefinition]:
+    """The assets of the path, each with the condition on which Dagster requests it, if any."""
+    built: list[dg.AssetsDefinition] = [
+        import_module(f"scalselect_assets.{name}").build(selection) for name in selection.assets
+    ]
+    # A condition is about the whole path, so an asset module does not know its own.
+    return dg.map_asset_specs(
+        lambda spec: spec.replace_attributes(
+            automation_condition=automation_condition(selection, spec.key.path[-1])
+        ),
+        built,
     )
