@@ -54,7 +54,6 @@ from scalselect_assets import (
     selected_subset,
     subspace_basis,
 )
-from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.method.leverage import LeverageScorer
 from scalselect_assets.method.moments import Moments, accumulate
@@ -358,12 +357,12 @@ def measure_selection(pool: Pool) -> Measurement:
     artifacts.write_arrays(
         subspace_basis.NAME,
         fitted.to_arrays(),
-        {
-            **lineage.header(
-                basis_version, basis_version, shards=json.dumps({shard: {} for shard in pool.sizes})
-            ),
-            **ScorePlan(basis_version, {}, {}).to_header(),
-        },
+        lineage.header(
+            basis_version,
+            basis_version,
+            shards=json.dumps({shard: {} for shard in pool.sizes}),
+            drift=json.dumps({}),
+        ),
     )
     for number, (shard, n) in enumerate(pool.sizes.items()):
         normalised = np.random.default_rng([pool.seed, number]).exponential(size=n)

@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pool, choice = pools[largest], measured[largest][1]
             rows = choice.rows
             span = span_measures(pool.blocks, rows, largest, np.ones(options.k))
-            covered = label_coverage(pool.candidates.labels["group"], rows).covered
+            covered = label_coverage(pool.candidates.labels["group"], rows)
             mib = peak_bytes(pool, name, terms_by_name(pool, options.share)[kind]) / machine.MIB
             print(
                 f"| {name} | {kind} | "

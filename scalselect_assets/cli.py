@@ -144,12 +144,6 @@ def run(
             show_default=False,
         ),
     ] = None,
-    max_drift: Annotated[
-        float | None,
-        typer.Option(
-            help="Keep earlier scores while their mean error is at most this; 0 rescores all. (default: 0)"
-        ),
-    ] = None,
     rebuild_basis: Annotated[
         bool, typer.Option("--rebuild-basis", help="Add up the moments of all shards anew.")
     ] = False,
@@ -259,7 +253,6 @@ def run(
             "rank": _rank(rank),
             "standardise": standardise,
             "unit_rows": unit_rows,
-            "max_drift": max_drift,
             "text_only": _text_only(text_only),
             "strategy": strategy,
             "seed": seed,
@@ -768,11 +761,6 @@ def _print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
         *(
             [("basis moved", f"{moved['score_change']:.2g} (bound on the mean change of a score)")]
             if (moved := result["basis_drift"])
-            else []
-        ),
-        *(
-            [("score error", f"{bound:.2g} at most on average, in shards with earlier scores")]
-            if (bound := result["score_error_bound"])
             else []
         ),
         ("selected", f"{result['selected']:,} ({selection.strategy}, budget {_told_budget(selection)})"),

@@ -126,9 +126,9 @@ def compare(
     """
     from scalselect_assets.method.subset_measures import (
         label_coverage,
-        near_duplicates,
-        overlap,
+        near_duplicate_rate,
         own_subspace_measures,
+        shared_share,
         span_measures,
     )
 
@@ -145,7 +145,6 @@ def compare(
         def blocks() -> Iterator[NDArray[np.float64]]:
             return projections.of(chosen, subspace.singular_values)
 
-        near = near_duplicates(blocks, len(chosen), threshold=settings.cosine)
         return (
             len(chosen),
             span.leverage_share,
@@ -155,10 +154,10 @@ def compare(
             span.mean_log_eigenvalue if np.isfinite(span.mean_log_eigenvalue) else None,
             captured.energy_captured,
             captured.projection_error,
-            label_coverage(candidates.labels[source_label], chosen).covered,
-            near.rate,
-            overlap(chosen, subsets[0].rows).share_of_first,
-            None if last is None else overlap(chosen, last).share_of_first,
+            label_coverage(candidates.labels[source_label], chosen),
+            near_duplicate_rate(blocks, len(chosen), threshold=settings.cosine),
+            shared_share(chosen, subsets[0].rows),
+            None if last is None else shared_share(chosen, last),
         )
 
     # The choice is mostly what one of the strategies gives, too.

@@ -28,7 +28,6 @@ from scalselect_assets import (
     selected_subset,
     subspace_basis,
 )
-from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
 from scalselect_assets.sample_directions import DEFAULT_DIRECTIONS, rows_of
 from scalselect_assets.sample_lineage import SamplePlace, find_sample, last_shards, remedy
 from scalselect_assets.selection import Selection
@@ -355,8 +354,8 @@ class _Scored:
     def __init__(self, store: _Store, place: SamplePlace) -> None:
         self._store, self._place = store, place
         self._artifacts, self._selection = store.artifacts, store.selection
-        basis = self._artifacts.read_header(subspace_basis.NAME, suffix=".safetensors")
-        self._plan, self._in_basis = ScorePlan.from_header(basis), loads(basis["shards"])
+        self._subspace, basis = subspace_basis.read_basis(self._artifacts)
+        self._basis_version, self._in_basis = basis["data_version"], loads(basis["shards"])
         self._table, header = store.table(place)
         fitted = self._in_basis.get(place.shard, {}).get("attention_embeddings")
         if fitted != header["data_version"]:
@@ -374,9 +373,8 @@ class _Scored:
         tokens = self._store.row(self._table, place, [*_VECTOR_COLUMNS, "vision_attention"])
         tokens.pop("row")
         vector = rows_of(self._store.embeddings, self._table, [place.row], self._selection.unit_rows)
-        version = self._plan.of_shard(place.shard)
-        subspace = read_scoring_basis(self._artifacts, self._plan, version)
-        subset, score = self._score(subspace, version)
+        subspace = self._subspace
+        subset, score = self._score()
         strongest = strongest_directions(subspace, vector, n_directions)
         whole = float(np.square(coordinates(subspace, vector)).sum())
         if abs(min(whole, 1.0) - score.leverage) > _SCORE_TOLERANCE * max(score.leverage, 1e-12):
@@ -406,16 +404,16 @@ class _Scored:
 
     # Its place
 
-    def _score(self, subspace: "Subspace", version: str) -> tuple[pl.DataFrame, Score]:
+    def _score(self) -> tuple[pl.DataFrame, Score]:
         """The selected subset's keys and ranks, and the sample's place in the pool."""
         place = self._place
         subset, header = self._artifacts.read_frame(
             selected_subset.NAME, columns=["rank", "sample_key", "shard", "normalised_leverage"]
         )
-        if header["subspace_basis"] != self._plan.basis:
+        if header["subspace_basis"] != self._basis_version:
             raise ExplanationError(
                 f"{selected_subset.NAME} was chosen by another basis ({header['subspace_basis']}) than the "
-                f"present one ({self._plan.basis}); {self._store.remedy}"
+                f"present one ({self._basis_version}); {self._store.remedy}"
             )
         own = self._scores(place.shard, ["row", "leverage", "normalised_leverage"])
         own = own.filter(pl.col("row") == place.row)
@@ -441,17 +439,17 @@ class _Scored:
             percentile=importance_scores.percentile(before + 1, pool),
             selected=subset.height,
             lowest_selected=None if lowest is None else float(lowest),  # type: ignore[arg-type]
-            k=subspace.k,
-            basis=version,
+            k=self._subspace.k,
+            basis=self._basis_version,
         )
 
     def _scores(self, shard: str, columns: list[str]) -> pl.DataFrame:
-        """A shard's scores, if they are of the basis that they are to be of."""
+        """The scores of a shard, if they are of the present basis."""
         scores, header = self._artifacts.read_frame(importance_scores.NAME, shard, columns=columns)
-        if header["subspace_basis"] != (wanted := self._plan.of_shard(shard)):
+        if header["subspace_basis"] != self._basis_version:
             raise ExplanationError(
                 f"the scores of shard {shard!r} are of basis {header['subspace_basis']}, and are to be of "
-                f"{wanted}; {self._store.remedy}"
+                f"{self._basis_version}; {self._store.remedy}"
             )
         return scores
 
@@ -471,10 +469,7 @@ class _Scored:
         nearest: "_Leading",
         sides: Sequence[tuple["_Leading", "_Leading"]],
     ) -> None:
-        """Find the rows nearest to the sample, and those furthest along directions on either side.
-
-        The basis is the one that the sample is scored with, for rows of all shards alike.
-        """
+        """Find the rows nearest to the sample, and those furthest along directions on either side."""
         from scalselect_assets.method.directions import centred_cosines, coordinates
 
         own = np.where(coordinates(subspace, vector[None], directions)[0] < 0, -1.0, 1.0)

@@ -7,17 +7,16 @@ shards. Costs: one pass over the shard's vectors, n·d·k multiplications, one b
 import json
 import time
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING
 
 import dagster as dg
 import polars as pl
 
 from resources.artifacts import ArtifactStore
+from resources.identity import digest
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import attention_embeddings, lineage, subspace_basis
-from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
 from scalselect_assets.materialization import Output, materialize_shards
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import IMPORTANCE_SCORES, column_schema, polars_schema
@@ -34,21 +33,31 @@ def provenance(basis_version: str) -> str:
     return lineage.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
 
 
+def pool_version(basis_version: str) -> str:
+    """The version of the scores of all shards together.
+
+    The empty mapping carries no information. It is part of the hashes that stores hold, and without it every
+    stored choice would count as stale.
+    """
+    return digest(basis_version, {})
+
+
 def read_scores(
-    artifacts: ArtifactStore, plan: ScorePlan, shard: str, columns: list[str] | None = None
+    artifacts: ArtifactStore, basis_version: str, shard: str, columns: list[str] | None = None
 ) -> pl.DataFrame:
-    """The scores of a shard, in row order.
+    """The scores of a shard under a basis, in row order.
 
     Raises:
         ArtifactMissingError: The shard is not scored.
         ArtifactCorruptError: The file is damaged.
-        dg.Failure: The shard was scored with another basis than the plan says.
+        dg.Failure: The shard was scored with another basis.
     """
     scores, header = artifacts.read_frame(NAME, shard, columns=columns)
-    if header["subspace_basis"] != (wanted := plan.of_shard(shard)):
+    if header["subspace_basis"] != basis_version:
         raise dg.Failure(
-            f"shard {shard!r} was scored with basis {header['subspace_basis']}, it is to be scored with "
-            f"{wanted}; scores of any other basis cannot be compared: materialize {NAME}[{shard}] again",
+            f"shard {shard!r} was scored with basis {header['subspace_basis']}, and the present one is "
+            f"{basis_version}; scores of different bases cannot be compared: materialize {NAME}[{shard}] "
+            "again",
             allow_retries=False,
         )
     return scores
@@ -76,18 +85,14 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         from scalselect_assets.method.leverage import LeverageScorer
 
         artifacts = storage.artifacts(selection.store)
-        basis = artifacts.read_header(subspace_basis.NAME, suffix=".safetensors")
-        plan, fitted_on = ScorePlan.from_header(basis), json.loads(basis["shards"])
-
-        @cache
-        def scorer(basis_version: str) -> LeverageScorer:
-            subspace = read_scoring_basis(artifacts, plan, basis_version)
-            return LeverageScorer(subspace, device=vlm.array_device())
+        subspace, basis = subspace_basis.read_basis(artifacts)
+        basis_version, fitted_on = basis["data_version"], json.loads(basis["shards"])
+        scorer = LeverageScorer(subspace, device=vlm.array_device())
+        made_from = provenance(basis_version)
 
         def score(shard: str) -> Output:
-            start, basis_version = time.monotonic(), plan.of_shard(shard)
-            frame = _score(storage, selection, shard, scorer(basis_version), fitted_on)
-            made_from = provenance(basis_version)  # the basis covers the vectors, so nothing else comes in
+            start = time.monotonic()
+            frame = _score(storage, selection, shard, scorer, fitted_on)
             header = lineage.header(made_from, made_from, subspace_basis=basis_version)
             path, size = artifacts.write_frame(NAME, frame, header, shard)
             return Output(

@@ -24,7 +24,6 @@ from resources.embedding_store import EmbeddingStore, EmbeddingTable
 from resources.identity import digest
 from resources.samples import parse_row
 from scalselect_assets import attention_embeddings, importance_scores
-from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.curation import NearDuplicates
 from scalselect_assets.tables import SELECTED_SUBSET, Column, Table, polars_schema
 
@@ -86,7 +85,7 @@ def read_pool(
     artifacts: ArtifactStore,
     embeddings: EmbeddingStore,
     in_basis: Mapping[str, Mapping[str, str]],
-    plan: ScorePlan,
+    basis_version: str,
 ) -> Pool:
     """The samples of all shards by leverage; memory of one shard's texts, and of keys and contents of all.
 
@@ -94,7 +93,7 @@ def read_pool(
         artifacts: The store.
         embeddings: Its tables.
         in_basis: By shard, the header of the moments that the basis was fitted on.
-        plan: Which basis the scores of each shard are to be of.
+        basis_version: The version of the basis that the scores must be of.
 
     Raises:
         dg.Failure: Vectors or scores are not those of the basis.
@@ -104,7 +103,7 @@ def read_pool(
     for shard in sorted(in_basis):
         tables[shard], _ = attention_embeddings.fitted_table(artifacts, shard, in_basis)
         scores = importance_scores.read_scores(
-            artifacts, plan, shard, ["row", "sample_key", "normalised_leverage"]
+            artifacts, basis_version, shard, ["row", "sample_key", "normalised_leverage"]
         )
         rows = scores.join(_contents(embeddings, tables[shard]), on=["row", "sample_key"])
         if rows.height != tables[shard].n_rows or rows.height != scores.height:

@@ -22,7 +22,6 @@ from upath import UPath
 from resources.artifacts import ArtifactStore
 from resources.embedding_store import EmbeddingStore, EmbeddingTable
 from scalselect_assets import attention_embeddings, importance_scores
-from scalselect_assets.basis_history import ScorePlan
 
 if TYPE_CHECKING:
     from scalselect_assets.method.candidates import Candidates
@@ -44,7 +43,7 @@ class PoolRows:
     Attributes:
         artifacts: The store.
         embeddings: Its vectors.
-        plan: Which basis the scores of each shard are to be of.
+        basis_version: The version of the basis that the scores must be of.
         shards: By shard in the basis, what the basis says of it.
         labels: The labels that rows are to have, each a column.
         with_images: Whether rows are to have the hashes of their images.
@@ -52,7 +51,7 @@ class PoolRows:
 
     artifacts: ArtifactStore
     embeddings: EmbeddingStore
-    plan: ScorePlan
+    basis_version: str
     shards: Mapping[str, Mapping[str, str]]
     labels: Sequence[str]
     with_images: bool = False
@@ -61,10 +60,10 @@ class PoolRows:
         """The scores of each shard, in the order of their names.
 
         Raises:
-            dg.Failure: A shard was scored with another basis than the plan says.
+            dg.Failure: A shard was scored with another basis.
         """
         for shard in sorted(self.shards):
-            yield shard, importance_scores.read_scores(self.artifacts, self.plan, shard, columns)
+            yield shard, importance_scores.read_scores(self.artifacts, self.basis_version, shard, columns)
 
     def all(self) -> pl.DataFrame:
         """Every embedded row; see ``described``."""

@@ -40,7 +40,6 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
-from scalselect_assets.basis_history import ScorePlan, is_whole
 from scalselect_assets.exports import publish
 from scalselect_assets.lineage import DATA_VERSION_TAG, recorded
 from scalselect_assets.method.interrupts import deferred
@@ -532,19 +531,16 @@ class Refresh:
                 self._selection, {shard: moments["data_version"] for shard, moments in inputs.items()}
             )
         elif asset == removed_samples.NAME:
-            expected = removed_samples.provenance(self._selection, self._storage, self._plan().version)
+            expected = removed_samples.provenance(self._selection, self._storage, basis_version)
         elif asset == selected_subset.NAME:
             expected = selected_subset.provenance(
                 self._selection,
-                self._plan().version,
+                basis_version,
                 selected_subset.Lists.read(self._selection, self._storage).version,
                 self._whole_header(removed_samples.NAME).get("data_version", ""),
             )
         elif asset == selection_report.NAME:
-            expected = selection_report.provenance(
-                self._whole_header(training_dataset.NAME),
-                selection_report.additions_of(self._selection).version,
-            )
+            expected = selection_report.provenance(self._selection, self._whole_header(training_dataset.NAME))
         else:
             subset = self._whole_header(selected_subset.NAME)
             expected = training_dataset.provenance(
@@ -554,12 +550,6 @@ class Refresh:
                 basis_version,
                 sorted(set(pool) - set(json.loads(basis.get("shards", "{}")))),
             )
-        if (
-            asset == subspace_basis.NAME
-            and basis
-            and not is_whole(self._artifacts, ScorePlan.from_header(basis))
-        ):
-            return True
         with deferred():
             event = self._instance.get_latest_materialization_event(self._selection.key(asset))
         found = recorded(event.asset_materialization) if event else {}
@@ -582,14 +572,10 @@ class Refresh:
     def _basis_inputs(self, pool: Sequence[str]) -> _Headers:
         return subspace_basis.moments_headers(self._selection, self._artifacts, pool, self._fingerprint)
 
-    def _plan(self) -> ScorePlan:
-        """Which basis the shards' scores are to be of; one that nothing is of where there is no basis."""
-        header = self._whole_header(subspace_basis.NAME)
-        return ScorePlan.from_header(header) if header else ScorePlan("", {}, {})
-
     def _unscored_shards(self, inputs: _Headers) -> set[str]:
-        """The shards of the basis without the scores that they are to have."""
-        plan = self._plan()
+        """The shards of the basis without scores of the present basis."""
+        basis_version = self._whole_header(subspace_basis.NAME).get("data_version", "")
+        expected = importance_scores.provenance(basis_version)
         recorded_of = self._latest_versions(importance_scores.NAME, set(inputs))
         unscored = set()
         for shard in inputs:
@@ -597,7 +583,6 @@ class Refresh:
                 header = self._artifacts.read_header(importance_scores.NAME, shard)
             except (ArtifactMissingError, ArtifactCorruptError):
                 header = {}
-            expected = importance_scores.provenance(plan.of_shard(shard))
             if not _is_current(header, recorded_of.get(shard, {}), expected):
                 unscored.add(shard)
         return unscored
@@ -791,7 +776,7 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
     folder = artifacts.root / training_dataset.NAME
     return {
         **{name: manifest[name] for name in ("rows", "embedded", "rejected", "rank", "energy", "selected")},
-        **{name: manifest[name] for name in ("basis_drift", "score_error_bound")},
+        "basis_drift": manifest["basis_drift"],
         "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=".parquet")),
         "training_dataset": str(folder / manifest["training_file"]),
         "manifest": str(artifacts.path(training_dataset.NAME, training_dataset.MANIFEST, suffix=".json")),

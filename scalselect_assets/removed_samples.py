@@ -27,7 +27,6 @@ from scalselect_assets import (
     raw_samples,
     subspace_basis,
 )
-from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.selection import Selection
 from scalselect_assets.tables import Column, Table, column_schema, polars_schema
@@ -54,13 +53,13 @@ REMOVED_SAMPLES: Table = {
 }
 
 
-def provenance(selection: Selection, storage: StorageResource, score_version: str) -> str:
+def provenance(selection: Selection, storage: StorageResource, basis_version: str) -> str:
     """What the list is computed from; the scores cover vectors, texts and images of every shard.
 
     Args:
         selection: What is looked for.
         storage: Reads the evaluation set's files, those that it does not remember.
-        score_version: `ScorePlan.version`.
+        basis_version: The version of the basis, which covers the scores of every shard in it.
 
     Raises:
         dg.Failure: The evaluation set cannot be used.
@@ -73,7 +72,7 @@ def provenance(selection: Selection, storage: StorageResource, score_version: st
         decontamination=contaminated and contaminated.matching(),
         evaluation_set=decontamination.version_of(storage, selection),
         near_duplicates=duplicates and duplicates.model_dump(),
-        importance_scores=score_version,
+        importance_scores=importance_scores.pool_version(basis_version),
     )
 
 
@@ -129,14 +128,14 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             start = time.monotonic()
             artifacts = storage.artifacts(selection.store)
             subspace, basis = subspace_basis.read_basis(artifacts)
-            plan, in_basis = ScorePlan.from_header(basis), json.loads(basis["shards"])
+            basis_version, in_basis = basis["data_version"], json.loads(basis["shards"])
             evaluation = decontamination.evaluation_of(storage, selection)
             looked = decontamination.look(storage, selection, evaluation, sorted(in_basis))
             told: dict[str, Any] = dict(looked.told)
             duplicates = pl.DataFrame(schema=polars_schema(near_duplicates.NEAR_DUPLICATES))
             if selection.near_duplicates is not None:
                 pool = near_duplicates.read_pool(
-                    artifacts, storage.embeddings(selection.store), in_basis, plan
+                    artifacts, storage.embeddings(selection.store), in_basis, basis_version
                 )
                 clean = near_duplicates.without(pool, looked.frame)
                 duplicates, found = near_duplicates.find(
@@ -145,7 +144,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 told |= found
             frame = _joined(looked.frame, duplicates)
             data_version = digest(hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
-            made_from = provenance(selection, storage, plan.version)
+            made_from = provenance(selection, storage, basis_version)
             path, size = artifacts.write_frame(NAME, frame, lineage.header(data_version, made_from))
             return Output(
                 data_version,
@@ -155,7 +154,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     "embedded": subspace.n,
                     "removed_by_reason": raw_samples.reason_counts(frame),
                     **told,
-                    "basis_version": basis["data_version"],
+                    "basis_version": basis_version,
                     "seconds": time.monotonic() - start,
                     "bytes": size,
                     "dagster/uri": str(path),

@@ -42,7 +42,7 @@ def directions_of_rows(
     Args:
         embeddings: The vectors.
         table: The shard's table.
-        subspace: The basis that the shard is scored with: `basis_history.read_scoring_basis`.
+        subspace: The basis.
         rows: Row numbers of the shard, each once; there may be none.
         unit_rows: The selection's setting.
         n: How many directions of each.

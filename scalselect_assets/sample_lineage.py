@@ -35,7 +35,6 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
-from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.method.rejection import RejectionReason
 from scalselect_assets.partitions import known_shards
 from scalselect_assets.selection import Selection
@@ -475,12 +474,11 @@ class _Trace:
         with self._told():
             scores, header = self._artifacts.read_frame(importance_scores.NAME, place.shard)
             if basis:
-                wanted = ScorePlan.from_header(basis).of_shard(place.shard)
                 self._compare(
                     f"{importance_scores.NAME}[{place.shard}]",
                     subspace_basis.NAME,
                     header["subspace_basis"],
-                    wanted,
+                    basis["data_version"],
                 )
             found = scores.filter(pl.col("sample_key") == place.sample_key)
             score = found.row(0, named=True) if found.height else {}

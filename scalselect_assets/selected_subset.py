@@ -34,7 +34,6 @@ from scalselect_assets import (
     removed_samples,
     subspace_basis,
 )
-from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.partitions import missing_shards_check, pool_shards
 from scalselect_assets.pool_rows import Listed, PoolRows, Projections, candidates, find_listed, read_list
@@ -51,12 +50,12 @@ CODE_VERSION = "3"
 _SUM_TOLERANCE = 1e-5  # relative; the scores are within this of float64, and their errors do not add up
 
 
-def provenance(selection: Selection, score_version: str, lists_version: str, removed_version: str) -> str:
+def provenance(selection: Selection, basis_version: str, lists_version: str, removed_version: str) -> str:
     """What the choice is computed from.
 
     Args:
         selection: What is asked for.
-        score_version: `ScorePlan.version`, which covers the scores of every shard in the basis.
+        basis_version: The version of the basis, which covers the scores of every shard in it.
         lists_version: `Lists.version`.
         removed_version: Of the removed samples; empty where none are removed.
     """
@@ -64,7 +63,7 @@ def provenance(selection: Selection, score_version: str, lists_version: str, rem
         NAME,
         CODE_VERSION,
         choice=selection.choice_settings(),
-        importance_scores=score_version,
+        importance_scores=importance_scores.pool_version(basis_version),
         lists=lists_version,
         removed_samples=removed_version,
     )
@@ -137,7 +136,6 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             start = time.monotonic()
             artifacts = storage.artifacts(selection.store)
             subspace, basis = subspace_basis.read_basis(artifacts)
-            plan = ScorePlan.from_header(basis)
             in_basis = json.loads(basis["shards"])
             pool = pool_shards(context, selection.partitions)
             before = _last_selected(artifacts)
@@ -148,7 +146,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 PoolRows(
                     artifacts,
                     storage.embeddings(selection.store),
-                    plan,
+                    basis["data_version"],
                     in_basis,
                     selection.labels,
                     with_images=bool(lists.include or lists.exclude),
@@ -161,12 +159,10 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             )
             chosen, compared = chooser.chosen(), chooser.compared()
             data_version = _content_version(chosen)
-            made_from = provenance(selection, plan.version, lists.version, removed_version)
+            made_from = provenance(selection, basis["data_version"], lists.version, removed_version)
             header = lineage.header(data_version, made_from, subspace_basis=basis["data_version"])
             artifacts.write_frame(comparison.NAME, compared, header)
             path, n_bytes = artifacts.write_frame(NAME, chosen, header)
-            # Where shards keep scores of earlier bases, the sum is off by the bound on their errors at most.
-            tolerance = _SUM_TOLERANCE + plan.error_bound
             scores = chooser.rows
             normalised_sum, leverage_sum = (
                 float(scores[name].to_numpy().sum()) for name in ("normalised_leverage", "leverage")
@@ -184,8 +180,6 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
                     "leverage_threshold": float(chosen["leverage"].to_numpy().min()),
                     "normalised_leverage_threshold": float(chosen["normalised_leverage"].to_numpy().min()),
-                    "shards_keeping_scores": len(plan.kept),
-                    "score_error_bound": plan.error_bound,
                     "basis_version": basis["data_version"],
                     **{f"drift_{name}": value for name, value in json.loads(basis["drift"]).items()},
                     **_comparison_metadata(compared),
@@ -199,9 +193,9 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                         check_name="leverage_scores_sum_to_rank",
                         passed=scores.height == subspace.n
                         and (
-                            abs(normalised_sum - subspace.n) <= tolerance * subspace.n
+                            abs(normalised_sum - subspace.n) <= _SUM_TOLERANCE * subspace.n
                             if subspace.k
-                            else normalised_sum <= tolerance * subspace.n
+                            else normalised_sum <= _SUM_TOLERANCE * subspace.n
                         ),
                         metadata={
                             "leverage_sum": leverage_sum,
@@ -209,7 +203,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                             "rank": subspace.k,
                             "scored": scores.height,
                             "samples_in_basis": subspace.n,
-                            "tolerance": tolerance,
+                            "tolerance": _SUM_TOLERANCE,
                         },
                     ),
                     missing_shards_check(
@@ -299,17 +293,13 @@ class _Chooser:
         )
 
     def _directions(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """The strongest directions of some rows, by shard and row, each of the basis that scores it."""
-        plan, found = self._pool.plan, []
-        bases = {plan.basis: self._subspace}
+        """The strongest directions of some rows, by shard and row."""
+        found = []
         for (shard,), part in rows.group_by("shard", maintain_order=True):
-            version = plan.of_shard(str(shard))
-            if version not in bases:
-                bases[version] = read_scoring_basis(self._pool.artifacts, plan, version)
             directions = directions_of_rows(
                 self._pool.embeddings,
                 self._pool.table(str(shard)),
-                bases[version],
+                self._subspace,
                 part["row"].sort().to_list(),
                 unit_rows=self._selection.unit_rows,
             )

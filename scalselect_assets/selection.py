@@ -5,12 +5,13 @@ store. Declarations are YAML files that `definitions.py` finds and that ``scalse
 the form of Dagster's component files; `scalselect_assets.component` is the component.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 import dagster as dg
 import yaml
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from resources.vlm import TargetModel
 from scalselect_assets import ASSET_MODULES
@@ -40,6 +41,11 @@ _DRIVING = {
     *("report", "settle_seconds", "owners"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
+
+
+# Settings that are retired, with the only value that is still accepted. Earlier releases wrote them to every
+# declaration and hashed them, so they stay in the hashes: a store that is up to date remains so.
+RETIRED_SETTINGS: Mapping[str, Any] = {"max_drift": 0.0}
 
 
 # Fields that the choice depends on.
@@ -114,11 +120,7 @@ class Selection(dg.Model):
         default=False, description="Scale each embedding to length 1 first; the paper does not."
     )
     max_drift: float = Field(
-        default=0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Shards keep scores of an earlier basis while the bound on the mean absolute error of "
-        "the normalised scores (mean 1) is at most this; 0 rescores everything whenever the basis moves.",
+        default=0.0, exclude=True, description="Retired: every shard is scored again when the basis moves."
     )
     budget: int | float | TokenBudget = Field(
         default=0.16,
@@ -188,6 +190,17 @@ class Selection(dg.Model):
         description="When the schedule, or nightly declarative automation, begins.",
     )
     nightly_timezone: str = Field(default="UTC", description="In which nightly_cron is read: an IANA name.")
+
+    @field_validator(*RETIRED_SETTINGS)
+    @classmethod
+    def _retired_setting_is_unused(cls, value: float, info: ValidationInfo) -> float:
+        name = str(info.field_name)
+        if value != (allowed := RETIRED_SETTINGS[name]):
+            raise ValueError(
+                f"got {value:g}, but {name} is retired and only {allowed:g} is still accepted, because every "
+                f"shard is scored again when the basis moves. Remove the line {name} from the declaration."
+            )
+        return value
 
     @field_validator("budget")
     @classmethod

@@ -10,7 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
@@ -40,7 +40,6 @@ from scalselect_assets import (
     subspace_basis,
     training_dataset,
 )
-from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.method.rejection import RejectionReason
@@ -48,7 +47,6 @@ from scalselect_assets.pool_rows import source_of
 from scalselect_assets.report import charts, told
 from scalselect_assets.report.content import (
     Churn,
-    Comparison,
     Counts,
     Fact,
     Gallery,
@@ -92,9 +90,6 @@ _MEANINGS: Final[Mapping[RejectionReason, str]] = {
     RejectionReason.NON_FINITE: "the model's first layer gave infinity or NaN",
 }
 
-SourceOf: TypeAlias = Callable[[str, str], str]
-"""From a shard's key and a row's text, which may be any text, to the label of where the row is from."""
-
 
 @dataclass(frozen=True, slots=True)
 class GallerySample:
@@ -118,40 +113,25 @@ Overlay: TypeAlias = Callable[[GallerySample], bytes | None]
 is none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Additions:
-    """What the report takes from elsewhere.
-
-    Attributes:
-        source_of: Labels rows.
-        overlay: Gives the attention overlay of a sample.
-        comparison: Gives the comparison with other strategies from the store, if there is one.
-        version: Of what these give; the report is stale when it changes.
-    """
-
-    source_of: SourceOf = field(default_factory=lambda: source_of("source"))
-    overlay: Overlay | None = None
-    comparison: Callable[[ArtifactStore], Comparison | None] | None = None
-    version: str = ""
-
-
-_NOTHING_MORE: Final = Additions()
-
-
-def provenance(dataset: Mapping[str, Any], additions_version: str = "") -> str:
-    """What the report is made from.
+def provenance(selection: Selection, dataset: Mapping[str, Any]) -> str:
+    """The hash of what the report is made from.
 
     Args:
+        selection: The selection.
         dataset: The training dataset's manifest, or the versions in it: its provenance covers the settings,
             the selection and the basis, and with it the vectors, the rows and their images.
-        additions_version: `Additions.version`.
     """
     return lineage.provenance(
         NAME,
         CODE_VERSION,
         training_dataset=[dataset.get("provenance", ""), dataset.get("data_version", "")],
-        additions=additions_version,
+        additions=_labels_version(selection),
     )
+
+
+def _labels_version(selection: Selection) -> str:
+    """The version of the labels by which the report counts rows."""
+    return digest(selection.source_label)
 
 
 def _whole(receipt: dict[str, Any]) -> dict[str, Any]:
@@ -189,23 +169,8 @@ def page_path(artifacts: ArtifactStore) -> UPath:
     return artifacts.path(NAME, PAGE, suffix=".html")
 
 
-def additions_of(selection: Selection) -> Additions:
-    """What the report takes from the other assets of its selection."""
-    return Additions(
-        source_of=source_of(selection.source_label),
-        comparison=comparison.for_report,
-        version=digest(selection.source_label),
-    )
-
-
-def build(selection: Selection, additions: Additions | None = None) -> dg.AssetsDefinition:
-    """The asset for one selection.
-
-    Args:
-        selection: The selection.
-        additions: What other parts of the deployment have to say in its report; by default `additions_of`.
-    """
-    additions = additions or additions_of(selection)
+def build(selection: Selection) -> dg.AssetsDefinition:
+    """The asset for one selection."""
 
     @dg.asset(
         **selection.asset_options(NAME, by_shard=False),
@@ -220,7 +185,7 @@ def build(selection: Selection, additions: Additions | None = None) -> dg.Assets
             )
         ],
         kinds={"html"},
-        code_version=lineage.shown_code_version(CODE_VERSION, additions=additions.version),
+        code_version=lineage.shown_code_version(CODE_VERSION, additions=_labels_version(selection)),
         metadata={"dagster/column_schema": column_schema(COMPOSITION)},
         check_specs=[
             dg.AssetCheckSpec(
@@ -246,13 +211,13 @@ def build(selection: Selection, additions: Additions | None = None) -> dg.Assets
             artifacts = storage.artifacts(selection.store)
             manifest = training_dataset.read_manifest(artifacts)
             overlays = AttentionOverlays(selection, storage, vlm)
-            more = additions if additions.overlay else replace(additions, overlay=overlays.of)
-            content = gather(storage, selection, churn=last_churn(context.instance, selection), more=more)
+            churn = last_churn(context.instance, selection)
+            content = gather(storage, selection, churn=churn, overlay=overlays.of)
             page = render(content)
             overlays.forget_others()
             n_bytes = artifacts.write_text(path := page_path(artifacts), [page])
             data_version = hashlib.sha256(page.encode()).hexdigest()
-            made_from = provenance(manifest, additions.version)
+            made_from = provenance(selection, manifest)
             receipt = {**lineage.header(data_version, made_from), "bytes": n_bytes}
             artifacts.write_json(NAME, receipt, RECEIPT)
             return Output(
@@ -289,7 +254,7 @@ def gather(
     selection: Selection,
     *,
     churn: Churn | None = None,
-    more: Additions = _NOTHING_MORE,
+    overlay: Overlay | None = None,
 ) -> ReportContent:
     """Everything that the report says of the present training dataset.
 
@@ -297,7 +262,7 @@ def gather(
         storage: Opens pool and store.
         selection: The selection.
         churn: Against the selection before, which the store does not keep.
-        more: What comes from elsewhere.
+        overlay: Gives the attention overlay of a sample; without it none is shown.
 
     Raises:
         ArtifactMissingError: Something is not materialized.
@@ -311,10 +276,9 @@ def gather(
     )
     _require_one_piece(selection, manifest, subset_header, basis)
     shards = sorted(json.loads(basis["shards"]))
-    plan = ScorePlan.from_header(basis)
-    scores = _Scores(artifacts, plan, shards, subspace.n)
+    scores = _Scores(artifacts, basis["data_version"], shards, subspace.n)
     profile, picks = scores.profile_and_picks(subset)
-    rows = _Rows(storage, selection, subset, more, subspace.n)
+    rows = _Rows(storage, selection, subset, overlay, subspace.n)
     rows.read(shards, picks)
     return ReportContent(
         title=f"Selection report: {selection.name}",
@@ -322,9 +286,9 @@ def gather(
         settings=_settings(selection, manifest),
         counts=Counts(manifest["rows"], subspace.n, sum(rows.rejected.values()), subset.height),
         energy=plots.energy_points(subspace, subspace_basis.rule_told(selection.rank_rule.describe())),
-        leverage=replace(profile, relative_error_bound=plan.error_bound),
+        leverage=profile,
         composition=rows.composition(),
-        comparison=more.comparison(artifacts) if more.comparison else None,
+        comparison=comparison.for_report(artifacts),
         churn=churn,
         rejected=tuple(
             RejectedReason(reason, n_rows, _MEANINGS[RejectionReason(reason)])
@@ -367,9 +331,9 @@ class _Scores:
 
     _COLUMNS: Final = ("row", "sample_key", "leverage", "normalised_leverage")
 
-    def __init__(self, artifacts: ArtifactStore, plan: ScorePlan, shards: Sequence[str], n: int) -> None:
-        """The ``n`` scores of ``shards``, which are to be of the bases that ``plan`` says."""
-        self._artifacts, self._plan, self._shards, self._n = artifacts, plan, shards, n
+    def __init__(self, artifacts: ArtifactStore, basis_version: str, shards: Sequence[str], n: int) -> None:
+        """The ``n`` scores of ``shards``, which must be of the basis of that version."""
+        self._artifacts, self._basis_version, self._shards, self._n = artifacts, basis_version, shards, n
 
     def profile_and_picks(self, subset: pl.DataFrame) -> tuple[LeverageProfile, pl.DataFrame]:
         """How leverage is spread, and the samples for the galleries.
@@ -457,7 +421,7 @@ class _Scores:
         return (self._read(shard, columns) for shard in self._shards)
 
     def _read(self, shard: str, columns: Sequence[str]) -> pl.DataFrame:
-        frame = importance_scores.read_scores(self._artifacts, self._plan, shard, list(columns))
+        frame = importance_scores.read_scores(self._artifacts, self._basis_version, shard, list(columns))
         return frame.select(pl.lit(shard).alias("shard"), *columns)
 
     @staticmethod
@@ -483,13 +447,18 @@ class _Rows:
     """
 
     def __init__(
-        self, storage: StorageResource, selection: Selection, subset: pl.DataFrame, more: Additions, n: int
+        self,
+        storage: StorageResource,
+        selection: Selection,
+        subset: pl.DataFrame,
+        overlay: Overlay | None,
+        n: int,
     ) -> None:
         """The rows of the pool, of which ``n`` are embedded and those of ``subset`` selected."""
         self._artifacts = storage.artifacts(selection.store)
         self._embeddings = storage.embeddings(selection.store)
         self._images = storage.samples(selection.source, selection.image_root, selection.store)
-        self._more, self._n = more, n
+        self._source_of, self._overlay_of, self._n = source_of(selection.source_label), overlay, n
         self._chosen = {str(shard): rows["row"] for (shard,), rows in subset.group_by("shard")}
         self._pool, self._embedded, self._selected = Counter[str](), Counter[str](), Counter[str]()
         self.rejected = Counter[str]()
@@ -537,7 +506,7 @@ class _Rows:
     def _labels(self, shard: str, rows: pl.DataFrame) -> list[str]:
         # As labels come from anywhere, they may be long and hold what UTF-8 does not.
         return [
-            _cut(self._more.source_of(shard, text), _LABEL).encode(errors="backslashreplace").decode()
+            _cut(self._source_of(shard, text), _LABEL).encode(errors="backslashreplace").decode()
             for text in rows["text"]
         ]
 
@@ -588,7 +557,7 @@ class _Rows:
         return pictures, [f"{n_left_out} more images."] if n_left_out else []
 
     def _overlay(self, sample: GallerySample) -> Picture | None:
-        data = self._more.overlay(sample) if self._more.overlay else None
+        data = self._overlay_of(sample) if self._overlay_of else None
         if data is None:
             return None
         return _thumbnail(data, f"Attention of the instruction over the image of row {sample.row}")

@@ -1,7 +1,7 @@
 """Step 4, all shards: the directions that the rank rule keeps of the centred embeddings.
 
 Holds: mean, the k kept directions with their singular values, the whole spectrum, which version of which
-shard went in, and which basis each shard's scores are to be of (`basis_history`). Costs: d² values and d²
+shard went in, and how far the basis has moved (`basis_history`). Costs: d² values and d²
 operations per changed shard, one eigendecomposition of a d × d matrix (d³), and a bounded sample of vectors.
 """
 
@@ -32,7 +32,7 @@ from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import missing_shards_check, pool_shards
-from scalselect_assets.selection import Selection
+from scalselect_assets.selection import RETIRED_SETTINGS, Selection
 from scalselect_assets.tables import RANK_ALTERNATIVES, SPECTRUM, column_schema
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def version(selection: Selection, moments_versions: Mapping[str, str]) -> str:
 
 
 def provenance(selection: Selection, moments_versions: Mapping[str, str]) -> str:
-    """What the asset is computed from: the basis, and the drift up to which scores of earlier ones stand."""
+    """The hash of what the asset is computed from, which is all that determines the basis."""
     return lineage.provenance(
-        NAME, CODE_VERSION, basis=version(selection, moments_versions), max_drift=selection.max_drift
+        NAME, CODE_VERSION, basis=version(selection, moments_versions), **RETIRED_SETTINGS
     )
 
 
@@ -83,7 +83,7 @@ def _shown_code_version(selection: Selection) -> str:
         rank_rule=selection.rank_rule.describe(),
         standardise=selection.standardise,
         unit_rows=selection.unit_rows,
-        max_drift=selection.max_drift,
+        **RETIRED_SETTINGS,
     )
 
 
@@ -154,10 +154,10 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 unit_rows=json.dumps(selection.unit_rows),
                 shards=json.dumps(inputs, sort_keys=True),
             )
-            history = basis_history.compare(
-                artifacts, subspace, pool.moments, header, max_drift=selection.max_drift
+            drift = basis_history.drift_since_last(artifacts, subspace, pool.moments, header)
+            path, size = artifacts.write_arrays(
+                NAME, subspace.to_arrays(), {**header, "drift": json.dumps(drift)}
             )
-            path, size = basis_history.replace_basis(artifacts, subspace.to_arrays(), header, history)
             return Output(
                 basis_version,
                 made_from,
@@ -172,7 +172,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     "rebuilt": pool.rebuilt,
                     "shards_added": len(pool.added),
                     "shards_removed": len(pool.removed),
-                    **history.metadata(),
+                    **{f"drift_{name}": value for name, value in drift.items()},
                     "energy_curve": plots.energy_curve(subspace, rule_told(selection.rank_rule.describe())),
                     "rank_alternatives": alternatives,
                     "spectrum": dg.MetadataValue.table(

@@ -36,14 +36,13 @@ from scalselect_assets import (
     selected_subset,
     subspace_basis,
 )
-from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.exports import publish
 from scalselect_assets.exports.rows import ExportRow, RowSpool
 from scalselect_assets.materialization import Output, at_work
 from scalselect_assets.method.rejection import RejectionReason
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import pool_shards
-from scalselect_assets.selection import Selection
+from scalselect_assets.selection import RETIRED_SETTINGS, Selection
 from scalselect_assets.tables import TRAINING_ROWS, column_schema
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def provenance(
 
 def _result_settings(selection: Selection) -> dict[str, Any]:
     """The selection's settings; one that declares no exports is what it was before there were any."""
-    settings = selection.result_settings()
+    settings = {**selection.result_settings(), **RETIRED_SETTINGS}
     return settings if selection.exports else {key: settings[key] for key in settings if key != "exports"}
 
 
@@ -107,8 +106,8 @@ def read_manifest(artifacts: ArtifactStore) -> dict[str, Any]:
 
 def _whole(manifest: dict[str, Any]) -> dict[str, Any]:
     versions = {"data_version", "provenance", "basis_version", "shards", "training_file", "files"}
-    told = {"rows", "embedded", "rejected", "selected", "rank", "energy", "basis_drift", "score_error_bound"}
-    if missing := (versions | told) - set(manifest):
+    counts = {"rows", "embedded", "rejected", "selected", "rank", "energy", "basis_drift"}
+    if missing := (versions | counts) - set(manifest):
         raise ValueError(f"the manifest lacks {', '.join(sorted(missing))}")
     if manifest["training_file"] not in manifest["files"]:
         raise ValueError(f"the manifest does not describe its {manifest['training_file']}")
@@ -166,7 +165,6 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             source = storage.samples(selection.source, selection.image_root, selection.store)
             subset, subset_header = artifacts.read_frame(selected_subset.NAME)
             subspace, basis = subspace_basis.read_basis(artifacts)
-            plan = ScorePlan.from_header(basis)
             inputs = json.loads(basis["shards"])
             spool = spools.enter_context(RowSpool()) if selection.exports else None
             writer = _DatasetWriter(
@@ -195,13 +193,13 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 "model": vlm.card(artifacts, **selection.target),
                 "basis_version": basis["data_version"],
                 "basis_drift": json.loads(basis["drift"]),
-                "score_error_bound": plan.error_bound,
                 "images_relative_to": str(source.images_folder()),
                 "training_file": path.name,
                 **_settings(selection),
                 **_counts(subspace, subset, writer),
                 "shards": {
-                    shard: _shard_lineage(writer, shard, moments, plan) for shard, moments in inputs.items()
+                    shard: _shard_lineage(writer, shard, moments, basis["data_version"])
+                    for shard, moments in inputs.items()
                 },
                 "files": _files(artifacts, subset, writer, path, n_bytes),
             }
@@ -463,7 +461,6 @@ def _settings(selection: Selection) -> dict[str, Any]:
             "standardise": selection.standardise,
             "unit_rows": selection.unit_rows,
         },
-        "max_drift": selection.max_drift,
         "code": {
             "scalselect-dagster": package_version("scalselect-dagster"),
             raw_samples.NAME: raw_samples.CODE_VERSION,
@@ -497,14 +494,14 @@ def _counts(subspace: "Subspace", subset: pl.DataFrame, writer: _DatasetWriter) 
 
 
 def _shard_lineage(
-    writer: _DatasetWriter, shard: str, moments: Mapping[str, str], plan: ScorePlan
+    writer: _DatasetWriter, shard: str, moments: Mapping[str, str], basis_version: str
 ) -> dict[str, Any]:
     """The versions that one shard went in with."""
     return {
         "raw_samples": writer.headers[shard]["raw_samples"],
         "attention_embeddings": moments["attention_embeddings"],
         "embedding_moments": moments["data_version"],
-        "scored_with_basis": plan.of_shard(shard),
+        "scored_with_basis": basis_version,
         "lance_table": writer.tables[shard].table,
         "lance_version": writer.tables[shard].version,
         "rejected": sum(writer.rejected[shard].values()),

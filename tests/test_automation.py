@@ -437,15 +437,6 @@ def test_other_terms_of_removing_are_another_choice(automation: Automation) -> N
     assert automation.settle() == {}, "it came out as it was"
 
 
-def test_scores_follow_a_basis_of_other_settings_that_is_as_it_was(filled: Automation) -> None:
-    filled.settings["max_drift"] = 0.5
-    assert filled.settle() == {
-        BASIS: 1,
-        **{f"{SCORES}[{shard}]": 1 for shard in "abc"},
-        DATASET: 1,
-    }
-
-
 def test_what_a_person_materializes_is_followed_up(filled: Automation) -> None:
     filled.files["a"] = "2"
     filled.start([([RAW], "a")], by="a person")

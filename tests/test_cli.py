@@ -152,7 +152,6 @@ def test_a_failing_shard_is_named_and_the_exit_code_is_1(
         (("run", "pool", "--energy", "1.5"), 2, "energy"),
         (("run", "pool", "--rank", "scree"), 2, "gavish_donoho"),
         (("run", "pool", "--rank", "0"), 2, "fixed rank of 0"),
-        (("run", "pool", "--max-drift", "-1"), 2, "max_drift"),
         (("run", "pool", "--device", "tpu"), 2, "tpu"),
         (("verify", "--store", "nowhere"), 2, "is not a store"),
         (("run", "pool", "--name", "a-b"), 2, "name"),

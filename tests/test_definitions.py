@@ -10,10 +10,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from scalselect_assets import ASSET_MODULES
+from resources.identity import digest
+from scalselect_assets import ASSET_MODULES, training_dataset
 from scalselect_assets.automation import automation_condition
 from scalselect_assets.deployment import build_defs, declared_selections
 from scalselect_assets.selection import DECLARATION_TYPE, Selection, SelectionFileError, read_selection
+from scalselect_assets.subspace_basis import provenance, version
 
 ROOT = Path(__file__).parents[1]
 EARLIER_TYPE = "scalselect_assets.selection.Selection"
@@ -244,10 +246,36 @@ def test_relative_paths_of_a_declaration_start_at_its_file(tmp_path: Path) -> No
     assert (got.target_model, got.image_root) == (str(tmp_path / "vlm"), "s3://bucket/i")
 
 
+def test_a_retired_setting_is_read_where_it_changed_nothing_and_is_not_written_again(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    new.write_text(selection().to_yaml())
+    assert "max_drift" not in new.read_text()
+    old.write_text(f"{new.read_text()}  max_drift: 0.0\n")
+    assert read_selection(old) == read_selection(new)
+    assert read_selection(old).to_yaml() == new.read_text()
+
+
+def test_a_retired_setting_stays_in_the_hashes_that_stores_hold() -> None:
+    declared = selection()
+    basis = digest("subspace_basis", "2", {"basis": version(declared, {"a": "1"}), "max_drift": 0.0})
+    assert provenance(declared, {"a": "1"}) == basis
+    settings = {**declared.result_settings(), "max_drift": 0.0}
+    del settings["exports"]
+    inputs = {
+        "settings": settings,
+        "selected_subset": ["p", "v"],
+        "subspace_basis": "b",
+        "left_out": [],
+    }
+    expected = digest("training_dataset", "1", inputs)
+    assert training_dataset.provenance(declared, "p", "v", "b", []) == expected
+
+
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
         ("{name: a, source: s, store: t}", "target_model"),
+        ("{name: a, source: s, store: t, target_model: m, max_drift: 0.05}", "Remove the line max_drift"),
         ("{name: a, source: s, store: t, target_model: m, energy: 1.5}", "energy"),
         ("{name: a, source: s, store: t, target_model: m, budget: 0}", "budget"),
         ("{name: a, source: s, store: t, target_model: m, budget: 1.5}", "budget"),

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from PIL import Image
 from resources.artifacts import ArtifactMissingError
 from resources.embedding_store import EmbeddingTableError
 from scalselect_assets import attention_embeddings
-from scalselect_assets.basis_history import ScorePlan, read_scoring_basis
 from scalselect_assets.explanation import (
     DEFAULT_SIMILAR,
     Exemplar,
@@ -25,9 +23,9 @@ from scalselect_assets.explanation import (
     explain,
 )
 from scalselect_assets.method.preprocessing import prepared_rows
-from scalselect_assets.method.subspace import Subspace
 from scalselect_assets.sample_directions import directions_of_rows
 from scalselect_assets.sample_lineage import SampleKeyError
+from scalselect_assets.subspace_basis import read_basis
 from scalselect_assets.tables import STRONGEST_DIRECTIONS
 from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
 from tests.test_refresh import Bench
@@ -78,9 +76,7 @@ class Pool:
     """All vectors and scores of a store, in memory."""
 
     def __init__(self, bench: Bench) -> None:
-        _, header = bench.artifacts.read_arrays("subspace_basis")
-        plan = ScorePlan.from_header(header)
-        self.subspace: Subspace = read_scoring_basis(bench.artifacts, plan, plan.basis)
+        self.subspace, _ = read_basis(bench.artifacts)
         vectors = bench.vectors()
         self.places = sorted(vectors)
         stacked = np.stack([vectors[place] for place in self.places])
@@ -360,25 +356,6 @@ def test_an_explanation_is_json_and_lines_that_hold_what_it_says(refreshed: Benc
     for near in found.similar:
         assert f"{near.shard}#{near.row}" in printed
     assert "undecodable_image" in dict(told(refreshed, "cut").lines())["rejected as"]
-
-
-def test_a_sample_is_explained_by_the_basis_that_it_is_scored_with(
-    make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path, quick_dagster: None
-) -> None:
-    bench = Bench(make_pool({"a.jsonl": 6, "b.jsonl": 5}), tmp_path / "store", demo_vlm)
-    bench.options["max_drift"] = 100
-    bench.refresh()
-    write_pool_shard(bench.pool, "c.jsonl", 4, seed=5000)
-    bench.refresh()
-    plan = ScorePlan.from_header(bench.artifacts.read_header("subspace_basis", suffix=".safetensors"))
-    assert set(plan.kept) == {"a.jsonl", "b.jsonl"}
-    for place, leverage in bench.scores().items():
-        score = told(bench, place, directions=1000).score
-        assert score is not None
-        assert (score.basis, score.leverage) == (plan.of_shard(place.split("#")[0]), leverage)
-        assert score.pool == 15
-    ranks = [told(bench, place).score.rank for place in bench.scores()]  # type: ignore[union-attr]
-    assert sorted(ranks) == list(range(1, 16))
 
 
 # The column of the selected

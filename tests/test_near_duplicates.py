@@ -95,8 +95,6 @@ def write_store(folder: Path, shards: Mapping[str, Sequence[Row]]) -> None:
     subspace = principal_axes(moments.moments()).subspace(4)
     basis = {
         "data_version": "basis-1",
-        "kept_scores": "{}",
-        "score_error_bounds": "{}",
         "shards": json.dumps(in_basis),
     }
     artifacts.write_arrays(subspace_basis.NAME, subspace.to_arrays(), basis)
@@ -312,7 +310,7 @@ def test_scores_of_another_basis_are_refused(tmp_path: Path) -> None:
     artifacts = StorageResource().artifacts(str(tmp_path))
     scores, _ = artifacts.read_frame(importance_scores.NAME, "a")
     artifacts.write_frame(importance_scores.NAME, scores, {"subspace_basis": "basis-0"}, "a")
-    assert "shard 'a' was scored with basis basis-0, it is to be scored with basis-1" in failure(tmp_path)
+    assert "shard 'a' was scored with basis basis-0, and the present one is basis-1" in failure(tmp_path)
     artifacts.write_frame(importance_scores.NAME, scores.head(19), {"subspace_basis": "basis-1"}, "a")
     assert "19 scores and 20 vectors, of which 19 belong together" in failure(tmp_path)
 

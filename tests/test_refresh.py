@@ -18,7 +18,6 @@ from resources.progress import LogProgress
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets import attention_embeddings
-from scalselect_assets.basis_history import ScorePlan
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.pool_rows import PoolRows
 from scalselect_assets.refresh import (
@@ -541,7 +540,7 @@ def test_scores_of_another_basis_are_refused(bench: Bench) -> None:
     pool = PoolRows(
         bench.artifacts,
         bench.storage.embeddings(str(bench.store)),
-        ScorePlan.from_header(header),
+        header["data_version"],
         json.loads(header["shards"]),
         ["shard"],
     )

@@ -14,14 +14,13 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from resources.artifacts import ArtifactStore
 from scalselect_assets import selection_report, shown_attention, training_dataset
 from scalselect_assets.deployment import open_instance
-from scalselect_assets.report.content import Comparison, Measure, ReportContent, Strategy
+from scalselect_assets.report.content import ReportContent
 from scalselect_assets.report.render import render
 from scalselect_assets.selection_report import (
-    Additions,
     GallerySample,
+    Overlay,
     gather,
     is_complete,
     page_path,
@@ -35,9 +34,9 @@ from tests.test_refresh import Bench
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
 
-def materialized(bench: Bench, more: Additions | None = None) -> dg.ExecuteInProcessResult:
+def materialized(bench: Bench) -> dg.ExecuteInProcessResult:
     """The asset beside the others, which are materialized already."""
-    asset = selection_report.build(bench.selection, *([more] if more else []))
+    asset = selection_report.build(bench.selection)
     with open_instance(bench.selection) as instance:
         return dg.materialize(
             [asset], instance=instance, resources={"storage": bench.storage, "vlm": bench.vlm}
@@ -50,8 +49,8 @@ def told(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
     return {name: value.value for name, value in metadata.items()}
 
 
-def gathered(bench: Bench, more: Additions | None = None) -> ReportContent:
-    return gather(bench.storage, bench.selection, **({"more": more} if more else {}))
+def gathered(bench: Bench, overlay: Overlay | None = None) -> ReportContent:
+    return gather(bench.storage, bench.selection, overlay=overlay)
 
 
 def all_scores(bench: Bench) -> pl.DataFrame:
@@ -143,9 +142,7 @@ def test_the_page_is_what_its_versions_say(kept: Bench, made: dg.ExecuteInProces
     page = page_path(kept.artifacts).read_bytes()
     assert receipt["data_version"] == hashlib.sha256(page).hexdigest()
     assert receipt["bytes"] == len(page)
-    assert receipt["provenance"] == provenance(
-        training_dataset.read_manifest(kept.artifacts), selection_report.additions_of(kept.selection).version
-    )
+    assert receipt["provenance"] == provenance(kept.selection, training_dataset.read_manifest(kept.artifacts))
     assert told(made)["scalselect/provenance"] == receipt["provenance"]
     assert is_complete(kept.artifacts)
 
@@ -264,10 +261,10 @@ def shown(content: ReportContent, place: str) -> Any:
     return next(item for gallery in content.galleries for item in gallery.items if item.place == place)
 
 
-def everything(bench: Bench, monkeypatch: pytest.MonkeyPatch, more: Additions | None = None) -> ReportContent:
+def everything(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> ReportContent:
     """The report with galleries that hold the whole pool."""
     monkeypatch.setattr(selection_report, "GALLERY_SIZE", 100)
-    return gathered(bench, more)
+    return gathered(bench)
 
 
 def test_samples_are_shown_with_words_and_pictures(kept: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,22 +308,22 @@ def test_an_image_that_went_or_broke_leaves_its_place_and_the_reason(
     assert set(pictures.metadata["problems"].value) == {"b.jsonl#0", "b.jsonl#1"}
 
 
-def test_overlays_comparisons_and_labels_come_from_elsewhere(kept: Bench) -> None:
+def labelled(monkeypatch: pytest.MonkeyPatch, label: Callable[[str, str], str]) -> None:
+    """Let rows have any labels, which may come from the pool's own rows."""
+    monkeypatch.setattr(selection_report, "source_of", lambda _: label)
+
+
+def test_overlays_are_shown_and_labels_of_any_text_are_written(
+    kept: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[GallerySample] = []
 
     def overlay(sample: GallerySample) -> bytes | None:
         asked.append(sample)
         return {0: png_bytes(1, (700, 300)), 1: b"broken"}.get(sample.row)
 
-    comparison = Comparison((Measure("m", "means"),), (Strategy("random", "0-4", (0.5,)),))
-    stores: list[ArtifactStore] = []
-    more = Additions(
-        source_of=lambda shard, _: f"{shard.partition('/')[0]}\ud800" + "x" * 200,
-        overlay=overlay,
-        comparison=lambda artifacts: stores.append(artifacts) or comparison,
-        version="1",
-    )
-    content = gathered(kept, more)
+    labelled(monkeypatch, lambda shard, _: f"{shard.partition('/')[0]}\ud800" + "x" * 200)
+    content = gathered(kept, overlay)
     items = [item for gallery in content.galleries for item in gallery.items]
     assert len({(sample.shard, sample.row) for sample in asked}) == len(asked)  # once each
     assert {f"{sample.shard}#{sample.row}" for sample in asked} == {item.place for item in items}
@@ -337,14 +334,14 @@ def test_overlays_comparisons_and_labels_come_from_elsewhere(kept: Bench) -> Non
             assert (item.overlay.width, item.overlay.height) == (256, 110)
         elif item.place.endswith("#1"):
             assert "not an image" in item.overlay.problem
-    assert (content.comparison, stores) == (comparison, [kept.artifacts])
     assert sum(one.pool for one in content.composition) == 34
     assert all(len(one.source) < 120 for one in content.composition)
     render(content).encode()
 
 
-def test_many_sources_are_added_up_after_the_largest(kept: Bench) -> None:
-    content = gathered(kept, Additions(source_of=lambda _, text: hashlib.md5(text.encode()).hexdigest()))
+def test_many_sources_are_added_up_after_the_largest(kept: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    labelled(monkeypatch, lambda _, text: hashlib.md5(text.encode()).hexdigest())
+    content = gathered(kept)
     assert len(content.composition) == 25
     assert content.composition[-1].source == "(10 more sources)"
     manifest = training_dataset.read_manifest(kept.artifacts)
@@ -352,14 +349,15 @@ def test_many_sources_are_added_up_after_the_largest(kept: Bench) -> None:
         assert sum(getattr(one, attribute) for one in content.composition) == manifest[name]
 
 
-def test_the_report_is_due_when_the_dataset_or_what_is_added_changes(kept: Bench) -> None:
-    manifest = training_dataset.read_manifest(kept.artifacts)
-    present = provenance(manifest)
-    assert provenance({name: manifest[name] for name in ("provenance", "data_version")}) == present
+def test_the_report_is_due_when_the_dataset_or_the_labels_change(kept: Bench) -> None:
+    manifest, selection = training_dataset.read_manifest(kept.artifacts), kept.selection
+    present = provenance(selection, manifest)
+    versions = {name: manifest[name] for name in ("provenance", "data_version")}
+    assert provenance(selection, versions) == present
     others = [
-        provenance({**manifest, "provenance": "other"}),
-        provenance({**manifest, "data_version": "other"}),
-        provenance(manifest, "1"),
+        provenance(selection, {**manifest, "provenance": "other"}),
+        provenance(selection, {**manifest, "data_version": "other"}),
+        provenance(selection.model_copy(update={"source_label": "shard"}), manifest),
     ]
     assert len({present, *others}) == 4
 

@@ -42,22 +42,14 @@ class KeepCost:
     """What keeping earlier rows has changed and cost, against the choice made without it.
 
     Attributes:
-        n_earlier: Earlier rows that are still candidates, the excluded ones included.
         rows: (n_kept,) int64, earlier rows chosen only because they are earlier ones, ascending.
-        churn: Share of the chosen rows that are not earlier ones.
-        churn_without: The same of the choice made without keeping.
-        leverage: Sum of the normalised leverages of the choice.
-        leverage_without: The same of the choice made without keeping.
-        leverage_lost: Share of ``leverage_without`` that is lost; negative where keeping has gained, as it
-            can with strategies that do not rank by leverage.
+        churn_without: Share of the rows chosen without keeping that are not earlier ones.
+        leverage_lost: Share that is lost of the normalised leverage chosen without keeping; negative where
+            keeping has gained, as it can with strategies that do not rank by leverage.
     """
 
-    n_earlier: int
     rows: NDArray[np.int64]
-    churn: float
     churn_without: float
-    leverage: float
-    leverage_without: float
     leverage_lost: float
 
     @property
@@ -170,12 +162,8 @@ def _cost(
     leverage_without = float(candidates.normalised_leverage[without].sum())
     only_kept = np.setdiff1d(rows[was_chosen[rows]], without)
     return KeepCost(
-        n_earlier=int(np.count_nonzero(was_chosen)),
         rows=only_kept,
-        churn=float(np.mean(~was_chosen[rows])),
         churn_without=float(np.mean(~was_chosen[without])),
-        leverage=leverage,
-        leverage_without=leverage_without,
         leverage_lost=1 - leverage / leverage_without if leverage_without else 0.0,
     )
 

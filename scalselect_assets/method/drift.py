@@ -22,14 +22,12 @@ class Drift:
             mean over its own pool is 1, over the rows of the new pool. 0 for equal bases.
         largest_angle: Of the min(k) principal angles between the two spans, in degrees. Each span is taken in
             its own standardised coordinates, where a change of a column's scale is no rotation.
-        mean_angle: The mean of these angles, in degrees.
         energy_kept: Share in [0, 1] of the energy of the new directions that lies in the old span; 1.0 where
             there are no new directions.
     """
 
     score_change: float
     largest_angle: float
-    mean_angle: float
     energy_kept: float
 
 
@@ -78,7 +76,6 @@ def basis_drift(old: Subspace, new: Subspace, moments: Moments) -> Drift:
     return Drift(
         score_change=_score_change(old, new, moments),
         largest_angle=float(angles.max(initial=0.0)),
-        mean_angle=float(angles.mean()) if len(angles) else 0.0,
         energy_kept=_energy_kept(old, new),
     )
 

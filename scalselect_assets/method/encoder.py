@@ -80,9 +80,8 @@ Outcome: TypeAlias = Representation | Rejection
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examined:
-    """One sample with all that its representation was made from."""
+    """One sample's representation, and the state of the first layer that it was made from."""
 
-    prepared: Prepared
     state: FirstLayerState
     representation: Representation
 
@@ -180,7 +179,7 @@ class VlmEncoder:
         if isinstance(state, Rejection):
             return state
         outcome = _outcome(prepared, state)
-        return outcome if isinstance(outcome, Rejection) else Examined(prepared, state, outcome)
+        return outcome if isinstance(outcome, Rejection) else Examined(state, outcome)
 
     def _prepared(
         self, samples: Sequence[ChatSample], read_image: ImageReader, workers: int

@@ -8,7 +8,7 @@ it of each other, and the result depends on the ranking and the vectors only, no
 reading.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -139,29 +139,6 @@ def pairs_within(queries: NDArray[np.float32], candidates: Candidates, cosine: f
             pairs.append(np.stack([number[within], positions[row[within]]], axis=1))
     unique: NDArray[np.int64] = np.unique(np.concatenate(pairs), axis=0)
     return unique
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class VectorsInMemory:
-    """Vectors of a matrix, compared exactly.
-
-    Attributes:
-        matrix: (n, d) float32 unit vectors.
-    """
-
-    matrix: NDArray[np.float32]
-
-    def take(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See `Vectors`."""
-        return self.matrix[positions]
-
-    def near(
-        self,
-        queries: NDArray[np.float32],  # noqa: ARG002 - all rows are candidates
-        cosine: float,  # noqa: ARG002
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """See `Vectors`."""
-        yield np.arange(len(self.matrix)), self.matrix
 
 
 def _leaders(

@@ -237,11 +237,6 @@ class Tally:
         self._left = (budget or 0) - int(self._costs[terms.held].sum())
 
     @property
-    def is_constrained(self) -> bool:
-        """Whether rows can be refused before the budget is spent."""
-        return bool(self._terms.columns) or self._terms.size is None
-
-    @property
     def is_full(self) -> bool:
         """Whether nothing can be spent any more; with tokens, rows without cost may still be admitted."""
         return self._left <= 0

@@ -6,9 +6,7 @@ and strongly the directions are represented (`span_measures`), and how much of t
 directions that the subset, left to itself, would find dominant (`own_subspace_measures`).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +35,6 @@ class SpanMeasures:
             u_j·s_j in the basis of the subspace; in [0, 1], 1.0 once n_directions is k.
         smallest_eigenvalue: Of (n/N)·G: the worst represented direction; 0.0 where one is missing.
         mean_log_eigenvalue: log det((n/N)·G) / k, the mean over directions; -inf where one is missing.
-        harmonic_mean_eigenvalue: Of (n/N)·G; 0.0 where one is missing. Its inverse is the mean variance with
-            which a regression on the subset would estimate the directions, relative to the pool's.
     """
 
     leverage_share: float
@@ -46,7 +42,6 @@ class SpanMeasures:
     energy_contained: float
     smallest_eigenvalue: float
     mean_log_eigenvalue: float
-    harmonic_mean_eigenvalue: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,89 +53,15 @@ class OwnSubspaceMeasures:
     pool's own.
 
     Attributes:
-        k: Number of directions of V_S.
         energy_captured: tr(V_Sᵀ C V_S) / tr(Vᵀ C V), in [0, 1]: the share of the dominant subspace's energy
             that the directions hold which the subset alone would find dominant. 1.0 for the pool itself, and
             where the pool has no directions.
         projection_error: ‖X - X V_S V_Sᵀ‖ / ‖X‖ in Frobenius norms over the centred pool X: what is lost when
             the pool is projected on them; 0.0 where the pool has no energy.
-        least_projection_error: The same with V, which is the least of any k directions.
     """
 
-    k: int
     energy_captured: float
     projection_error: float
-    least_projection_error: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LabelCoverage:
-    """How the labels of a pool are represented.
-
-    Attributes:
-        values: The labels, c of them.
-        n_pool: (c,) int64 rows in the pool.
-        n_chosen: (c,) int64 of them chosen.
-        covered: Share of the labels with rows in the pool that have a chosen row.
-    """
-
-    values: tuple[str, ...]
-    n_pool: NDArray[np.int64]
-    n_chosen: NDArray[np.int64]
-    covered: float
-
-    @property
-    def share_of_pool(self) -> NDArray[np.float64]:
-        """(c,) float64, summing to 1."""
-        shares: NDArray[np.float64] = self.n_pool / self.n_pool.sum()
-        return shares
-
-    @property
-    def share_of_chosen(self) -> NDArray[np.float64]:
-        """(c,) float64, summing to 1."""
-        shares: NDArray[np.float64] = self.n_chosen / self.n_chosen.sum()
-        return shares
-
-    @property
-    def chosen_share(self) -> NDArray[np.float64]:
-        """Which share of each label's rows is chosen, (c,) float64; 0.0 where the pool has none."""
-        return self.n_chosen / np.maximum(self.n_pool, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class NearDuplicates:
-    """How many chosen rows have another chosen row near them.
-
-    Attributes:
-        rate: Share of the examined rows with another row within the threshold.
-        threshold: Cosine from which two rows count as near-duplicates.
-        n_examined: Rows that were compared with all others.
-        is_exact: Whether that were all.
-        standard_error: Of ``rate``, for the draw of the examined rows without replacement; 0.0 if exact.
-    """
-
-    rate: float
-    threshold: float
-    n_examined: int
-    is_exact: bool
-    standard_error: float
-
-
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """What two choices have in common.
-
-    Attributes:
-        n_common: Rows in both.
-        jaccard: Of the rows in either, the share in both; 1.0 for two empty choices.
-        share_of_first: Of the first choice's rows, the share in the second; 1.0 where it has none.
-        share_of_second: The reverse.
-    """
-
-    n_common: int
-    jaccard: float
-    share_of_first: float
-    share_of_second: float
 
 
 def span_measures(
@@ -165,7 +86,7 @@ def span_measures(
         rows = u[mask[start : start + len(u)]]
         gram += rows.T @ rows
     if k == 0:
-        return SpanMeasures(0.0, 0, 1.0, 1.0, 0.0, 1.0)
+        return SpanMeasures(0.0, 0, 1.0, 1.0, 0.0)
     eigenvalues = np.linalg.eigvalsh(gram) * (n / len(chosen))
     missing = eigenvalues <= eigenvalues[-1] * k * np.finfo(np.float64).eps
     complete = not missing.any()
@@ -175,7 +96,6 @@ def span_measures(
         energy_contained=1.0 if complete else _energy_contained(gram, singular_values),
         smallest_eigenvalue=float(eigenvalues[0]) if complete else 0.0,
         mean_log_eigenvalue=float(np.log(eigenvalues).mean()) if complete else -np.inf,
-        harmonic_mean_eigenvalue=float(k / (1 / eigenvalues).sum()) if complete else 0.0,
     )
 
 
@@ -202,31 +122,29 @@ def own_subspace_measures(pool: Moments, subset: Moments, subspace: Subspace) ->
     captured = float(np.einsum("ij,ij->", in_columns, scatter @ in_columns))
     best = float(np.square(subspace.singular_values).sum())
     return OwnSubspaceMeasures(
-        k=k,
         energy_captured=min(1.0, captured / best) if best else 1.0,
         projection_error=_root_of_rest(captured, total),
-        least_projection_error=_root_of_rest(best, total),
     )
 
 
-def label_coverage(labels: Labels, chosen: NDArray[np.int64]) -> LabelCoverage:
-    """How the labels are represented among the chosen rows; O(n).
+def label_coverage(labels: Labels, chosen: NDArray[np.int64]) -> float:
+    """The share of the pool's labels that have a chosen row; O(n).
 
     Args:
-        labels: Of the pool's rows.
+        labels: The labels of the pool's rows.
         chosen: (N,) int64 distinct rows, N >= 1.
 
     Raises:
         ValueError: ``chosen`` is empty, repeats a row or names one that is not there.
     """
     mask = _chosen_mask(len(labels.codes), chosen)
-    n_pool = np.bincount(labels.codes, minlength=len(labels.values)).astype(np.int64)
-    n_chosen = np.bincount(labels.codes[mask], minlength=len(labels.values)).astype(np.int64)
-    covered = np.count_nonzero(n_chosen) / np.count_nonzero(n_pool)
-    return LabelCoverage(labels.values, n_pool, n_chosen, float(covered))
+    n_covered, n_labels = (
+        np.count_nonzero(np.bincount(codes)) for codes in (labels.codes[mask], labels.codes)
+    )
+    return float(n_covered / n_labels)
 
 
-def near_duplicates(
+def near_duplicate_rate(
     rows: Blocks,
     n: int,
     *,
@@ -234,8 +152,8 @@ def near_duplicates(
     exact_up_to: int = 20_000,
     sample: int = 2_000,
     seed: int = 0,
-) -> NearDuplicates:
-    """How many rows have another row whose cosine with them reaches a threshold.
+) -> float:
+    """The share of the rows that have another row whose cosine with them reaches a threshold.
 
     Rows are compared as they are given: centre vectors before, since those of one model point much the same
     way. A row of zeros is near none. All n rows are examined up to ``exact_up_to``, beyond that a random
@@ -244,11 +162,11 @@ def near_duplicates(
 
     Args:
         rows: The chosen rows, in blocks of (m, d).
-        n: How many they are, 1 or more.
+        n: Number of the rows, 1 or more.
         threshold: In (0, 1].
         exact_up_to: Number of rows up to which all are examined.
-        sample: How many are, beyond; 2 or more.
-        seed: Of the sample.
+        sample: Number of rows that are examined of a longer stream; 1 or more.
+        seed: Seed of the draw of these rows.
 
     Raises:
         ValueError: A number is out of range, or the blocks are not n rows.
@@ -257,46 +175,34 @@ def near_duplicates(
         raise ValueError(
             f"Got cosine {threshold}; allowed is above 0 and at most 1. Near-duplicates have 0.95."
         )
-    if n < 1 or sample < 2:
-        raise ValueError(f"Got {n} rows and a sample of {sample}; allowed is from 1 row and from 2 examined.")
-    is_exact = n <= max(exact_up_to, sample)
+    if n < 1 or sample < 1:
+        raise ValueError(f"Got {n} rows and a sample of {sample}; allowed is 1 or more of each.")
     examined = np.arange(n)
-    if not is_exact:
+    if n > max(exact_up_to, sample):
         examined = np.sort(np.random.default_rng(seed).choice(n, size=sample, replace=False))
     n_near = 0
     for first in range(0, len(examined), _QUERY_ROWS):
         n_near += _count_near(rows, n, examined[first : first + _QUERY_ROWS], threshold)
-    rate, m = n_near / len(examined), len(examined)
-    error = 0.0 if is_exact else np.sqrt(rate * (1 - rate) / (m - 1) * (1 - m / n))
-    return NearDuplicates(rate, threshold, m, is_exact, float(error))
+    return n_near / len(examined)
 
 
-def overlap(first: Sequence[Any] | NDArray[Any], second: Sequence[Any] | NDArray[Any]) -> Overlap:
-    """What two choices have in common.
+def shared_share(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
+    """The share of the first choice's rows that the second holds, too; 1.0 where the first has none.
 
     Args:
-        first: Identities of the rows (positions in one pool, or keys); each once.
-        second: The same.
+        first: Positions of the rows in one pool; each once.
+        second: The same, of the other choice.
 
     Raises:
         ValueError: A choice names a row twice.
     """
-    sets = []
-    for name, identities in (("first", first), ("second", second)):
-        distinct = set(np.asarray(identities).tolist())
-        if len(distinct) < len(identities):
+    for name, positions in (("first", first), ("second", second)):
+        if (n_distinct := len(np.unique(positions))) < len(positions):
             raise ValueError(
-                f"Got {len(identities)} rows in the {name} choice, {len(distinct)} of them distinct; each "
-                "may be there once. Identify rows by sample key and shard."
+                f"Got {len(positions)} rows in the {name} choice, {n_distinct} of them distinct; each may be "
+                "there once. Pass each position once."
             )
-        sets.append(distinct)
-    common, either = len(sets[0] & sets[1]), len(sets[0] | sets[1])
-    return Overlap(
-        common,
-        common / either if either else 1.0,
-        common / len(sets[0]) if sets[0] else 1.0,
-        common / len(sets[1]) if sets[1] else 1.0,
-    )
+    return float(np.isin(first, second).mean()) if len(first) else 1.0
 
 
 def _count_near(rows: Blocks, n: int, examined: NDArray[np.int64], threshold: float) -> int:

@@ -70,8 +70,6 @@ class LeverageProfile:
         cut: Normalised leverage of the last selected sample, where the selection is exactly the top by
             leverage; None where something else chose it.
         leverage_share: Share of the pool's normalised leverage that the selected samples hold.
-        relative_error_bound: Bound on the mean absolute error of normalised leverage (mean 1), above 0 where
-            shards keep scores of an earlier basis.
     """
 
     bins: tuple[LeverageBin, ...]
@@ -79,7 +77,6 @@ class LeverageProfile:
     values: tuple[float, ...]
     cut: float | None
     leverage_share: float
-    relative_error_bound: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

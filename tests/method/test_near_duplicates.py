@@ -5,12 +5,12 @@ import pytest
 from numpy.typing import NDArray
 
 from scalselect_assets.method.near_duplicates import (
-    VectorsInMemory,
     centred_directions,
     near_duplicates,
     pairs_within,
 )
 from scalselect_assets.method.preprocessing import unit_rows
+from tests.method.vectors import VectorsInMemory
 
 COSINE = 0.98
 

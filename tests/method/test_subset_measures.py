@@ -14,9 +14,9 @@ from scalselect_assets.method.rank import EnergyThreshold
 from scalselect_assets.method.strategies import Random, Spanning, TopLeverage
 from scalselect_assets.method.subset_measures import (
     label_coverage,
-    near_duplicates,
-    overlap,
+    near_duplicate_rate,
     own_subspace_measures,
+    shared_share,
     span_measures,
 )
 from scalselect_assets.method.subspace import fit_subspace
@@ -40,7 +40,6 @@ def test_span_measures_equal_their_definitions():
     assert got.energy_contained == 1.0
     assert got.smallest_eigenvalue == pytest.approx(eigenvalues[0])
     assert got.mean_log_eigenvalue == pytest.approx(np.log(eigenvalues).mean())
-    assert got.harmonic_mean_eigenvalue == pytest.approx(k / (1 / eigenvalues).sum())
 
 
 def test_the_whole_pool_spans_itself_evenly():
@@ -63,7 +62,7 @@ def test_fewer_rows_than_directions_contain_the_energy_of_their_span():
     assert got.energy_contained == pytest.approx(
         np.square(coordinates @ basis).sum() / np.square(coordinates).sum()
     )
-    assert (got.smallest_eigenvalue, got.harmonic_mean_eigenvalue) == (0, 0)
+    assert got.smallest_eigenvalue == 0
     assert got.mean_log_eigenvalue == -np.inf
 
 
@@ -89,31 +88,32 @@ def test_own_subspace_measures_equal_those_of_whole_matrices(standardise: bool):
     own = scaled[chosen] - scaled[chosen].mean(axis=0)
     k = subspace.k
     v_own, v = (np.linalg.svd(matrix)[2][:k].T for matrix in (own, scaled))
-    assert got.k == k
     assert got.energy_captured == pytest.approx(
         np.square(scaled @ v_own).sum() / np.square(scaled @ v).sum(), rel=1e-8
     )
-    for error, directions in ((got.projection_error, v_own), (got.least_projection_error, v)):
-        lost = scaled - scaled @ directions @ directions.T
-        assert error == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(scaled), rel=1e-6)
-    assert got.projection_error >= got.least_projection_error
+    lost = scaled - scaled @ v_own @ v_own.T
+    assert got.projection_error == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(scaled), rel=1e-6)
 
 
 def test_the_pool_itself_captures_all_of_its_energy():
     x = rows(100, 6)
     pool = Moments.of(x)
-    got = own_subspace_measures(pool, pool, fit_subspace(pool))
+    subspace = fit_subspace(pool)
+    got = own_subspace_measures(pool, pool, subspace)
     assert got.energy_captured == pytest.approx(1)
-    assert got.projection_error == pytest.approx(got.least_projection_error)
+    assert got.projection_error == pytest.approx(np.sqrt(1 - subspace.energy))
 
 
 def test_a_subset_of_fewer_rows_than_directions_uses_its_own_rank():
     x = rows(100, 6)
     pool = Moments.of(x)
     subspace = fit_subspace(pool, EnergyThreshold(1.0))
-    assert own_subspace_measures(pool, Moments.of(x[:3]), subspace).k == 2
+    centred, few = x - x.mean(axis=0), x[:3] - x[:3].mean(axis=0)
+    plane = np.linalg.svd(few)[2][:2].T
+    three = own_subspace_measures(pool, Moments.of(x[:3]), subspace)
+    assert three.energy_captured == pytest.approx(np.square(centred @ plane).sum() / np.square(centred).sum())
     one = own_subspace_measures(pool, Moments.of(x[:1]), subspace)
-    assert (one.k, one.energy_captured, one.projection_error) == (0, 0, 1)
+    assert (one.energy_captured, one.projection_error) == (0, 1)
 
 
 def test_spanning_represents_the_weakest_direction_best_where_groups_are_planted():
@@ -130,15 +130,9 @@ def test_spanning_represents_the_weakest_direction_best_where_groups_are_planted
     assert even["Spanning"] > even["Random"]
 
 
-def test_coverage_counts_labels_in_the_pool_and_among_the_chosen():
-    got = label_coverage(Labels.of(list("aaaabbbccd")), np.array([0, 1, 4, 7]))
-    assert got.values == ("a", "b", "c", "d")
-    assert got.covered == 0.75
-    assert got.n_pool.tolist() == [4, 3, 2, 1]
-    assert got.n_chosen.tolist() == [2, 1, 1, 0]
-    assert got.share_of_chosen.tolist() == [0.5, 0.25, 0.25, 0]
-    assert got.share_of_pool.tolist() == [0.4, 0.3, 0.2, 0.1]
-    assert got.chosen_share.tolist() == [0.5, pytest.approx(1 / 3), 0.5, 0]
+def test_coverage_is_the_share_of_the_labels_in_the_pool_that_are_chosen():
+    assert label_coverage(Labels.of(list("aaaabbbccd")), np.array([0, 1, 4, 7])) == 0.75
+    assert label_coverage(Labels(np.array([0, 0, 2]), ("a", "b", "c")), np.array([0])) == 0.5
 
 
 def by_definition(x: NDArray[np.float64], threshold: float) -> float:
@@ -154,31 +148,28 @@ def test_near_duplicates_are_those_of_all_pairs(block: int, queries: int, monkey
     monkeypatch.setattr("scalselect_assets.method.subset_measures._QUERY_ROWS", queries)
     x, _ = planted([5, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1, 1], 6, noise=0.4)
     for threshold in (0.5, 0.9, 0.97):
-        got = near_duplicates(blocks_of(x, block), len(x), threshold=threshold)
-        assert got.rate == by_definition(x, threshold)
-        assert got.is_exact
-        assert got.standard_error == 0
-    rates = [near_duplicates(blocks_of(x), len(x), threshold=t).rate for t in (0.5, 0.9, 0.97)]
+        got = near_duplicate_rate(blocks_of(x, block), len(x), threshold=threshold)
+        assert got == by_definition(x, threshold)
+    rates = [near_duplicate_rate(blocks_of(x), len(x), threshold=t) for t in (0.5, 0.9, 0.97)]
     assert rates[0] > rates[1] > rates[2]
 
 
 def test_equal_rows_are_near_at_a_cosine_of_one_and_rows_of_zeros_are_not():
     x = np.array([[0.1, 0.3], [0.1, 0.3], [0.7, -0.1], [0.0, 0.0], [0.0, 0.0]])
-    assert near_duplicates(blocks_of(x), 5, threshold=1.0).rate == 0.4
+    assert near_duplicate_rate(blocks_of(x), 5, threshold=1.0) == 0.4
 
 
-def test_a_sample_of_rows_is_compared_with_all_and_states_its_error():
+def test_a_sample_of_rows_is_compared_with_all():
     x, _ = planted([2] * 300 + [1] * 400, 40, noise=1e-6)
-    exact = near_duplicates(blocks_of(x), len(x), threshold=0.9999)
-    assert exact.rate == 0.6
+    assert near_duplicate_rate(blocks_of(x), len(x), threshold=0.9999) == 0.6
     estimates = [
-        near_duplicates(blocks_of(x), len(x), threshold=0.9999, exact_up_to=500, sample=200, seed=seed)
+        near_duplicate_rate(blocks_of(x), len(x), threshold=0.9999, exact_up_to=500, sample=200, seed=seed)
         for seed in range(20)
     ]
-    assert all(got.n_examined == 200 and not got.is_exact for got in estimates)
-    assert all(abs(got.rate - 0.6) < 4 * got.standard_error for got in estimates)
-    assert len({got.rate for got in estimates}) > 1
-    again = near_duplicates(blocks_of(x), len(x), threshold=0.9999, exact_up_to=500, sample=200, seed=7)
+    standard_error = np.sqrt(0.6 * 0.4 / 200 * (1 - 200 / len(x)))
+    assert all(abs(rate - 0.6) < 4 * standard_error for rate in estimates)
+    assert len(set(estimates)) > 1
+    again = near_duplicate_rate(blocks_of(x), len(x), threshold=0.9999, exact_up_to=500, sample=200, seed=7)
     assert again == estimates[7]
 
 
@@ -187,18 +178,18 @@ def test_near_duplicates_hold_no_more_than_some_blocks():
         return (np.full((500, 400), float(i % 3 - 1)) for i in range(40))
 
     tracemalloc.start()
-    near_duplicates(stream, 20_000, threshold=0.9, exact_up_to=0, sample=100)
+    near_duplicate_rate(stream, 20_000, threshold=0.9, exact_up_to=0, sample=100)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20_000 * 400 * 8 / 4
 
 
-def test_overlap_is_that_of_sets():
-    got = overlap([1, 2, 3, 4], [3, 4, 5])
-    assert (got.n_common, got.jaccard) == (2, 0.4)
-    assert (got.share_of_first, got.share_of_second) == (0.5, pytest.approx(2 / 3))
-    assert overlap(np.array(["a", "b"]), ["b", "a"]).jaccard == 1
-    assert overlap([], []).jaccard == 1
+def test_what_two_choices_share_is_a_share_of_the_first():
+    none = np.array([], dtype=np.int64)
+    assert shared_share(np.array([1, 2, 3, 4]), np.array([5, 4, 3])) == 0.5
+    assert shared_share(np.array([5, 4, 3]), np.array([1, 2, 3, 4])) == pytest.approx(2 / 3)
+    assert shared_share(np.array([7, 2]), np.array([2, 7])) == 1
+    assert (shared_share(np.array([1]), none), shared_share(none, np.array([1]))) == (0, 1)
 
 
 def test_what_is_no_choice_is_refused():
@@ -211,10 +202,10 @@ def test_what_is_no_choice_is_refused():
     with pytest.raises(ValueError, match="width 3 with 2 singular values"):
         span_measures(blocks_of(u), np.array([0]), 3, np.ones(2))
     with pytest.raises(ValueError, match="2 rows in the first choice, 1 of them distinct"):
-        overlap([1, 1], [2])
+        shared_share(np.array([1, 1]), np.array([2]))
     with pytest.raises(ValueError, match="cosine 0"):
-        near_duplicates(blocks_of(u), 3, threshold=0)
+        near_duplicate_rate(blocks_of(u), 3, threshold=0)
     with pytest.raises(ValueError, match="3 rows in the blocks for 4"):
-        near_duplicates(blocks_of(u), 4, threshold=0.9)
+        near_duplicate_rate(blocks_of(u), 4, threshold=0.9)
     with pytest.raises(ValueError, match="0 rows and a sample"):
-        near_duplicates(blocks_of(u), 0, threshold=0.9)
+        near_duplicate_rate(blocks_of(u), 0, threshold=0.9)
