@@ -17,6 +17,7 @@ from resources.sample_source import STORE_MARK
 from resources.storage import StorageResource
 from resources.vlm import VlmResource
 from scalselect_assets.attention_embeddings import limit_devices
+from scalselect_assets.graph import selection_defs
 from scalselect_assets.selection import Selection, SelectionFileError, read_selection
 
 SELECTIONS_VARIABLE = "SCALSELECT_SELECTIONS"
@@ -77,7 +78,7 @@ def build_defs(
     """The graphs of all `selections` with one set of resources, any of which can be replaced."""
     resources = {"storage": StorageResource(), "vlm": VlmResource(), "progress": LogProgress()}
     return dg.Definitions.merge(
-        *(dg.build_defs_for_component(selection) for selection in selections),
+        *(selection_defs(selection) for selection in selections),
         dg.Definitions(
             resources={**resources, **(resource_overrides or {})},
             # A process per step would import torch and load the model for each.

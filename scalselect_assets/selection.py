@@ -1,7 +1,8 @@
 """What a deployment declares: one pool, one target model, one budget.
 
 A deployment may hold several selections; each has its own asset keys (``[name, asset]``), partitions and
-store. Declarations are YAML files that `definitions.py` finds and that ``scalselect run`` writes.
+store. Declarations are YAML files that `definitions.py` finds and that ``scalselect run`` writes. They have
+the form of Dagster's component files; `scalselect_assets.component` is the component.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,10 @@ from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, pa
 from scalselect_assets.method.selection import budget_size
 from scalselect_assets.partitions import shard_partitions
 
-DECLARATION_TYPE = "scalselect_assets.selection.Selection"
+DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
+"""The ``type`` of a declaration: the component that Dagster builds from the same file."""
+
+_EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by stores of earlier releases
 
 
 # Fields that say when and for whom the results are made.
@@ -75,10 +79,9 @@ class AssetOptions(TypedDict):
     owners: list[str]
     partitions_def: dg.PartitionsDefinition[str] | None
     backfill_policy: dg.BackfillPolicy | None
-    automation_condition: dg.AutomationCondition[Any] | None
 
 
-class Selection(dg.Component, dg.Model, dg.Resolvable):
+class Selection(dg.Model):
     """Choose training samples from one pool for one target VLM."""
 
     name: str = Field(
@@ -302,8 +305,6 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
 
     def asset_options(self, asset: str, *, by_shard: bool) -> AssetOptions:
         """What every asset of this selection has in common, for ``asset``."""
-        from scalselect_assets.automation import automation_condition
-
         return {
             "key": self.key(asset),
             "group_name": self.name,
@@ -311,18 +312,11 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
             "partitions_def": self.partitions if by_shard else None,
             # One run for all shards of a backfill, so that the model is loaded once.
             "backfill_policy": dg.BackfillPolicy.single_run() if by_shard else None,
-            "automation_condition": automation_condition(self, asset),
         }
 
     def job_name(self, job: str) -> str:
         """Job names are global to a deployment, so they carry the selection's name."""
         return f"{self.name}_{job}"
-
-    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
-        """The graph of this selection; see `scalselect_assets.graph`."""
-        from scalselect_assets.graph import selection_defs
-
-        return selection_defs(self)
 
     def to_yaml(self, *, in_store: bool = False) -> str:
         """The declaration that `read_selection` reads back; one that lies in its store moves with it."""
@@ -338,10 +332,30 @@ def _absolute(place: str, declaration: Path) -> str:
     return str((declaration.parent / Path(place).expanduser()).absolute())
 
 
+def _attributes(declared: object, path: Path) -> dict[str, Any]:
+    """The attributes of a declaration of one of the accepted types."""
+    if not isinstance(declared, dict):
+        raise SelectionFileError(
+            f"{path} does not hold a mapping; write `type: {DECLARATION_TYPE}` and `attributes`"
+        )
+    if (kind := declared.get("type")) not in (DECLARATION_TYPE, *_EARLIER_TYPES):
+        raise SelectionFileError(
+            f"{path} declares the type {kind!r}; a selection has `type: {DECLARATION_TYPE}`, or "
+            f"{' or '.join(_EARLIER_TYPES)} as earlier releases wrote"
+        )
+    attributes = declared.get("attributes") or {}
+    if not isinstance(attributes, dict):
+        raise SelectionFileError(
+            f"{path} has the `attributes` {attributes!r}; write one `name: value` a line"
+        )
+    return dict(attributes)
+
+
 def read_selection(path: Path) -> Selection:
     """Read one declaration; relative local paths in it are relative to the file's folder.
 
-    A target model is taken as a path where it begins with a dot; otherwise it may be a hub id.
+    A target model is taken as a path where it begins with a dot; otherwise it may be a hub id. The type that
+    earlier releases wrote is accepted too, so that their stores still open.
 
     Raises:
         SelectionFileError: Not YAML, not of this type, or an attribute is unknown, missing or out of range.
@@ -350,9 +364,7 @@ def read_selection(path: Path) -> Selection:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SelectionFileError(f"cannot read the selection {path}: {error}") from error
-    if not isinstance(declared, dict) or declared.get("type") != DECLARATION_TYPE:
-        raise SelectionFileError(f"{path} does not declare `type: {DECLARATION_TYPE}` with `attributes`")
-    attributes = dict(declared.get("attributes") or {})
+    attributes = _attributes(declared, path)
     for name in ("source", "store", "image_root", "target_model", "include", "exclude"):
         value = attributes.get(name)
         if not isinstance(value, str) or "://" in value:

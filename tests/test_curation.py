@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from scalselect_assets.component import SelectionComponent
 from scalselect_assets.curation import Decontamination, NearDuplicates
 from scalselect_assets.selection import Selection
 
@@ -16,29 +17,24 @@ near_duplicates: {cosine: 0.99}
 """
 
 
-class Curated(Selection):
-    decontamination: Decontamination | None = None
-    near_duplicates: NearDuplicates | None = None
-
-
 def test_a_declaration_holds_both_in_either_way_of_reading_it() -> None:
-    by_pydantic = Curated.model_validate(yaml.safe_load(DECLARED))
-    by_dagster = Curated.resolve_from_yaml(DECLARED)
+    by_pydantic = Selection.model_validate(yaml.safe_load(DECLARED))
+    by_dagster = SelectionComponent.resolve_from_yaml(DECLARED)
     for selection in (by_pydantic, by_dagster):
         assert selection.decontamination == Decontamination(texts="/benchmarks", max_hamming=None, ngram=10)
         assert selection.near_duplicates == NearDuplicates(cosine=0.99)
     written = yaml.safe_load(by_pydantic.to_yaml())["attributes"]
-    assert Curated.model_validate(written) == by_pydantic
+    assert Selection.model_validate(written) == by_pydantic
 
 
 def test_a_declaration_needs_neither() -> None:
-    selection = Curated(name="pool", source="/pool", store="/store", target_model="org/model")
+    selection = Selection(name="pool", source="/pool", store="/store", target_model="org/model")
     assert selection.decontamination is selection.near_duplicates is None
 
 
 @pytest.mark.parametrize("wrong", ["decontamination: {}", "near_duplicates: {cosine: 2}"])
 def test_a_declaration_that_makes_no_sense_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=wrong.partition(":")[0]):
-        Curated.model_validate(
+        Selection.model_validate(
             {**yaml.safe_load(DECLARED), **yaml.safe_load(wrong)},
         )
