@@ -13,6 +13,7 @@ import pytest
 from resources.identity import digest
 from scalselect_assets import ASSET_MODULES, training_dataset
 from scalselect_assets.automation import automation_condition
+from scalselect_assets.component import SelectionComponent
 from scalselect_assets.deployment import build_defs, declared_selections
 from scalselect_assets.selection import DECLARATION_TYPE, Selection, SelectionFileError, read_selection
 from scalselect_assets.subspace_basis import provenance, version
@@ -254,7 +255,7 @@ def test_a_retired_setting_is_read_where_it_changed_nothing_and_is_not_written_a
     assert read_selection(old) == read_selection(new)
     assert read_selection(old).to_yaml() == new.read_text()
     with pytest.raises(ValueError, match="Remove the line max_drift"):  # by Dagster's own loader, too
-        Selection.resolve_from_dict({**selection().model_dump(), "max_drift": 0.05})
+        SelectionComponent.resolve_from_dict({**selection().model_dump(), "max_drift": 0.05})
 
 
 def test_a_retired_setting_stays_in_the_hashes_that_stores_hold() -> None:
