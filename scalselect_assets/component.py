@@ -7,8 +7,8 @@ component does not bring the resources, of which a deployment has one set: merge
 
 import dagster as dg
 
+from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.graph import selection_defs
-from scalselect_assets.selection import Selection
 
 
 class SelectionComponent(dg.Component, dg.Resolvable, Selection):

@@ -7,8 +7,8 @@ from dagster.components.testing import create_defs_folder_sandbox
 from pydantic import ValidationError
 
 from scalselect_assets.component import SelectionComponent
+from scalselect_assets.declaration.selection import DECLARATION_TYPE, Selection
 from scalselect_assets.deployment import build_defs
-from scalselect_assets.selection import DECLARATION_TYPE, Selection
 
 DECLARED = Selection(
     name="pool",

@@ -10,13 +10,19 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from resources.identity import digest
-from scalselect_assets import ASSET_MODULES, training_dataset
-from scalselect_assets.automation import automation_condition
+from scalselect_assets import ASSET_MODULES
 from scalselect_assets.component import SelectionComponent
+from scalselect_assets.dataset import training_manifest
+from scalselect_assets.declaration.selection import (
+    DECLARATION_TYPE,
+    Selection,
+    SelectionFileError,
+    read_selection,
+)
 from scalselect_assets.deployment import build_defs, declared_selections
-from scalselect_assets.selection import DECLARATION_TYPE, Selection, SelectionFileError, read_selection
-from scalselect_assets.subspace_basis import provenance, version
+from scalselect_assets.operations.automation import automation_condition
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.subspace.subspace_basis import provenance, version
 
 ROOT = Path(__file__).parents[1]
 EARLIER_TYPE = "scalselect_assets.selection.Selection"
@@ -50,8 +56,8 @@ def test_definitions_load_without_torch_transformers_or_lancedb(tmp_path: Path) 
 
 def test_the_method_loads_without_dagster_polars_or_lancedb() -> None:
     modules = imported_in_a_fresh_process(
-        "import scalselect_assets.method.encoder, scalselect_assets.method.leverage, "
-        "scalselect_assets.method.selection"
+        "import scalselect_assets.method.representation.encoder, scalselect_assets.method.subspace.leverage, "
+        "scalselect_assets.method.choice.choose.choose.budget"
     )
     assert not modules & {"dagster", "polars", "lancedb", "upath", "resources"}
 
@@ -271,7 +277,7 @@ def test_a_retired_setting_stays_in_the_hashes_that_stores_hold() -> None:
         "left_out": [],
     }
     expected = digest("training_dataset", "1", inputs)
-    assert training_dataset.provenance(declared, "p", "v", "b", []) == expected
+    assert training_manifest.provenance(declared, "p", "v", "b", []) == expected
 
 
 @pytest.mark.parametrize(
@@ -310,7 +316,10 @@ def test_a_declaration_of_an_earlier_release_is_read(tmp_path: Path) -> None:
     ("written", "got"),
     [
         ("type: other.Component\nattributes: {}\n", "'other.Component'"),
-        ("type: scalselect_assets.selection.SelectionComponent\n", "'scalselect_assets.selection.Sel"),
+        (
+            "type: scalselect_assets.declaration.selection.SelectionComponent\n",
+            "'scalselect_assets.declaration.selection.Sel",
+        ),
         ("type: [scalselect_assets.component.SelectionComponent]\n", r"\['scalselect_assets"),
         ("attributes: {name: a, source: s, store: t, target_model: m}\n", "None"),
     ],

@@ -1,6 +1,6 @@
 """What the charts show, each in one sentence without a full stop: text alternatives and captions."""
 
-from scalselect_assets.report.content import Churn, EnergyCurve, LeverageProfile
+from scalselect_assets.charts.chart_data import Churn, EnergyCurve, LeverageProfile
 
 
 def energy(curve: EnergyCurve) -> str:

@@ -12,7 +12,7 @@ from math import ceil, floor, inf, log2
 from typing import TYPE_CHECKING, Final, TypeAlias
 from xml.dom import minidom
 
-from scalselect_assets.report.content import EnergyCurve, LeverageProfile
+from scalselect_assets.charts.chart_data import EnergyCurve, LeverageProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 import dagster as dg
 import numpy as np
 
-from scalselect_assets.report import charts, told
-from scalselect_assets.report.content import EnergyCurve
+from scalselect_assets.charts import captions, figures
+from scalselect_assets.charts.chart_data import EnergyCurve
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.method.subspace.basis import Subspace
 
 _POINTS = 200  # of a curve; more cannot be told apart
 
 
-def picture(draw: charts.Draw, text: str) -> dg.MarkdownMetadataValue:
+def picture(draw: figures.Draw, text: str) -> dg.MarkdownMetadataValue:
     """A chart, and the text beside it, which says the same."""
-    encoded = base64.b64encode(charts.png(draw)).decode()
+    encoded = base64.b64encode(figures.png(draw)).decode()
     return dg.MetadataValue.md(f"![{text}](data:image/png;base64,{encoded})\n\n{text}.")
 
 
@@ -28,7 +28,7 @@ def energy_curve(subspace: "Subspace", rule: str) -> dg.MarkdownMetadataValue:
 
 def energy_picture(curve: EnergyCurve) -> dg.MarkdownMetadataValue:
     """``energy_curve`` of points that are there already."""
-    return picture(charts.energy_chart(curve), told.energy(curve))
+    return picture(figures.energy_chart(curve), captions.energy(curve))
 
 
 def energy_points(subspace: "Subspace", rule: str) -> EnergyCurve:

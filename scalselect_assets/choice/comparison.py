@@ -14,19 +14,18 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from resources.artifacts import ArtifactMissingError, ArtifactStore
-from scalselect_assets import pool_moments
-from scalselect_assets.choice_settings import Comparison
-from scalselect_assets.pool_rows import PoolRows, Projections
-from scalselect_assets.report.content import Comparison as ReportComparison
-from scalselect_assets.report.content import Measure, Strategy
-from scalselect_assets.tables import Column, Table
+from scalselect_assets.choice.pool_rows import PoolRows
+from scalselect_assets.choice.projections import Projections
+from scalselect_assets.declaration.choice_settings import Comparison
+from scalselect_assets.recording.columns import Column, Table
+from scalselect_assets.subspace import pool_moments
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.candidates import Candidates
-    from scalselect_assets.method.moments import Moments
-    from scalselect_assets.method.quotas import Terms
-    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.method.choice.candidates import Candidates
+    from scalselect_assets.method.choice.terms import Terms
+    from scalselect_assets.method.subspace.basis import Subspace
+    from scalselect_assets.method.subspace.moments import Moments
+
 
 NAME = "subset_comparison"
 CHOICE = "the choice"
@@ -83,8 +82,8 @@ def alternatives(
     stratify_by: str,
 ) -> Iterator[Compared]:
     """What other strategies choose under the same terms."""
-    from scalselect_assets.method.choice import choose
-    from scalselect_assets.method.strategies import strategy_named
+    from scalselect_assets.method.choice.choose import choose
+    from scalselect_assets.method.choice.strategies import strategy_named
 
     for name in settings.strategies:
         drawn = name in _DRAWN
@@ -124,7 +123,7 @@ def compare(
     Returns:
         A frame of `SUBSET_COMPARISON`.
     """
-    from scalselect_assets.method.subset_measures import (
+    from scalselect_assets.method.choice.subset_measures import (
         label_coverage,
         near_duplicate_rate,
         own_subspace_measures,
@@ -183,7 +182,7 @@ def _vectors(
     sampled: Sequence[NDArray[np.int64]], pool: PoolRows, rows: pl.DataFrame, *, unit_rows: bool
 ) -> list[NDArray[np.float32]]:
     """The vectors of each set of rows, (m, d), in one pass over the shards that have any."""
-    from scalselect_assets.method.preprocessing import prepared_rows
+    from scalselect_assets.method.subspace.preprocessing import prepared_rows
 
     found: list[list[NDArray[np.float32]]] = [[] for _ in sampled]
     anywhere = np.zeros(rows.height, bool)
@@ -206,7 +205,7 @@ def _vectors(
 
 
 def _moments(x: NDArray[np.float32]) -> "Moments":
-    from scalselect_assets.method.moments import Moments
+    from scalselect_assets.method.subspace.moments import Moments
 
     return Moments.of(x)
 
@@ -216,33 +215,6 @@ def means(comparison: pl.DataFrame) -> pl.DataFrame:
     measures = [name for name in comparison.columns if name not in {"strategy", "seed"}]
     return comparison.group_by("strategy", maintain_order=True).agg(
         pl.col("seed").count().alias("seeds"), *(pl.col(name).cast(pl.Float64).mean() for name in measures)
-    )
-
-
-def for_report(artifacts: ArtifactStore) -> ReportComparison | None:
-    """The comparison as the report shows it; none where nothing was compared."""
-    try:
-        compared, _ = artifacts.read_frame(NAME)
-    except ArtifactMissingError:
-        return None
-    if compared.is_empty():
-        return None
-    averages = means(compared)
-    names = [name for name in averages.columns if name not in {"strategy", "seeds"}]
-    seeds = dict(compared.group_by("strategy").agg(pl.col("seed").drop_nulls().sort()).iter_rows())
-    return ReportComparison(
-        tuple(Measure(name, SUBSET_COMPARISON[name].description) for name in names),
-        tuple(
-            Strategy(
-                name=row["strategy"],
-                seeds=", ".join(map(str, seeds[row["strategy"]])),
-                values=tuple(row[name] for name in names),
-                is_selection=row["strategy"] == CHOICE,
-            )
-            for row in averages.iter_rows(named=True)
-        ),
-        "All strategies choose within the same budget and on the same terms; where one draws, the mean over "
-        "its seeds is shown.",
     )
 
 

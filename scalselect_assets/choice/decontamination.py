@@ -19,8 +19,18 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from resources.evaluation_set import (
+from scalselect_assets.choice import image_hashes
+from scalselect_assets.choice.text_overlap import NgramIndex, TextMatch
+from scalselect_assets.declaration.curation import Decontamination
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.method.representation.conversation import Conversation
+from scalselect_assets.method.representation.images import ImageTooLargeError, UndecodableImageError
+from scalselect_assets.method.representation.rejection import RejectionReason
+from scalselect_assets.pool import raw_samples
+from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.columns import RAW_SAMPLES, Column, Table, polars_schema
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.evaluation_set import (
     EvaluationFile,
     EvaluationSetError,
     FileDigests,
@@ -28,17 +38,9 @@ from resources.evaluation_set import (
     read_texts,
     sha256_of,
 )
-from resources.identity import digest
-from resources.samples import written_turns
-from resources.storage import StorageResource
-from scalselect_assets import image_hashes, lineage, raw_samples
-from scalselect_assets.curation import Decontamination
-from scalselect_assets.method.conversation import Conversation
-from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError
-from scalselect_assets.method.rejection import RejectionReason
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import RAW_SAMPLES, Column, Table, polars_schema
-from scalselect_assets.text_overlap import NgramIndex, TextMatch
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.samples import written_turns
+from scalselect_assets.resources.storage import StorageResource
 
 NAME: Final = "decontamination"
 CODE_VERSION: Final = "1"
@@ -124,7 +126,7 @@ def read_evaluation_set(storage: StorageResource, store: str, settings: Decontam
 
 def provenance(settings: Decontamination, raw_version: str, evaluation_version: str) -> str:
     """What the list of one shard is computed from."""
-    return lineage.provenance(
+    return data_versions.provenance(
         NAME,
         CODE_VERSION,
         hashes=image_hashes.KIND,

@@ -19,18 +19,19 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from resources.artifacts import ArtifactStore
-from resources.embedding_store import EmbeddingStore, EmbeddingTable
-from resources.identity import digest
-from resources.samples import parse_row
-from scalselect_assets import attention_embeddings, importance_scores
-from scalselect_assets.curation import NearDuplicates
-from scalselect_assets.tables import SELECTED_SUBSET, Column, Table, polars_schema
+from scalselect_assets.declaration.curation import NearDuplicates
+from scalselect_assets.embedding import receipts
+from scalselect_assets.recording.columns import SELECTED_SUBSET, Column, Table, polars_schema
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.samples import parse_row
+from scalselect_assets.subspace import importance_scores
 
 if TYPE_CHECKING:
-    from resources.search_table import SearchTable
-    from scalselect_assets.method.near_duplicates import Removals
-    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.method.choice.near_duplicates import Removals
+    from scalselect_assets.method.subspace.basis import Subspace
+    from scalselect_assets.resources.search_table import SearchTable
 
 NAME: Final = "near_duplicates"
 CODE_VERSION: Final = "1"
@@ -101,7 +102,7 @@ def read_pool(
     tables: dict[str, EmbeddingTable] = {}
     frames = [pl.DataFrame(schema=_RANKED)]
     for shard in sorted(in_basis):
-        tables[shard], _ = attention_embeddings.fitted_table(artifacts, shard, in_basis)
+        tables[shard], _ = receipts.fitted_table(artifacts, shard, in_basis)
         scores = importance_scores.read_scores(
             artifacts, basis_version, shard, ["row", "sample_key", "normalised_leverage"]
         )
@@ -133,8 +134,8 @@ def find(
 
     Exact copies stand or fall with the best of them, and only that is searched for.
     """
-    from resources.search_table import search_table
-    from scalselect_assets.method.near_duplicates import near_duplicates
+    from scalselect_assets.method.choice.near_duplicates import near_duplicates
+    from scalselect_assets.resources.search_table import search_table
 
     ranked = pool.ranked.with_row_index("rank").with_columns(
         pl.col("rank").cast(pl.Int64), best=pl.col("rank").cast(pl.Int64).min().over("content")
@@ -191,7 +192,7 @@ def _directions(
     to_unit_length: bool,
 ) -> Iterator[NDArray[np.float32]]:
     """The directions of the best of each content, in batches; adds the ranks of each batch to ``written``."""
-    from scalselect_assets.method.near_duplicates import centred_directions
+    from scalselect_assets.method.choice.near_duplicates import centred_directions
 
     by_shard = {str(shard): rows.sort("row") for (shard,), rows in bests.group_by("shard")}
     for shard, rows in sorted(by_shard.items()):
@@ -207,7 +208,7 @@ def _directions(
 
 def _recall(vectors: "SearchTable", kept: NDArray[np.int64], cosine: float) -> float:
     """Share of what is within the threshold that the index finds, for kept rows from all over the ranking."""
-    from scalselect_assets.method.near_duplicates import pairs_within
+    from scalselect_assets.method.choice.near_duplicates import pairs_within
 
     step = -(-len(kept) // _RECALL_QUERIES)
     queries = vectors.take(kept[::step])

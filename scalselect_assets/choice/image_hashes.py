@@ -1,7 +1,7 @@
 """Perceptual hashes of images: 64 bits that a picture keeps when it is stored again or made smaller.
 
 The hash is ImageHash's `phash` (low frequencies of a 32 × 32 grey picture, above their median or not), of the
-picture as the model sees it (`scalselect_assets.method.images`). Distances are even, as half of the bits
+picture as the model sees it (`method.representation.images`). Distances are even, as half of the bits
 are set. Measured on photographs and drawings: 0 to 2 after JPEG at quality 60, halving or doubling; up to 6
 where 1 % was cropped at each side and up to 10 at 2 %; different photographs differed by more than 13.
 Drawings made of the same few parts may have the same hash though they differ.
@@ -18,14 +18,14 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from scalselect_assets.method.images import (
+from scalselect_assets.method.representation.images import (
     DEFAULT_MAX_PIXELS,
     ImageTooLargeError,
     UndecodableImageError,
     decode_image,
 )
-from scalselect_assets.tables import Column, Table, polars_schema
+from scalselect_assets.recording.columns import Column, Table, polars_schema
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 
 IMAGE_HASHES: Final = "image_hashes"
 KIND: Final = "imagehash.phash-8x8-1"

@@ -15,38 +15,34 @@ from typing import Any, Final
 import dagster as dg
 import polars as pl
 
-from resources.artifacts import ArtifactStore
-from resources.identity import digest
-from resources.storage import StorageResource
-from scalselect_assets import (
-    attention_embeddings,
-    decontamination,
-    importance_scores,
-    lineage,
-    near_duplicates,
-    raw_samples,
-    subspace_basis,
-)
-from scalselect_assets.materialization import Output, at_work
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import Column, Table, column_schema, polars_schema
+from scalselect_assets.choice import decontamination, duplicate_removal
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import receipts
+from scalselect_assets.pool import raw_samples
+from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.columns import Column, Table, column_schema, polars_schema
+from scalselect_assets.recording.materialization import Output, at_work
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.subspace import importance_scores, subspace_basis
 
 NAME: Final = "removed_samples"
 CODE_VERSION: Final = "1"
 
 REMOVED_SAMPLES: Table = {
-    "shard": near_duplicates.NEAR_DUPLICATES["shard"],
-    "row": near_duplicates.NEAR_DUPLICATES["row"],
-    "sample_key": near_duplicates.NEAR_DUPLICATES["sample_key"],
+    "shard": duplicate_removal.NEAR_DUPLICATES["shard"],
+    "row": duplicate_removal.NEAR_DUPLICATES["row"],
+    "sample_key": duplicate_removal.NEAR_DUPLICATES["sample_key"],
     "reason": Column(pl.String(), "evaluation_image, evaluation_text, exact_duplicate or near_duplicate."),
     "partner": Column(
         pl.String(),
         "The evaluation file that it repeats, of a text with line and beginning; null for samples.",
     ),
-    "partner_shard": near_duplicates.NEAR_DUPLICATES["partner_shard"],
-    "partner_row": near_duplicates.NEAR_DUPLICATES["partner_row"],
-    "partner_key": near_duplicates.NEAR_DUPLICATES["partner_key"],
-    "cosine": near_duplicates.NEAR_DUPLICATES["cosine"],
+    "partner_shard": duplicate_removal.NEAR_DUPLICATES["partner_shard"],
+    "partner_row": duplicate_removal.NEAR_DUPLICATES["partner_row"],
+    "partner_key": duplicate_removal.NEAR_DUPLICATES["partner_key"],
+    "cosine": duplicate_removal.NEAR_DUPLICATES["cosine"],
     "distance": decontamination.DECONTAMINATION["distance"],
     "overlap": decontamination.DECONTAMINATION["overlap"],
     "detail": Column(pl.String(), "What was found, and what else matches; null for duplicates."),
@@ -65,10 +61,10 @@ def provenance(selection: Selection, storage: StorageResource, basis_version: st
         dg.Failure: The evaluation set cannot be used.
     """
     contaminated, duplicates = selection.decontamination, selection.near_duplicates
-    return lineage.provenance(
+    return data_versions.provenance(
         NAME,
         CODE_VERSION,
-        code=[decontamination.CODE_VERSION, near_duplicates.CODE_VERSION],
+        code=[decontamination.CODE_VERSION, duplicate_removal.CODE_VERSION],
         decontamination=contaminated and contaminated.matching(),
         evaluation_set=decontamination.version_of(storage, selection),
         near_duplicates=duplicates and duplicates.model_dump(),
@@ -98,12 +94,12 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             for name in (
                 importance_scores.NAME,
                 subspace_basis.NAME,
-                attention_embeddings.NAME,
+                receipts.NAME,
                 raw_samples.NAME,
             )
         ],
         kinds={"lancedb", "numpy", "parquet"},
-        code_version=lineage.shown_code_version(
+        code_version=data_versions.shown_code_version(
             CODE_VERSION,
             decontamination=selection.decontamination and selection.decontamination.model_dump(),
             near_duplicates=selection.near_duplicates and selection.near_duplicates.model_dump(),
@@ -132,20 +128,20 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             evaluation = decontamination.evaluation_of(storage, selection)
             looked = decontamination.look(storage, selection, evaluation, sorted(in_basis))
             told: dict[str, Any] = dict(looked.told)
-            duplicates = pl.DataFrame(schema=polars_schema(near_duplicates.NEAR_DUPLICATES))
+            duplicates = pl.DataFrame(schema=polars_schema(duplicate_removal.NEAR_DUPLICATES))
             if selection.near_duplicates is not None:
-                pool = near_duplicates.read_pool(
+                pool = duplicate_removal.read_pool(
                     artifacts, storage.embeddings(selection.store), in_basis, basis_version
                 )
-                clean = near_duplicates.without(pool, looked.frame)
-                duplicates, found = near_duplicates.find(
+                clean = duplicate_removal.without(pool, looked.frame)
+                duplicates, found = duplicate_removal.find(
                     clean, subspace, selection.near_duplicates, to_unit_length=selection.unit_rows
                 )
                 told |= found
             frame = _joined(looked.frame, duplicates)
             data_version = digest(hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
             made_from = provenance(selection, storage, basis_version)
-            path, size = artifacts.write_frame(NAME, frame, lineage.header(data_version, made_from))
+            path, size = artifacts.write_frame(NAME, frame, data_versions.header(data_version, made_from))
             return Output(
                 data_version,
                 made_from,
@@ -160,7 +156,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                     "dagster/uri": str(path),
                 },
                 (
-                    near_duplicates.partners_kept(duplicates),
+                    duplicate_removal.partners_kept(duplicates),
                     dg.AssetCheckResult(
                         check_name="no_shard_is_removed_whole",
                         passed=not looked.whole_shards,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import regex
 
-from resources.evaluation_set import EvaluationText
+from scalselect_assets.resources.evaluation_set import EvaluationText
 
 # Scripts that do not part words by spaces. Each of their characters, with its marks, counts as a word, so an
 # n-gram of Chinese is n characters; a dictionary would part words differently by the text around them, and a

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self, TypeAlias
 import dagster as dg
 from pydantic import ConfigDict, Field, model_validator
 
-from scalselect_assets.method.choice import KeepEarlier
-from scalselect_assets.method.quotas import Budget, Quota
-from scalselect_assets.method.selection import budget_size
+from scalselect_assets.method.choice.budget import budget_size
+from scalselect_assets.method.choice.choose import KeepEarlier
+from scalselect_assets.method.choice.terms import Budget, Quota
 
 StrategyName: TypeAlias = Literal[
     "top_leverage", "leverage_sampling", "spanning", "random", "stratified_random", "length"

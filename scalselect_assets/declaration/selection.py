@@ -13,9 +13,8 @@ import dagster as dg
 import yaml
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from resources.vlm import TargetModel
 from scalselect_assets import ASSET_MODULES
-from scalselect_assets.choice_settings import (
+from scalselect_assets.declaration.choice_settings import (
     Comparison,
     DeclaredQuota,
     KeptEarlier,
@@ -23,12 +22,13 @@ from scalselect_assets.choice_settings import (
     StrategyName,
     TokenBudget,
 )
-from scalselect_assets.curation import Decontamination, NearDuplicates
-from scalselect_assets.exports.spec import ExportSpecs
-from scalselect_assets.method.quotas import Budget
-from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
-from scalselect_assets.method.selection import budget_size
-from scalselect_assets.partitions import shard_partitions
+from scalselect_assets.declaration.curation import Decontamination, NearDuplicates
+from scalselect_assets.declaration.export_specs import ExportSpecs
+from scalselect_assets.method.choice.budget import budget_size
+from scalselect_assets.method.choice.terms import Budget
+from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
+from scalselect_assets.recording.partitions import shard_partitions
+from scalselect_assets.resources.vlm import TargetModel
 
 DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
 """The ``type`` of a declaration: the component that Dagster builds from the same file."""
@@ -111,7 +111,7 @@ class Selection(dg.Model):
     rank: int | Literal["energy", "gavish_donoho", "effective_rank"] = Field(
         default="energy",
         description="How the subspace's rank k is chosen: by the energy threshold, by a rule of the "
-        "literature (see scalselect_assets.method.rank), or a number of directions.",
+        "literature (see scalselect_assets.method.subspace.rank), or a number of directions.",
     )
     standardise: bool = Field(
         default=False, description="Divide each column by its standard deviation; the paper does not."
@@ -287,7 +287,7 @@ class Selection(dg.Model):
 
     @property
     def target(self) -> TargetModel:
-        """What identifies the target model to `resources.vlm.VlmResource`."""
+        """What identifies the target model to `scalselect_assets.resources.vlm.VlmResource`."""
         return {
             "model": self.target_model,
             "revision": self.model_revision,

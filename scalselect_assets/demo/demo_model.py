@@ -49,7 +49,7 @@ def write_demo_vlm(path: Path, *, seed: int = 0) -> Path:
         raise FileExistsError(msg)
     # Only now: torch takes seconds to import.
     from scalselect_assets.demo.architecture import demo_model, demo_processor, demo_tokenizer
-    from scalselect_assets.method.quiet import quiet_transformers
+    from scalselect_assets.method.representation.quiet import quiet_transformers
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as workspace:

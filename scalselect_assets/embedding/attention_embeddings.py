@@ -16,129 +16,32 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from resources.embedding_store import EmbeddingStore, EmbeddingTable
-from resources.identity import digest
-from resources.progress import Progress
-from resources.storage import StorageResource
-from resources.vlm import VlmResource
-from scalselect_assets import lineage, raw_samples, reuse
-from scalselect_assets.materialization import Output, materialize_shards
-from scalselect_assets.partitions import shard_check
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import ATTENTION_EMBEDDINGS, REJECTED_ROWS, column_schema, polars_schema
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import reuse
+from scalselect_assets.pool import raw_samples
+from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.columns import (
+    ATTENTION_EMBEDDINGS,
+    REJECTED_ROWS,
+    column_schema,
+    polars_schema,
+)
+from scalselect_assets.recording.materialization import Output, materialize_shards
+from scalselect_assets.recording.partitions import shard_check
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.progress import Progress
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import VlmResource
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.encoder import ChatSample, Outcome, Representation
+    from scalselect_assets.method.representation.encoder import ChatSample, Outcome, Representation
 
-NAME = "attention_embeddings"
-REJECTED = "rejected_rows"
-DEVICE_POOL = "scalselect_device"
-"""Dagster's pool of all runs that hold a model; its limit is the number of devices."""
-
-CODE_VERSION = "1"
-
-
-def provenance(fingerprint: str, max_image_pixels: int, raw_version: str) -> str:
-    """What the vectors of one shard are computed from; τ and the model are part of the fingerprint."""
-    return lineage.provenance(
-        NAME,
-        CODE_VERSION,
-        fingerprint=fingerprint,
-        max_image_pixels=max_image_pixels,
-        raw_samples=raw_version,
-    )
-
-
-class Receipt(BaseModel):
-    """What makes a table a shard's table.
-
-    Attributes:
-        table: The committed table.
-        header: What the asset says of itself, as artifacts carry it.
-    """
-
-    table: EmbeddingTable
-    header: dict[str, str]
-
-    @field_validator("header")
-    @classmethod
-    def _is_whole(cls, header: dict[str, str]) -> dict[str, str]:
-        if missing := {"data_version", "provenance", "raw_samples", "raw_rows", "container"} - set(header):
-            raise ValueError(f"the header lacks {', '.join(sorted(missing))}")
-        return header
-
-
-def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable, dict[str, str]]:
-    """The committed table of a shard and the header that was recorded with it.
-
-    Raises:
-        ArtifactMissingError: The shard is not embedded.
-        ArtifactCorruptError: The receipt is damaged.
-    """
-    receipt: Receipt = artifacts.read_json(NAME, shard, shape=Receipt)
-    return receipt.table, receipt.header
-
-
-def fitted_table(
-    artifacts: ArtifactStore, shard: str, in_basis: Mapping[str, Mapping[str, str]]
-) -> tuple[EmbeddingTable, dict[str, str]]:
-    """As ``recorded_table``, of a shard whose vectors are still those that the basis was fitted on.
-
-    Args:
-        artifacts: The store.
-        shard: Which one.
-        in_basis: By shard, what the basis says of it.
-
-    Raises:
-        ArtifactMissingError: The shard is not embedded.
-        ArtifactCorruptError: The receipt is damaged.
-        dg.Failure: The basis was fitted on other vectors of the shard, or without it.
-    """
-    table, header = recorded_table(artifacts, shard)
-    fitted_on = in_basis.get(shard, {}).get(NAME)
-    if header["data_version"] != fitted_on:
-        raise dg.Failure(
-            f"the basis was fitted on version {fitted_on} of shard {shard!r}, its vectors are now "
-            f"{header['data_version']}; run the refresh again, or materialize embedding_moments[{shard}] and "
-            "subspace_basis first",
-            allow_retries=False,
-        )
-    return table, header
-
-
-def read_rejected(
-    artifacts: ArtifactStore, shard: str, version: str, columns: list[str] | None = None
-) -> pl.DataFrame:
-    """The rows of a shard that have no vector, of the same version as its vectors.
-
-    Raises:
-        ArtifactMissingError: The shard is not embedded.
-        ArtifactCorruptError: The file is damaged.
-        dg.Failure: The rows are of another version than ``version``, that of the vectors.
-    """
-    rejected, header = artifacts.read_frame(REJECTED, shard, columns=columns)
-    if header["data_version"] != version:
-        raise dg.Failure(
-            f"{REJECTED}[{shard}] is of version {header['data_version']}, its vectors of {version}; "
-            f"materialize {NAME}[{shard}] again",
-            allow_retries=False,
-        )
-    return rejected
-
-
-def limit_devices(instance: dg.DagsterInstance) -> None:
-    """Give the pool its default limit, if the instance has one and the pool has no limit yet.
-
-    Dagster does so when it first looks at its queue, but only after it has decided about what waits there, so
-    that several runs would hold a model at once.
-    """
-    storage = instance.event_log_storage
-    has_limit = any(limit.name == DEVICE_POOL for limit in storage.get_pool_limits())
-    if instance.global_op_concurrency_default_limit is not None and not has_limit:
-        storage.initialize_concurrency_limit_to_default(DEVICE_POOL)
+from scalselect_assets.embedding.device_pool import DEVICE_POOL
+from scalselect_assets.embedding.receipts import CODE_VERSION, NAME, REJECTED, provenance, recorded_table
 
 
 class EmbeddingConfig(dg.Config):
@@ -156,7 +59,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         **selection.asset_options(NAME, by_shard=True),
         deps=[selection.key(raw_samples.NAME)],
         kinds={"pytorch", "huggingface", "lancedb"},
-        code_version=lineage.shown_code_version(CODE_VERSION, **selection.target),
+        code_version=data_versions.shown_code_version(CODE_VERSION, **selection.target),
         pool=DEVICE_POOL,
         metadata={"dagster/column_schema": column_schema(ATTENTION_EMBEDDINGS)},
         check_specs=[
@@ -233,7 +136,7 @@ class _Embedding:
             hashlib.sha256(rejected.write_ndjson().encode()).hexdigest(),
         )
         made_from = provenance(table.fingerprint, self._vlm.max_image_pixels, raw_header["data_version"])
-        header = lineage.header(
+        header = data_versions.header(
             data_version,
             made_from,
             raw_samples=raw_header["data_version"],
@@ -320,8 +223,8 @@ class _Embedding:
 
 
 def _chat_samples(candidates: pl.DataFrame) -> list["ChatSample"]:
-    from scalselect_assets.method.conversation import Conversation
-    from scalselect_assets.method.encoder import ChatSample
+    from scalselect_assets.method.representation.conversation import Conversation
+    from scalselect_assets.method.representation.encoder import ChatSample
 
     return [
         ChatSample(Conversation.from_json(conversation), tuple(images))
@@ -338,7 +241,7 @@ def _replace_table(
     notes: Mapping[str, str],
 ) -> EmbeddingTable:
     """Commit the vectors of the shard's embedded rows."""
-    from scalselect_assets.method.encoder import Representation
+    from scalselect_assets.method.representation.encoder import Representation
 
     representations = tuple(outcome for outcome in outcomes if isinstance(outcome, Representation))
     embedded = candidates.filter(
@@ -382,7 +285,7 @@ def _rejected_rows(
     raw: pl.DataFrame, candidates: pl.DataFrame, outcomes: list["Outcome"], shard: str, file: str
 ) -> pl.DataFrame:
     """All rows of the shard without a vector: those refused on reading and those that the model refused."""
-    from scalselect_assets.method.rejection import Rejection
+    from scalselect_assets.method.representation.rejection import Rejection
 
     verdicts = candidates.select("row").with_columns(
         reason=pl.Series(

@@ -16,11 +16,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from resources.artifacts import ArtifactCorruptError, ArtifactStore
-from resources.embedding_store import EmbeddingStore, EmbeddingTable, EmbeddingTableError
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactStore
+from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable, EmbeddingTableError
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.encoder import Outcome, Representation
+    from scalselect_assets.method.representation.encoder import Outcome, Representation
 
 SET_ASIDE = "set_aside_embeddings"
 _NUMBERS = ("n_tokens", "n_vision_tokens", "n_dominant_tokens", "n_instruction_tokens", "vision_attention")
@@ -101,7 +101,7 @@ def set_aside(
 
     A materialization that is killed loses at most one interval of work.
     """
-    from scalselect_assets.method.encoder import Representation
+    from scalselect_assets.method.representation.encoder import Representation
 
     waiting: dict[str, Representation] = {}
     number, written = len(parts(artifacts, shard)), time.monotonic()
@@ -147,7 +147,7 @@ def _frame(representations: "dict[str, Representation]") -> pl.DataFrame:
 
 def _representations(table: pa.Table) -> "Iterator[tuple[str, Representation]]":
     """Sample key and representation of each row."""
-    from scalselect_assets.method.encoder import Representation
+    from scalselect_assets.method.representation.encoder import Representation
 
     if table.num_rows == 0:
         return

@@ -12,64 +12,28 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from json import loads
-from typing import Any, Final
+from typing import Any
 from urllib.parse import quote
 
 import dagster as dg
 import polars as pl
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from resources.embedding_store import EmbeddingTableError
-from resources.sample_source import ShardIndex
-from resources.storage import StorageResource
-from resources.vlm import CARDS
-from scalselect_assets import (
-    attention_embeddings,
-    embedding_moments,
-    importance_scores,
-    lineage,
-    raw_samples,
-    selected_subset,
-    subspace_basis,
-    training_dataset,
-)
-from scalselect_assets.method.rejection import RejectionReason
-from scalselect_assets.partitions import known_shards
-from scalselect_assets.selection import Selection
-
-SHORTEST_PREFIX: Final = 6
-_CANDIDATES_SHOWN = 10
-_PAGE = 100
-
-
-class SampleKeyError(ValueError):
-    """No sample goes by what was given, or several do; the message lists them, or where was looked."""
-
-
-@dataclass(frozen=True, slots=True)
-class MadeBy:
-    """The run that recorded a version.
-
-    Attributes:
-        run_id: Dagster's.
-        job: Its job; none where the run itself is no longer known.
-        at: When the version was recorded, in UTC.
-    """
-
-    run_id: str
-    job: str | None
-    at: datetime
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, with the path of the run's page in the UI."""
-        return {
-            "run_id": self.run_id,
-            "job": self.job,
-            "at": self.at.isoformat(timespec="seconds"),
-            "ui": f"/runs/{self.run_id}",
-        }
+from scalselect_assets.choice import selected_subset
+from scalselect_assets.dataset import training_manifest
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import receipts
+from scalselect_assets.explain.sample_search import SamplePlace, find_sample, last_shards, remedy
+from scalselect_assets.method.representation.rejection import RejectionReason
+from scalselect_assets.pool import raw_samples
+from scalselect_assets.recording.partitions import known_shards
+from scalselect_assets.recording.records import MadeBy, made_by
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.embedding_store import EmbeddingTableError
+from scalselect_assets.resources.sample_source import ShardIndex
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import CARDS
+from scalselect_assets.subspace import embedding_moments, importance_scores, subspace_basis
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,127 +137,6 @@ def trace(
     return _Trace(selection, storage, instance).of(key)
 
 
-@dataclass(frozen=True, slots=True)
-class SamplePlace:
-    """A row of `raw_samples`.
-
-    Attributes:
-        shard: The shard that it is a row of.
-        row: Its position in the shard, from 0.
-        line: The line of the shard file on which it starts, from 1.
-        sample_key: Its content key.
-        source_id: Its own id, if it has one.
-    """
-
-    shard: str
-    row: int
-    line: int
-    sample_key: str
-    source_id: str | None
-
-    def __str__(self) -> str:
-        named = "" if self.source_id is None else f"  (id {self.source_id})"
-        return f"{self.shard}#{self.row}  {self.sample_key}{named}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "sample_key": self.sample_key,
-            "source_id": self.source_id,
-            "shard": self.shard,
-            "row": self.row,
-            "line": self.line,
-        }
-
-
-def find_sample(
-    selection: Selection, artifacts: ArtifactStore, shards: Iterable[str], key: str
-) -> SamplePlace:
-    """The one sample that goes by ``key``.
-
-    Reads four columns of each shard's rows, one shard at a time.
-
-    Args:
-        selection: Whose sample.
-        artifacts: Of its store.
-        shards: Where to look.
-        key: A sample key or a prefix of one, from 6 characters on; a row's own id, verbatim; or
-            ``<shard>#<row>``, which tells samples apart that have the same key or id.
-
-    Raises:
-        SampleKeyError: No sample goes by it, or several do.
-    """
-    exact: list[SamplePlace] = []
-    by_prefix: list[SamplePlace] = []
-    unread: list[str] = []
-    n_rows, looked_in = 0, sorted(shards)
-    for shard in looked_in:
-        try:
-            rows = artifacts.read_frame(
-                raw_samples.NAME, shard, columns=["row", "line", "sample_key", "source_id"]
-            )[0]
-        except (ArtifactMissingError, ArtifactCorruptError):
-            unread.append(shard)
-            continue
-        n_rows += rows.height
-        is_named = (pl.col("sample_key") == key) | (pl.col("source_id") == key)
-        if key.startswith(f"{shard}#"):
-            is_named |= pl.col("row").cast(pl.String) == key.removeprefix(f"{shard}#")
-        exact += _places(shard, rows.filter(is_named))
-        if len(key) >= SHORTEST_PREFIX and len(by_prefix) <= _CANDIDATES_SHOWN:
-            by_prefix += _places(shard, rows.filter(pl.col("sample_key").str.starts_with(key)))
-    found = exact or by_prefix
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        looked = (
-            f"no sample {key!r} among {n_rows:,} rows of {len(looked_in) - len(unread)} shards in "
-            f"{selection.store}: looked for a sample key or a prefix of one from {SHORTEST_PREFIX} "
-            "characters on, an id, and <shard>#<row>"
-        )
-        raise SampleKeyError(looked + _unread(selection, unread) + _chosen_before(selection, artifacts, key))
-    listed = "".join(f"\n  {place}" for place in found[:_CANDIDATES_SHOWN])
-    more = "\n  and more" if len(found) > _CANDIDATES_SHOWN else ""
-    raise SampleKeyError(f"several samples go by {key!r}; name one of them by <shard>#<row>:{listed}{more}")
-
-
-def last_shards(artifacts: ArtifactStore) -> set[str]:
-    """The shards that the last basis is of; none where there is no basis that can be read."""
-    with suppress(ArtifactMissingError, ArtifactCorruptError):
-        return set(loads(artifacts.read_header(subspace_basis.NAME, suffix=".safetensors")["shards"]))
-    return set()
-
-
-def remedy(selection: Selection) -> str:
-    """What brings a selection's results up to date, as the end of a message."""
-    return f"`scalselect run {selection.source} --store {selection.store}` brings it up to date"
-
-
-def _places(shard: str, rows: pl.DataFrame) -> list[SamplePlace]:
-    wanted = rows.select("row", "line", "sample_key", "source_id")
-    return [SamplePlace(shard, *row) for row in wanted.iter_rows()]
-
-
-def _unread(selection: Selection, shards: list[str]) -> str:
-    if not shards:
-        return ""
-    return f"; {len(shards)} shards have no rows that can be read, {shards[0]} for one: {remedy(selection)}"
-
-
-def _chosen_before(selection: Selection, artifacts: ArtifactStore, key: str) -> str:
-    try:
-        subset, _ = artifacts.read_frame(selected_subset.NAME, columns=["sample_key", "shard"])
-    except (ArtifactMissingError, ArtifactCorruptError):
-        return ""
-    chosen = subset.filter(pl.col("sample_key").str.starts_with(key))
-    if not chosen.height or len(key) < SHORTEST_PREFIX:
-        return ""
-    return (
-        f"; it is in the selected subset, but no longer in its shard {chosen['shard'][0]}: "
-        f"{remedy(selection)}"
-    )
-
-
 class _Trace:
     """Follows one sample, and collects steps and problems on the way."""
 
@@ -374,9 +217,9 @@ class _Trace:
 
     def _embedding(self, place: SamplePlace, raw: Mapping[str, str]) -> dict[str, Any] | None:
         """The sample's row in its shard's table, if it has one."""
-        name = f"{attention_embeddings.NAME}[{place.shard}]"
+        name = f"{receipts.NAME}[{place.shard}]"
         with self._told():
-            table, header = attention_embeddings.recorded_table(self._artifacts, place.shard)
+            table, header = receipts.recorded_table(self._artifacts, place.shard)
             self._compare(name, raw_samples.NAME, header["raw_samples"], raw["data_version"])
             facts = {
                 "table": str(self._embeddings.location(table)),
@@ -384,7 +227,7 @@ class _Trace:
                 "content_sha256": table.content_sha256,
                 **self._model(table.fingerprint),
             }
-            self._add(attention_embeddings.NAME, header, place.shard, **facts)
+            self._add(receipts.NAME, header, place.shard, **facts)
             rows = pl.DataFrame(
                 self._embeddings.read_rows(table, ["sample_key", "images", "image_sha256"])
             ).filter(pl.col("sample_key") == place.sample_key)
@@ -406,7 +249,7 @@ class _Trace:
         fate = {"state": "rejected", "reason": raw["reason"], "detail": raw["detail"]}
         if raw["reason"] is None:
             with self._told():
-                rejected, _ = self._artifacts.read_frame(attention_embeddings.REJECTED, place.shard)
+                rejected, _ = self._artifacts.read_frame(receipts.REJECTED, place.shard)
                 found = rejected.filter(pl.col("sample_key") == place.sample_key)
                 if found.height:
                     fate.update(found.select("reason", "detail").row(0, named=True))
@@ -432,10 +275,10 @@ class _Trace:
     def _moments(self, shard: str) -> Mapping[str, str]:
         header = self._header(embedding_moments.NAME, shard, suffix=".safetensors")
         with self._told():
-            _, embedded = attention_embeddings.recorded_table(self._artifacts, shard)
+            _, embedded = receipts.recorded_table(self._artifacts, shard)
             self._compare(
                 f"{embedding_moments.NAME}[{shard}]",
-                attention_embeddings.NAME,
+                receipts.NAME,
                 header.get("attention_embeddings"),
                 embedded["data_version"],
             )
@@ -517,25 +360,25 @@ class _Trace:
 
     def _dataset(self, basis: Mapping[str, str]) -> None:
         with self._told():
-            manifest = training_dataset.read_manifest(self._artifacts)
+            manifest = training_manifest.read_manifest(self._artifacts)
             file = manifest["training_file"]
             self._compare(
-                training_dataset.NAME,
+                training_manifest.NAME,
                 subspace_basis.NAME,
                 manifest["basis_version"],
                 basis.get("data_version"),
             )
-            if not training_dataset.is_complete(self._artifacts):
+            if not training_manifest.is_complete(self._artifacts):
                 self._problems.append(
-                    f"{training_dataset.NAME}: {file} is not there as the manifest says; {self._remedy}"
+                    f"{training_manifest.NAME}: {file} is not there as the manifest says; {self._remedy}"
                 )
             self._add(
-                training_dataset.NAME,
+                training_manifest.NAME,
                 manifest,
-                file=str(self._artifacts.root / training_dataset.NAME / file),
+                file=str(self._artifacts.root / training_manifest.NAME / file),
                 sha256=manifest["files"][file]["sha256"],
                 manifest=str(
-                    self._artifacts.path(training_dataset.NAME, training_dataset.MANIFEST, suffix=".json")
+                    self._artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=".json")
                 ),
             )
 
@@ -566,42 +409,10 @@ class _Trace:
             self._problems.append(f"{error}; {self._remedy}")
         except EmbeddingTableError as error:
             # A table that is there and damaged is not seen until it is read; without its receipt, it is.
-            receipt = self._artifacts.path(attention_embeddings.NAME, error.shard, suffix=".json")
+            receipt = self._artifacts.path(receipts.NAME, error.shard, suffix=".json")
             self._problems.append(f"{error}: where its receipt {receipt} is deleted, {self._remedy}")
 
     def _page(self, asset: str, shard: str | None) -> str:
         """Where the UI shows an asset, at a shard's partition."""
         page = "/".join(["/assets", *map(quote, self._selection.key(asset).path)])
         return page if shard is None else f"{page}?partition={quote(shard, safe='')}"
-
-
-def made_by(
-    instance: dg.DagsterInstance, key: dg.AssetKey, shard: str | None, data_version: str
-) -> MadeBy | None:
-    """The run of the latest materialization that recorded a version; none where the instance knows none."""
-    wanted = dg.AssetRecordsFilter(key, asset_partitions=None if shard is None else [shard])
-    cursor = None
-    while True:
-        page = instance.fetch_materializations(wanted, limit=_PAGE, cursor=cursor)
-        for record in page.records:
-            if record.run_id and _recorded(record.asset_materialization, data_version):
-                run = instance.get_run_by_id(record.run_id)
-                at = datetime.fromtimestamp(record.timestamp, UTC)
-                return MadeBy(record.run_id, run.job_name if run else None, at)
-        if not page.has_more:
-            return None
-        cursor = page.cursor
-
-
-def _recorded(materialization: dg.AssetMaterialization | None, data_version: str) -> bool:
-    """Whether a materialization is of this version.
-
-    A run over many shards records each one's version as metadata; Dagster's tag is then one for all.
-    """
-    if materialization is None:
-        return False
-    tags = materialization.tags or {}
-    return data_version in {
-        lineage.recorded(materialization).get("data_version"),
-        tags.get(lineage.DATA_VERSION_TAG),
-    }

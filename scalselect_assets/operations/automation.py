@@ -25,19 +25,14 @@ Costs: some hundred conditions per tick, whatever the number of shards; and one 
 own, per shard for its vectors and another for its scores.
 """
 
-import time
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import dagster as dg
 
-from resources.identity import digest
-from resources.locks import StoreBusyError
-from resources.storage import StorageResource
-from scalselect_assets import ASSET_MODULES, reuse
-from scalselect_assets.attention_embeddings import limit_devices
-from scalselect_assets.refresh import SHARD_FILES, SHARD_MANIFEST, discover, report_discovery
-from scalselect_assets.selection import Selection
+from scalselect_assets import ASSET_MODULES
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.pool.discovery import SHARD_FILES, SHARD_MANIFEST
 
 AC = dg.AutomationCondition
 Condition: TypeAlias = dg.AutomationCondition[Any]
@@ -46,15 +41,6 @@ RAW, EMBEDDINGS, MOMENTS, BASIS, SCORES, REMOVED, SUBSET, DATASET, REPORT = ASSE
 
 AUTOMATION_TAG = "scalselect/automation"
 """On every run that the conditions ask for: the selection's name."""
-
-_UNFINISHED: Final = {
-    dg.DagsterRunStatus.QUEUED: "queued",
-    dg.DagsterRunStatus.NOT_STARTED: "about to start",
-    dg.DagsterRunStatus.STARTING: "about to start",
-    dg.DagsterRunStatus.STARTED: "in progress",
-    dg.DagsterRunStatus.CANCELING: "being canceled",
-}
-_STARTING_SECONDS = 600.0  # importing everything on a busy machine takes less
 
 
 def automation_condition(selection: Selection, asset: str) -> Condition | None:
@@ -332,106 +318,3 @@ def _in_progress_from_basis(selection: Selection) -> Condition:
     for asset in selection.assets[selection.assets.index(SCORES) :]:
         busy |= AC.asset_matches(selection.key(asset), AC.run_in_progress())
     return busy
-
-
-# Sensors and the schedule
-
-
-def automation_sensors(selection: Selection) -> list[dg.SensorDefinition]:
-    """What drives a declarative selection: one sensor finds shards, the other evaluates the conditions."""
-    return [
-        discovery_sensor(selection),
-        dg.AutomationConditionSensorDefinition(
-            selection.job_name("automation"),
-            target=dg.AssetSelection.groups(selection.name),
-            run_tags={AUTOMATION_TAG: selection.name},
-            default_status=dg.DefaultSensorStatus.STOPPED,
-            minimum_interval_seconds=selection.automation_seconds,
-            description="Materialize what has changed and what follows from it, each in its turn.",
-            # A backfill starts up to half a minute later and is seen to end as much later.
-            emit_backfills=False,
-        ),
-    ]
-
-
-def discovery_sensor(selection: Selection) -> dg.SensorDefinition:
-    """Finds new, changed and removed shards and tells Dagster; requests nothing."""
-
-    @dg.sensor(
-        name=selection.job_name("discovery"),
-        minimum_interval_seconds=selection.automation_seconds,
-        default_status=dg.DefaultSensorStatus.STOPPED,
-        description="Find new, changed and removed shards.",
-    )
-    def discovery(context: dg.SensorEvaluationContext, storage: StorageResource) -> dg.SkipReason:
-        limit_devices(context.instance)  # before the first shard's run is asked for
-        artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
-        found = discover(source, artifacts, selection.settle_seconds)
-        if not found.versions:
-            # A file system that is not mounted looks like a pool without shards.
-            return dg.SkipReason(f"no shard in {selection.source} can be read now; Dagster's shards stay")
-        # Events that a sensor returns would be stored before the partitions that they are about.
-        added, removed = report_discovery(selection, context.instance, found)
-        for shard in removed:
-            reuse.forget(artifacts, shard)
-        state = digest(dict(found.versions))
-        told = f"{len(found.versions)} shards, {len(found.unsettled)} still being written"
-        if state == context.cursor and not added and not removed:
-            return dg.SkipReason(f"nothing has changed: {told}")
-        context.update_cursor(state)
-        return dg.SkipReason(f"reported {len(added)} new and {len(removed)} removed shards: {told}")
-
-    return discovery
-
-
-def nightly_schedule(selection: Selection) -> dg.ScheduleDefinition:
-    """The refresh, night by night; off until a person turns it on.
-
-    Dagster launches it once per tick of the cron. A tick that finds another refresh at work is skipped, and
-    says so; a refresh that finds nothing stale makes no further run.
-    """
-
-    @dg.schedule(
-        name=selection.job_name("nightly_rescoring"),
-        job_name=selection.job_name("refresh"),
-        cron_schedule=selection.nightly_cron,
-        execution_timezone=selection.nightly_timezone,
-        default_status=dg.DefaultScheduleStatus.STOPPED,
-        description="Embed what is new or changed since the last time, rescore the pool, select again.",
-    )
-    def nightly_rescoring(
-        context: dg.ScheduleEvaluationContext, storage: StorageResource
-    ) -> dg.RunRequest | dg.SkipReason:
-        at_work = _refresh_at_work(selection, context.instance, storage)
-        return dg.SkipReason(f"{at_work}; the next tick looks again") if at_work else dg.RunRequest()
-
-    return nightly_rescoring
-
-
-def _refresh_at_work(
-    selection: Selection, instance: dg.DagsterInstance, storage: StorageResource
-) -> str | None:
-    """Who refreshes the selection now, or is about to; nobody where only the record of a dead run says so."""
-    records = instance.get_run_records(
-        dg.RunsFilter(job_name=selection.job_name("refresh"), statuses=list(_UNFINISHED))
-    )
-    told = {
-        record.dagster_run.run_id: f"run {record.dagster_run.run_id} of {record.dagster_run.job_name} is "
-        f"{_UNFINISHED[record.dagster_run.status]}"
-        for record in records
-    }
-    try:
-        with storage.locks(selection.store).refreshing():
-            pass
-    except StoreBusyError as error:
-        return next(iter(told.values()), str(error))
-    now = time.time()
-    for record in records:
-        # A run without the lock waits for its turn, is about to take it, or is dead. Dagster ends dead ones
-        # where its launcher can look after runs; elsewhere, after a power cut, they stay so for ever.
-        waiting = record.dagster_run.status is dg.DagsterRunStatus.QUEUED
-        starting = now - record.update_timestamp.timestamp() < _STARTING_SECONDS
-        if waiting or starting or instance.run_launcher.supports_check_run_worker_health:
-            return told[record.dagster_run.run_id]
-    return None

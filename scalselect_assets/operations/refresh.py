@@ -12,68 +12,34 @@ query per asset.
 import contextlib
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 import dagster as dg
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from resources.embedding_store import EmbeddingTableError
-from resources.identity import digest
-from resources.progress import Progress
-from resources.sample_source import SampleSource, ShardIndex
-from resources.storage import StorageResource
-from resources.vlm import VlmResource
-from scalselect_assets import (
-    attention_embeddings,
-    embedding_moments,
-    importance_scores,
-    raw_samples,
-    removed_samples,
-    reuse,
-    selected_subset,
-    selection_report,
-    subspace_basis,
-    training_dataset,
-)
-from scalselect_assets.exports import publish
-from scalselect_assets.lineage import DATA_VERSION_TAG, recorded
+from scalselect_assets.choice import lists, removed_samples, selected_subset
+from scalselect_assets.dataset import training_manifest
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import receipts, reuse
 from scalselect_assets.method.interrupts import deferred
-from scalselect_assets.partitions import known_shards, shards_name
-from scalselect_assets.selection import Selection
+from scalselect_assets.operations.faults import RefreshError, error_cause, error_message
+from scalselect_assets.operations.staleness import SHARD_ASSETS, Headers, is_current
+from scalselect_assets.pool import raw_samples
+from scalselect_assets.pool.discovery import Discovery, report_discovery, settled_discovery
+from scalselect_assets.recording.data_versions import recorded
+from scalselect_assets.recording.partitions import known_shards
+from scalselect_assets.recording.records import latest_versions
+from scalselect_assets.report import page_receipt
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.embedding_store import EmbeddingTableError
+from scalselect_assets.resources.progress import Progress
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import VlmResource
+from scalselect_assets.subspace import embedding_moments, importance_scores, subspace_basis
 
-SHARD_FILES = "shard_files"
-SHARD_MANIFEST = "shard_manifest"
 REFRESH_TAG = "scalselect/refresh"
-_RECORDS_PER_QUERY = 1000  # Dagster's own limit
-_SHARD_ASSETS = (raw_samples.NAME, attention_embeddings.NAME, embedding_moments.NAME)
-
-
-_Headers: TypeAlias = Mapping[str, Mapping[str, str]]  # by shard, what its output says of itself
-
-
-class RefreshError(RuntimeError):
-    """The refresh cannot go on; the message says what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Discovery:
-    """The pool as it is now.
-
-    Attributes:
-        versions: Content fingerprint by shard: its file's bytes and its images' sizes and times.
-        n_rows: Rows by shard; ``None`` where the file cannot be read as rows.
-        unsettled: Shards whose file or images are still being written. They are neither new nor changed nor
-            gone until that has ended.
-    """
-
-    versions: Mapping[str, str]
-    n_rows: Mapping[str, int | None]
-    unsettled: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -108,217 +74,6 @@ class RefreshReport:
             *(f"shard {shard} failed: {message}" for shard, message in self.failed.items()),
             *(f"check failed: {check} {seen}" for check, seen in self.failed_checks.items()),
         ]
-
-
-def discover(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float = 0.0) -> Discovery:
-    """Find the shards and their versions; unchanged files are not read again.
-
-    Args:
-        source: The pool.
-        artifacts: The store, which remembers what was read.
-        settle_seconds: A shard that was modified more recently is taken to be still being written.
-
-    Raises:
-        FileNotFoundError: The pool does not exist.
-    """
-    versions, n_rows, unsettled = {}, {}, []
-    for shard in source.shard_keys():
-        try:
-            if _is_being_written(source.changed_at(shard), settle_seconds):
-                unsettled.append(shard)  # and not read, since it would have to be read again
-                continue
-            index = _current_index(source, artifacts, shard)
-            state = source.shard_state(shard, index)
-        except FileNotFoundError as error:
-            if error.errno is None:
-                raise  # not the shard, but the folder that all images are in
-            continue  # it went after the folder was listed
-        if _is_being_written(state.changed_at, settle_seconds):
-            unsettled.append(shard)
-            continue
-        versions[shard] = state.fingerprint
-        n_rows[shard] = index.n_rows
-    return Discovery(versions, n_rows, tuple(unsettled))
-
-
-def settled_discovery(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float) -> Discovery:
-    """``discover``, waiting once for what has just been written; raises likewise."""
-    discovery = discover(source, artifacts, settle_seconds)
-    if discovery.unsettled:
-        time.sleep(settle_seconds)
-        discovery = discover(source, artifacts, settle_seconds)
-    return discovery
-
-
-def _is_being_written(changed_at: float | None, settle_seconds: float) -> bool:
-    # A time in the future is a clock that was wrong, not a file that will be written.
-    return changed_at is not None and 0 <= time.time() - changed_at < settle_seconds
-
-
-def _current_index(source: SampleSource, artifacts: ArtifactStore, shard: str) -> ShardIndex:
-    # An index that is missing, damaged or of another layout is made again; it is only a memory.
-    with contextlib.suppress(ArtifactMissingError, ArtifactCorruptError, ValueError):
-        known = ShardIndex.from_json(artifacts.read_json(raw_samples.SHARD_INDEX, shard))
-        if source.is_current(shard, known):
-            return known
-    index = source.index_shard(shard)
-    artifacts.write_json(raw_samples.SHARD_INDEX, index.to_json(), shard)
-    return index
-
-
-def report_discovery(
-    selection: Selection, instance: dg.DagsterInstance, discovery: Discovery
-) -> tuple[list[str], list[str]]:
-    """Tell Dagster of added, changed and removed shards; returns the added and the removed ones.
-
-    Partitions come before events, so that nobody sees a set of shards without its partitions.
-    """
-    partitions = shards_name(selection.name)
-    with deferred():
-        known = set(known_shards(instance, selection.name))
-        pool = set(discovery.versions) | (known & set(discovery.unsettled))
-        added, removed = sorted(pool - known), sorted(known - pool)
-        if added:
-            instance.add_dynamic_partitions(partitions, added)
-        for shard in removed:
-            instance.delete_dynamic_partition(partitions, shard)
-    observed = _latest_versions(
-        instance,
-        selection.key(SHARD_FILES),
-        dg.DagsterEventType.ASSET_OBSERVATION,
-        set(discovery.versions),
-    )
-    for shard, version in discovery.versions.items():
-        if observed.get(shard, {}).get("data_version") != version:
-            observation = dg.AssetObservation(
-                selection.key(SHARD_FILES), partition=shard, tags={DATA_VERSION_TAG: version}
-            )
-            with deferred():  # one by one, since ten thousand take minutes
-                instance.report_runless_asset_event(observation)
-    _report_manifest(selection, instance, pool)
-    return added, removed
-
-
-@deferred()
-def _report_manifest(selection: Selection, instance: dg.DagsterInstance, pool: set[str]) -> None:
-    manifest_version = _manifest_version(pool)
-    manifest = instance.fetch_observations(selection.key(SHARD_MANIFEST), limit=1).records
-    seen = manifest[0].asset_observation if manifest else None
-    if seen is None or seen.tags.get(DATA_VERSION_TAG) != manifest_version:
-        instance.report_runless_asset_event(
-            dg.AssetObservation(
-                selection.key(SHARD_MANIFEST),
-                tags={DATA_VERSION_TAG: manifest_version},
-                metadata={"shards": len(pool)},
-            )
-        )
-
-
-def _manifest_version(shards: Iterable[str]) -> str:
-    """Changes when a shard comes or goes, not when one changes."""
-    return digest(sorted(shards))
-
-
-def source_assets(selection: Selection) -> list[dg.SourceAsset]:
-    """The pool as Dagster sees it; observing either discovers the shards, from the UI too."""
-
-    def discovered(context: dg.OpExecutionContext, storage: StorageResource) -> Discovery:
-        artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
-        discovery = settled_discovery(source, artifacts, selection.settle_seconds)
-        report_discovery(selection, context.instance, discovery)
-        return discovery
-
-    @dg.observable_source_asset(
-        key=selection.key(SHARD_FILES),
-        group_name=selection.name,
-        partitions_def=selection.partitions,
-        description="The pool's shard files; the data version is the content of each with its images.",
-    )
-    def shard_files(context: dg.OpExecutionContext, storage: StorageResource) -> dg.DataVersionsByPartition:
-        return dg.DataVersionsByPartition(dict(discovered(context, storage).versions))
-
-    @dg.observable_source_asset(
-        key=selection.key(SHARD_MANIFEST),
-        group_name=selection.name,
-        description="Which shards the pool has; the data version is the set of their names.",
-    )
-    def shard_manifest(context: dg.OpExecutionContext, storage: StorageResource) -> dg.DataVersion:
-        discovered(context, storage)
-        return dg.DataVersion(_manifest_version(known_shards(context.instance, selection.name)))
-
-    return [shard_files, shard_manifest]
-
-
-def refresh_job(selection: Selection) -> dg.JobDefinition:
-    """The refresh as a job, for the UI and for schedules."""
-
-    @dg.op(
-        name=selection.job_name("refresh_op"),
-        description="Materialize exactly what is stale.",
-        pool=attention_embeddings.DEVICE_POOL,
-    )
-    def refresh_op(
-        context: dg.OpExecutionContext,
-        storage: StorageResource,
-        vlm: VlmResource,
-        progress: dg.ResourceParam[Progress],
-    ) -> None:
-        _require_pool_by_run(context.instance)
-
-        @deferred()
-        def stopped() -> bool:
-            run = context.instance.get_run_by_id(context.run_id)
-            return run is not None and run.status in {
-                dg.DagsterRunStatus.CANCELING,
-                dg.DagsterRunStatus.CANCELED,
-            }
-
-        report = Refresh(
-            selection,
-            job=context.repository_def.get_job(selection.job_name("assets")),
-            instance=context.instance,
-            storage=storage,
-            vlm=vlm,
-            progress=progress,
-            log=context.log,
-            should_stop=stopped,
-        ).run()
-        n_embedded, n_failed = len(report.embedded), len(report.failed)
-        with deferred():
-            context.log.info(f"{len(report.runs)} runs, {n_embedded} shards embedded, {n_failed} failed")
-        if problems := report.problems():
-            raise dg.Failure("\n".join(problems), allow_retries=False)
-
-    @dg.job(
-        name=selection.job_name("refresh"),
-        executor_def=dg.in_process_executor,
-        description="Find new, changed and removed shards and materialize exactly what is stale.",
-    )
-    def refresh() -> None:
-        refresh_op()
-
-    return refresh
-
-
-@deferred()
-def _require_pool_by_run(instance: dg.DagsterInstance) -> None:
-    """A slot by op would be held by the refresh and waited for, in vain, by the embeddings that it makes.
-
-    Raises:
-        RefreshError: That is how the instance is configured.
-    """
-    pools = instance.get_concurrency_config().pool_config
-    limited = pools.default_pool_limit is not None or any(
-        limit.name == attention_embeddings.DEVICE_POOL
-        for limit in instance.event_log_storage.get_pool_limits()
-    )
-    by_run = pools.pool_granularity is not None and pools.pool_granularity.value == "run"
-    if limited and not by_run:
-        raise RefreshError(
-            f"the pool {attention_embeddings.DEVICE_POOL} has a limit by op, which a refresh would wait for "
-            "while it holds it; set `concurrency: pools: granularity: run` in the instance's dagster.yaml"
-        )
 
 
 class Refresh:
@@ -420,7 +175,7 @@ class Refresh:
     @property
     def _whole_assets(self) -> list[str]:
         """The assets after those by shard."""
-        return [asset for asset in self._selection.assets if asset not in _SHARD_ASSETS]
+        return [asset for asset in self._selection.assets if asset not in SHARD_ASSETS]
 
     def _pool(self) -> Sequence[str]:
         """The shards that Dagster knows, in its order."""
@@ -437,15 +192,13 @@ class Refresh:
 
     def _refresh_shards(self, discovery: Discovery) -> None:
         stale = self._stale_shards(discovery)
-        embedding = [shard for shard, assets in stale.items() if attention_embeddings.NAME in assets]
+        embedding = [shard for shard, assets in stale.items() if receipts.NAME in assets]
         self._progress.planned(len(embedding), sum(discovery.n_rows[shard] or 0 for shard in embedding))
         if embedding:
             # A model that cannot be loaded is said once, before anything is touched.
             self._vlm.encoder(self._artifacts, **self._selection.target)
         for shard, assets in stale.items():
-            if assets[0] == raw_samples.NAME and self._artifacts.exists(
-                attention_embeddings.NAME, shard, suffix=".json"
-            ):
+            if assets[0] == raw_samples.NAME and self._artifacts.exists(receipts.NAME, shard, suffix=".json"):
                 # Where the rows turn out as they were, after a change of code say, their vectors stand.
                 if not self._materialize_shard([raw_samples.NAME], shard):
                     continue
@@ -453,20 +206,20 @@ class Refresh:
                 assets = self._stale_shards(alone).get(shard, [])  # noqa: PLW2901
             if not assets or not self._materialize_shard(assets, shard):
                 continue
-            if attention_embeddings.NAME in assets:
+            if receipts.NAME in assets:
                 self._report.embedded.append(shard)
 
     def _stale_shards(self, discovery: Discovery) -> dict[str, list[str]]:
         """By shard, the assets that must run, in order: the first stale one and all after it."""
-        versions = {asset: self._latest_versions(asset, set(discovery.versions)) for asset in _SHARD_ASSETS}
+        versions = {asset: self.latest_versions(asset, set(discovery.versions)) for asset in SHARD_ASSETS}
         tables = self._storage.embeddings(self._selection.store).table_names()
         stale = {}
         for shard, shard_version in discovery.versions.items():
             expected = raw_samples.provenance(self._selection, shard_version)
-            for position, asset in enumerate(_SHARD_ASSETS):
+            for position, asset in enumerate(SHARD_ASSETS):
                 header = self._shard_header(asset, shard, tables)
-                if not _is_current(header, versions[asset].get(shard, {}), expected):
-                    stale[shard] = list(_SHARD_ASSETS[position:])
+                if not is_current(header, versions[asset].get(shard, {}), expected):
+                    stale[shard] = list(SHARD_ASSETS[position:])
                     break
                 expected = self._next_provenance(asset, header["data_version"])
         return stale
@@ -474,11 +227,11 @@ class Refresh:
     def _shard_header(self, asset: str, shard: str, tables: set[str]) -> Mapping[str, str]:
         """What the shard's output says of itself; empty where any part of it is missing or damaged."""
         try:
-            if asset != attention_embeddings.NAME:
+            if asset != receipts.NAME:
                 suffix = ".parquet" if asset == raw_samples.NAME else ".safetensors"
                 return self._artifacts.read_header(asset, shard, suffix=suffix)
-            table, header = attention_embeddings.recorded_table(self._artifacts, shard)
-            rejected = self._artifacts.read_header(attention_embeddings.REJECTED, shard)
+            table, header = receipts.recorded_table(self._artifacts, shard)
+            rejected = self._artifacts.read_header(receipts.REJECTED, shard)
         except (ArtifactMissingError, ArtifactCorruptError):
             return {}
         whole = table.table in tables and rejected.get("provenance") == header["provenance"]
@@ -487,7 +240,7 @@ class Refresh:
     def _next_provenance(self, asset: str, version: str) -> str:
         """What the asset after `asset` would be computed from."""
         if asset == raw_samples.NAME:
-            return attention_embeddings.provenance(self._fingerprint, self._vlm.max_image_pixels, version)
+            return receipts.provenance(self._fingerprint, self._vlm.max_image_pixels, version)
         return embedding_moments.provenance(self._selection, version)
 
     def _materialize_shard(self, assets: Sequence[str], shard: str) -> bool:
@@ -497,7 +250,7 @@ class Refresh:
         except dg.Failure as failure:
             self._report.failed[shard] = failure.description or "failed"
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this shard's, and it is reported
-            self._report.failed[shard] = _message(error)
+            self._report.failed[shard] = error_message(error)
             self._forget_unreadable(error)
         else:
             return True
@@ -520,7 +273,7 @@ class Refresh:
             ):
                 self._materialize_or_raise([asset])
 
-    def _is_stale(self, asset: str, pool: Sequence[str], inputs: _Headers) -> bool:
+    def _is_stale(self, asset: str, pool: Sequence[str], inputs: Headers) -> bool:
         """Whether an asset over all shards has to be computed, given those before it."""
         if asset == importance_scores.NAME:
             return bool(self._unscored_shards(inputs))
@@ -536,14 +289,14 @@ class Refresh:
             expected = selected_subset.provenance(
                 self._selection,
                 basis_version,
-                selected_subset.Lists.read(self._selection, self._storage).version,
+                lists.Lists.read(self._selection, self._storage).version,
                 self._whole_header(removed_samples.NAME).get("data_version", ""),
             )
-        elif asset == selection_report.NAME:
-            expected = selection_report.provenance(self._selection, self._whole_header(training_dataset.NAME))
+        elif asset == page_receipt.NAME:
+            expected = page_receipt.provenance(self._selection, self._whole_header(training_manifest.NAME))
         else:
             subset = self._whole_header(selected_subset.NAME)
-            expected = training_dataset.provenance(
+            expected = training_manifest.provenance(
                 self._selection,
                 subset.get("provenance", ""),
                 subset.get("data_version", ""),
@@ -553,42 +306,43 @@ class Refresh:
         with deferred():
             event = self._instance.get_latest_materialization_event(self._selection.key(asset))
         found = recorded(event.asset_materialization) if event else {}
-        return not _is_current(self._whole_header(asset), found, expected)
+        return not is_current(self._whole_header(asset), found, expected)
 
     def _whole_header(self, asset: str) -> Mapping[str, str]:
         """What the output of an asset over all shards says of itself; empty where it is not whole."""
         try:
-            if asset == training_dataset.NAME:
-                manifest = training_dataset.read_manifest(self._artifacts)
-                return manifest if training_dataset.is_complete(self._artifacts) else {}
-            if asset == selection_report.NAME:
-                receipt = selection_report.read_receipt(self._artifacts)
-                return receipt if selection_report.is_complete(self._artifacts) else {}
+            if asset == training_manifest.NAME:
+                manifest = training_manifest.read_manifest(self._artifacts)
+                return manifest if training_manifest.is_complete(self._artifacts) else {}
+            if asset == page_receipt.NAME:
+                receipt = page_receipt.read_receipt(self._artifacts)
+                return receipt if page_receipt.is_complete(self._artifacts) else {}
             suffix = ".safetensors" if asset == subspace_basis.NAME else ".parquet"
             return self._artifacts.read_header(asset, suffix=suffix)
         except (ArtifactMissingError, ArtifactCorruptError):
             return {}
 
-    def _basis_inputs(self, pool: Sequence[str]) -> _Headers:
+    def _basis_inputs(self, pool: Sequence[str]) -> Headers:
         return subspace_basis.moments_headers(self._selection, self._artifacts, pool, self._fingerprint)
 
-    def _unscored_shards(self, inputs: _Headers) -> set[str]:
+    def _unscored_shards(self, inputs: Headers) -> set[str]:
         """The shards of the basis without scores of the present basis."""
         basis_version = self._whole_header(subspace_basis.NAME).get("data_version", "")
         expected = importance_scores.provenance(basis_version)
-        recorded_of = self._latest_versions(importance_scores.NAME, set(inputs))
+        recorded_of = self.latest_versions(importance_scores.NAME, set(inputs))
         unscored = set()
         for shard in inputs:
             try:
                 header = self._artifacts.read_header(importance_scores.NAME, shard)
             except (ArtifactMissingError, ArtifactCorruptError):
                 header = {}
-            if not _is_current(header, recorded_of.get(shard, {}), expected):
+            if not is_current(header, recorded_of.get(shard, {}), expected):
                 unscored.add(shard)
         return unscored
 
-    def _latest_versions(self, asset: str, shards: set[str]) -> dict[str, Mapping[str, str]]:
-        return _latest_versions(
+    def latest_versions(self, asset: str, shards: set[str]) -> dict[str, Mapping[str, str]]:
+        """The versions that the latest materialization of each shard recorded."""
+        return latest_versions(
             self._instance, self._selection.key(asset), dg.DagsterEventType.ASSET_MATERIALIZATION, shards
         )
 
@@ -608,14 +362,14 @@ class Refresh:
             raise RefreshError("; ".join(told)) from failure
         except Exception as error:
             if remedy := self._forget_unreadable(error):
-                raise RefreshError(f"{_cause(error)}: {remedy}") from error
-            raise RefreshError(f"{', '.join(assets)}: {_message(error)}") from error
+                raise RefreshError(f"{error_cause(error)}: {remedy}") from error
+            raise RefreshError(f"{', '.join(assets)}: {error_message(error)}") from error
 
     def _forget_unreadable(self, error: Exception) -> str | None:
         """Remove what could not be read, so that the next run makes it again; returns how that is told."""
-        cause = _cause(error)
+        cause = error_cause(error)
         if isinstance(cause, EmbeddingTableError):
-            receipt = self._artifacts.path(attention_embeddings.NAME, cause.shard, suffix=".json")
+            receipt = self._artifacts.path(receipts.NAME, cause.shard, suffix=".json")
             receipt.unlink(missing_ok=True)
             return "run again, which embeds the shard anew"
         if isinstance(cause, ArtifactCorruptError):
@@ -658,7 +412,7 @@ class Refresh:
 
     def _note_embedded_rows(self, result: dg.ExecuteInProcessResult) -> None:
         for event in result.get_asset_materialization_events():
-            if event.asset_key == self._selection.key(attention_embeddings.NAME):
+            if event.asset_key == self._selection.key(receipts.NAME):
                 rows = event.step_materialization_data.materialization.metadata
                 self._report.computed_rows += int(str(rows["computed_rows"].value))
                 self._report.reused_rows += int(str(rows["reused_rows"].value))
@@ -711,79 +465,3 @@ def contiguous_ranges(order: Sequence[str], wanted: set[str]) -> list[tuple[str,
                 ranges.append((key, key))
         previous = key
     return ranges
-
-
-def _is_current(header: Mapping[str, str], found: Mapping[str, str], expected: str) -> bool:
-    """Whether what is stored, and what Dagster recorded of it, are what would be computed now.
-
-    Both are asked: a store may be driven through several Dagster instances, and a process may be killed
-    between writing a file and recording it.
-    """
-    return header.get("provenance") == found.get("provenance") == expected and header.get(
-        "data_version"
-    ) == found.get("data_version")
-
-
-@deferred()
-def _latest_versions(
-    instance: dg.DagsterInstance, key: dg.AssetKey, event_type: dg.DagsterEventType, shards: set[str]
-) -> dict[str, Mapping[str, str]]:
-    """What the latest event of each shard recorded, in one query and one more per thousand of them."""
-    # A long list of names makes a slow query; the partitions that are not asked for are few.
-    wanted = shards if len(shards) == 1 else None
-    ids = instance.get_latest_storage_id_by_partition(key, event_type, partitions=wanted)
-    fetch = (
-        instance.fetch_materializations
-        if event_type == dg.DagsterEventType.ASSET_MATERIALIZATION
-        else instance.fetch_observations
-    )
-    latest: dict[str, Mapping[str, str]] = {}
-    remaining = iter(ids.values())
-    while chunk := list(islice(remaining, _RECORDS_PER_QUERY)):
-        for record in fetch(dg.AssetRecordsFilter(key, storage_ids=chunk), limit=len(chunk)).records:
-            made, seen = record.asset_materialization, record.asset_observation
-            if made is not None and made.partition is not None:
-                latest[made.partition] = recorded(made)
-            elif seen is not None and seen.partition is not None:
-                latest[seen.partition] = {"data_version": seen.tags.get(DATA_VERSION_TAG, "")}
-    return latest
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The exception that Dagster has wrapped: the first of ours, else the one at the bottom."""
-    while error.__cause__ is not None and not _is_ours(error):
-        error = error.__cause__
-    return error
-
-
-def _is_ours(error: BaseException) -> bool:
-    return type(error).__module__.startswith(("resources.", "scalselect_assets."))
-
-
-def _message(error: BaseException) -> str:
-    cause = _cause(error)
-    told = _is_ours(cause) or isinstance(cause, ValueError)
-    return str(cause) if told else f"{type(cause).__name__}: {cause}"
-
-
-def summary(artifacts: ArtifactStore) -> dict[str, Any]:
-    """The last result as the manifest tells it, with the files' places.
-
-    Raises:
-        ArtifactMissingError: There is no result yet.
-    """
-    manifest = training_dataset.read_manifest(artifacts)
-    folder = artifacts.root / training_dataset.NAME
-    return {
-        **{name: manifest[name] for name in ("rows", "embedded", "rejected", "rank", "energy", "selected")},
-        "basis_drift": manifest["basis_drift"],
-        "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=".parquet")),
-        "training_dataset": str(folder / manifest["training_file"]),
-        "manifest": str(artifacts.path(training_dataset.NAME, training_dataset.MANIFEST, suffix=".json")),
-        **{f"export_{name}": str(folder / publish.FOLDER / name) for name in manifest.get("exports", {})},
-        **(
-            {"report": str(selection_report.page_path(artifacts))}
-            if selection_report.is_complete(artifacts)
-            else {}
-        ),
-    }

@@ -11,14 +11,14 @@ import time
 import dagster as dg
 import polars as pl
 
-from resources.identity import digest
-from resources.sample_source import PoolRow, SampleSource
-from resources.shard_reader import ShardFormatError
-from resources.storage import StorageResource
-from scalselect_assets import lineage
-from scalselect_assets.materialization import Output, materialize_shards, retry_or_fail
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import RAW_SAMPLES, column_schema, polars_schema
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.columns import RAW_SAMPLES, column_schema, polars_schema
+from scalselect_assets.recording.materialization import Output, materialize_shards, retry_or_fail
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.sample_source import PoolRow, SampleSource
+from scalselect_assets.resources.shard_reader import ShardFormatError
+from scalselect_assets.resources.storage import StorageResource
 
 NAME = "raw_samples"
 CODE_VERSION = "1"
@@ -29,7 +29,7 @@ SHARD_INDEX = f"{SHARD_INDEXES}{CODE_VERSION}"
 
 def provenance(selection: Selection, shard_version: str) -> str:
     """What the rows of one shard are computed from."""
-    return lineage.provenance(NAME, CODE_VERSION, image_root=selection.image_root, shard=shard_version)
+    return data_versions.provenance(NAME, CODE_VERSION, image_root=selection.image_root, shard=shard_version)
 
 
 def build(selection: Selection) -> dg.AssetsDefinition:
@@ -39,7 +39,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         **selection.asset_options(NAME, by_shard=True),
         deps=[selection.key("shard_files")],
         kinds={"polars", "parquet"},
-        code_version=lineage.shown_code_version(CODE_VERSION, image_root=selection.image_root),
+        code_version=data_versions.shown_code_version(CODE_VERSION, image_root=selection.image_root),
         metadata={"dagster/column_schema": column_schema(RAW_SAMPLES)},
     )
     def raw_samples(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
@@ -55,7 +55,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 retry_or_fail(context, f"shard {shard!r} or one of its images changed while it was read")
             data_version = digest(version, hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
             made_from = provenance(selection, version)
-            header = lineage.header(data_version, made_from, container=source.container(shard))
+            header = data_versions.header(data_version, made_from, container=source.container(shard))
             path, size = artifacts.write_frame(NAME, frame, header, shard)
             rejected = frame.filter(pl.col("reason").is_not_null())
             return Output(

@@ -17,7 +17,9 @@ class Column:
 
 Table = Mapping[str, Column]
 
-_KEY = Column(pl.String(), "Content hash of the sample; see resources.samples for what it covers.")
+_KEY = Column(
+    pl.String(), "Content hash of the sample; see scalselect_assets.resources.samples for what it covers."
+)
 _SOURCE_ID = Column(pl.String(), "The row's own id, verbatim as text; null where it has none.")
 _ROW = Column(pl.Int64(), "Position of the row in its shard, from 0.")
 _LINE = Column(pl.Int64(), "Line of the shard file where the row starts, from 1.")
@@ -43,7 +45,9 @@ REJECTED_ROWS: Table = {
     "line": _LINE,
     "sample_key": _KEY,
     "source_id": _SOURCE_ID,
-    "reason": Column(pl.String(), "Typed reason (scalselect_assets.method.rejection.RejectionReason)."),
+    "reason": Column(
+        pl.String(), "Typed reason (scalselect_assets.method.representation.rejection.RejectionReason)."
+    ),
     "detail": Column(pl.String(), "What was found and what to do."),
     "text": Column(pl.String(), "The row's JSON, verbatim."),
 }

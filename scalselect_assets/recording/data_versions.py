@@ -13,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 
-from resources.identity import digest
+from scalselect_assets.resources.identity import digest
 
 DATA_VERSION_TAG = "dagster/data_version"  # Dagster's own
 _DATA_VERSION = "scalselect/data_version"

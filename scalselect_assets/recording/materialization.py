@@ -17,10 +17,10 @@ from typing import Any
 
 import dagster as dg
 
-from resources.identity import digest
-from resources.locks import StoreLocks
-from scalselect_assets.lineage import DATA_VERSION_TAG, recorded_versions
 from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.recording.data_versions import DATA_VERSION_TAG, recorded_versions
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.locks import StoreLocks
 
 RETRIES = 3
 RETRY_SECONDS = 5.0

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Final
 
 from upath import UPath
 
-from resources.identity import digest
-from resources.names import encode_name
-from resources.storage import StorageResource
-from resources.vlm import VlmResource
-from scalselect_assets.explanation import ExplanationError, attention_of
-from scalselect_assets.sample_lineage import SamplePlace
-from scalselect_assets.selection import Selection
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.explain.explanation import ExplanationError
+from scalselect_assets.explain.sample_attention import attention_of
+from scalselect_assets.explain.sample_search import SamplePlace
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.names import encode_name
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import VlmResource
 
 if TYPE_CHECKING:
-    from scalselect_assets.selection_report import GallerySample
+    from scalselect_assets.report.gallery_sample import GallerySample
 
 FOLDER: Final = "attention_overlays"
 _MAX_SIDE: Final = 512

@@ -25,8 +25,8 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from upath import UPath
 
-from resources.image_root import is_local
-from resources.names import encode_name
+from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.names import encode_name
 
 Header = Mapping[str, str]
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit

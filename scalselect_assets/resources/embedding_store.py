@@ -23,8 +23,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from upath import UPath
 
-from resources.image_root import is_local
-from resources.names import encode_name
+from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.names import encode_name
 
 _NOTE_PREFIX = "scalselect.note."
 _CONTENT_FIELD = "scalselect.content_sha256"  # in the table's own schema

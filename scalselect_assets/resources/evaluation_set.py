@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeAlias
 
 from upath import UPath
 
-from resources.image_root import file_state, is_local
-from resources.samples import shorten
+from scalselect_assets.resources.image_root import file_state, is_local
+from scalselect_assets.resources.samples import shorten
 
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),

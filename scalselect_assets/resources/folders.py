@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 from upath import UPath
 
-from resources.artifacts import named
-from resources.image_root import is_local
+from scalselect_assets.resources.artifacts import named
+from scalselect_assets.resources.image_root import is_local
 
 _MAKING = ".making-"
 _REPLACED = ".replaced-"

@@ -18,8 +18,8 @@ from urllib.parse import unquote
 
 from upath import UPath
 
-from resources.samples import shorten
-from scalselect_assets.method.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.resources.samples import shorten
 
 _LOCAL_PROTOCOLS = ("", "file", "local")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from resources.names import encode_name
+from scalselect_assets.resources.names import encode_name
 
 
 class StoreBusyError(RuntimeError):

@@ -17,8 +17,15 @@ from urllib.parse import unquote
 
 from upath import UPath
 
-from resources.image_root import FileState, ImageRoot, file_state, is_local, local_file_state
-from resources.samples import (
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.resources.image_root import (
+    FileState,
+    ImageRoot,
+    file_state,
+    is_local,
+    local_file_state,
+)
+from scalselect_assets.resources.samples import (
     Sample,
     content_key,
     occurrence_key,
@@ -27,7 +34,7 @@ from resources.samples import (
     text_key,
     with_image_paths,
 )
-from resources.shard_reader import (
+from scalselect_assets.resources.shard_reader import (
     LINES_SUFFIXES,
     Container,
     RowText,
@@ -37,7 +44,6 @@ from resources.shard_reader import (
     read_chunks,
     rows_of,
 )
-from scalselect_assets.method.rejection import Rejection, RejectionReason
 
 SHARD_SUFFIXES = (".json", *LINES_SUFFIXES)
 STORE_MARK = "selection.yaml"
@@ -173,7 +179,7 @@ class SampleSource:
 
         Raises:
             FileNotFoundError: The shard or the image root does not exist.
-            ShardFormatError: The file is not readable as rows; see ``resources.shard_reader``.
+            ShardFormatError: The file is not readable as rows; see `shard_reader`.
             OSError: The shard cannot be read, or the file system cannot say whether an image exists.
         """
         path = self.shard_path(key)

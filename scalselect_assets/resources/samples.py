@@ -2,7 +2,7 @@
 
 Two layouts are read, told apart by the key that holds the turns: ``messages`` with ``role`` and ``content``
 (ShareGPT as LLaMA-Factory and most trainers write it) and ``conversations`` with ``from`` and ``value``
-(LLaVA). Nothing here looks at files: whether the images exist is ``resources.image_root``' concern.
+(LLaVA). Nothing here looks at files: whether the images exist is `image_root`'s concern.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from scalselect_assets.method.conversation import IMAGE, Conversation, Part, Role, Turn
-from scalselect_assets.method.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Part, Role, Turn
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 
 RowFormat: TypeAlias = Literal["sharegpt", "llava"]
 

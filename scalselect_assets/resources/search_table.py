@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from upath import UPath
 
-from resources.embedding_store import EmbeddingStore, system_error
+from scalselect_assets.resources.embedding_store import EmbeddingStore, system_error
 
 SEARCH_TABLE = "near_duplicate_search"
 

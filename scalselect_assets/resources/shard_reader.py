@@ -2,7 +2,7 @@
 
 A shard is a JSON array of rows or JSON Lines, in UTF-8; the first character decides which, never the file's
 name. A file that is neither raises ``ShardFormatError``; in JSON Lines a broken line is still a row, so that
-one bad line costs one row and not the shard. What a row means is ``resources.samples``' concern.
+one bad line costs one row and not the shard. What a row means is `samples`'s concern.
 
 Memory: a few chunks, or a few times the longest row where that is more.
 """

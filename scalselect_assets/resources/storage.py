@@ -11,12 +11,12 @@ import dagster as dg
 from pydantic import Field
 from upath import UPath
 
-from resources.artifacts import ArtifactStore
-from resources.embedding_store import EmbeddingStore
-from resources.identity import digest
-from resources.image_root import is_local
-from resources.locks import StoreLocks
-from resources.sample_source import SampleSource
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.embedding_store import EmbeddingStore
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.locks import StoreLocks
+from scalselect_assets.resources.sample_source import SampleSource
 
 
 class StorageResource(dg.ConfigurableResource):

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 import dagster as dg
 from pydantic import Field
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from resources.identity import digest
 from scalselect_assets.method import REPRESENTATION_VERSION
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.identity import digest
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.encoder import VlmEncoder
+    from scalselect_assets.method.representation.encoder import VlmEncoder
 
 CARDS = "model_cards"
 _LOADED: dict[tuple[str, str, int], "VlmEncoder"] = {}
 
 
 class TargetModel(TypedDict):
-    """What a selection says of its model; see ``scalselect_assets.method.loading.load_encoder``."""
+    """What a selection says of its model; see `method.representation.loading.load_encoder`."""
 
     model: str
     revision: str | None
@@ -35,7 +35,7 @@ class TargetModel(TypedDict):
 
 
 class Speed(TypedDict):
-    """Options of ``scalselect_assets.method.encoder.VlmEncoder.encode_as_done``."""
+    """Options of ``scalselect_assets.method.representation.encoder.VlmEncoder.encode_as_done``."""
 
     batch_tokens: int
     workers: int
@@ -93,13 +93,13 @@ class VlmResource(dg.ConfigurableResource):
         """The loaded model; its card is kept in the store.
 
         Raises:
-            ModelLoadError: See ``scalselect_assets.method.loading.load_encoder``.
+            ModelLoadError: See `method.representation.loading.load_encoder`.
             UnsupportedModelError: Likewise.
         """
         # Threads that wait by spinning take the processor from those that compute; read when torch is
         # first imported, so what the environment says, or a process that has imported torch, prevails.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        from scalselect_assets.method.loading import ModelLoadError, load_encoder
+        from scalselect_assets.method.representation.loading import ModelLoadError, load_encoder
 
         signature = model_signature(**target)
         key = (signature, self.device, self.max_image_pixels)

@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.moments import Moments
-    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.method.subspace.basis import Subspace
+    from scalselect_assets.method.subspace.moments import Moments
 
 BASIS = "subspace_basis"
 
@@ -33,7 +33,7 @@ def drift_since_last(
         ``largest_angle_degrees``, the largest principal angle; and ``energy_kept``, the share of the energy
         that lay in the old subspace. Empty where the store holds no basis that can be compared.
     """
-    from scalselect_assets.method.drift import basis_drift
+    from scalselect_assets.method.subspace.drift import basis_drift
 
     last = _last_basis(artifacts)
     if last is None or any(last[1][name] != header[name] for name in ("model_fingerprint", "unit_rows")):
@@ -52,7 +52,7 @@ def drift_since_last(
 
 def _last_basis(artifacts: ArtifactStore) -> tuple["Subspace", dict[str, str]] | None:
     """The stored basis and its header; none where there is none, or where it is damaged."""
-    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.method.subspace.basis import Subspace
 
     try:
         arrays, header = artifacts.read_arrays(BASIS)

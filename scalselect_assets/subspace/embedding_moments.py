@@ -9,13 +9,15 @@ import time
 
 import dagster as dg
 
-from resources.identity import digest
-from resources.storage import StorageResource
-from resources.vlm import VlmResource
-from scalselect_assets import attention_embeddings, lineage, pool_moments
-from scalselect_assets.materialization import Output, materialize_shards
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import MOMENTS, column_schema
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import receipts
+from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.columns import MOMENTS, column_schema
+from scalselect_assets.recording.materialization import Output, materialize_shards
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import VlmResource
+from scalselect_assets.subspace import pool_moments
 
 NAME = pool_moments.SHARD_MOMENTS
 CODE_VERSION = "2"
@@ -23,7 +25,7 @@ CODE_VERSION = "2"
 
 def provenance(selection: Selection, embeddings_version: str) -> str:
     """What the moments of one shard are computed from."""
-    return lineage.provenance(
+    return data_versions.provenance(
         NAME, CODE_VERSION, unit_rows=selection.unit_rows, attention_embeddings=embeddings_version
     )
 
@@ -33,23 +35,23 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
     @dg.asset(
         **selection.asset_options(NAME, by_shard=True),
-        deps=[selection.key(attention_embeddings.NAME)],
+        deps=[selection.key(receipts.NAME)],
         kinds={"numpy"},
-        code_version=lineage.shown_code_version(CODE_VERSION, unit_rows=selection.unit_rows),
+        code_version=data_versions.shown_code_version(CODE_VERSION, unit_rows=selection.unit_rows),
         metadata={"dagster/column_schema": column_schema(MOMENTS)},
     )
     def embedding_moments(
         context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
     ) -> dg.MaterializeResult:
         """Count, mean and scatter matrix of the shard's vectors, accumulated in float64."""
-        from scalselect_assets.method.moments import MomentsAccumulator
-        from scalselect_assets.method.preprocessing import prepared_rows
+        from scalselect_assets.method.subspace.moments import MomentsAccumulator
+        from scalselect_assets.method.subspace.preprocessing import prepared_rows
 
         artifacts, embeddings = storage.artifacts(selection.store), storage.embeddings(selection.store)
 
         def accumulate(shard: str) -> Output:
             start = time.monotonic()
-            table, embedded = attention_embeddings.recorded_table(artifacts, shard)
+            table, embedded = receipts.recorded_table(artifacts, shard)
             accumulator = MomentsAccumulator(table.dimension, device=vlm.array_device())
             for batch in embeddings.read(table):
                 x = prepared_rows(batch.vector, to_unit_length=selection.unit_rows)
@@ -62,7 +64,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             data_version = digest(content.hexdigest(), embedded["data_version"])
             made_from = provenance(selection, embedded["data_version"])
             pool_moments.retire(artifacts, shard, data_version)
-            header = lineage.header(
+            header = data_versions.header(
                 data_version,
                 made_from,
                 attention_embeddings=embedded["data_version"],

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING
 import dagster as dg
 import polars as pl
 
-from resources.artifacts import ArtifactStore
-from resources.identity import digest
-from resources.storage import StorageResource
-from resources.vlm import VlmResource
-from scalselect_assets import attention_embeddings, lineage, subspace_basis
-from scalselect_assets.materialization import Output, materialize_shards
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import IMPORTANCE_SCORES, column_schema, polars_schema
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import receipts
+from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.columns import IMPORTANCE_SCORES, column_schema, polars_schema
+from scalselect_assets.recording.materialization import Output, materialize_shards
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import VlmResource
+from scalselect_assets.subspace import subspace_basis
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.leverage import LeverageScorer
+    from scalselect_assets.method.subspace.leverage import LeverageScorer
 
 NAME = "importance_scores"
 CODE_VERSION = "2"
@@ -30,7 +32,7 @@ CODE_VERSION = "2"
 
 def provenance(basis_version: str) -> str:
     """What the scores of a shard are computed from; the basis version covers the vectors of every shard."""
-    return lineage.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
+    return data_versions.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
 
 
 def pool_version(basis_version: str) -> str:
@@ -73,7 +75,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
     @dg.asset(
         **selection.asset_options(NAME, by_shard=True),
-        deps=[selection.key(attention_embeddings.NAME), selection.key(subspace_basis.NAME)],
+        deps=[selection.key(receipts.NAME), selection.key(subspace_basis.NAME)],
         kinds={"numpy", "parquet"},
         code_version=CODE_VERSION,
         metadata={"dagster/column_schema": column_schema(IMPORTANCE_SCORES)},
@@ -82,7 +84,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
     ) -> dg.MaterializeResult:
         """The rank-k leverage score of each sample: how much the dominant subspace rests on it."""
-        from scalselect_assets.method.leverage import LeverageScorer
+        from scalselect_assets.method.subspace.leverage import LeverageScorer
 
         artifacts = storage.artifacts(selection.store)
         subspace, basis = subspace_basis.read_basis(artifacts)
@@ -93,7 +95,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         def score(shard: str) -> Output:
             start = time.monotonic()
             frame = _score(storage, selection, shard, scorer, fitted_on)
-            header = lineage.header(made_from, made_from, subspace_basis=basis_version)
+            header = data_versions.header(made_from, made_from, subspace_basis=basis_version)
             path, size = artifacts.write_frame(NAME, frame, header, shard)
             return Output(
                 made_from,
@@ -127,9 +129,9 @@ def _score(
     Raises:
         dg.Failure: The basis was not fitted on the shard's present vectors.
     """
-    from scalselect_assets.method.preprocessing import prepared_rows
+    from scalselect_assets.method.subspace.preprocessing import prepared_rows
 
-    table, _ = attention_embeddings.fitted_table(storage.artifacts(selection.store), shard, fitted_on)
+    table, _ = receipts.fitted_table(storage.artifacts(selection.store), shard, fitted_on)
     frames = []
     for batch in storage.embeddings(selection.store).read(table):
         x = prepared_rows(batch.vector, to_unit_length=selection.unit_rows)

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.moments import Moments
-    from scalselect_assets.method.running import RunningMoments
+    from scalselect_assets.method.subspace.moments import Moments
+    from scalselect_assets.method.subspace.running_totals import RunningMoments
 
 NAME = "pool_moments"
 SHARD_MOMENTS = "embedding_moments"
@@ -95,7 +95,7 @@ def stored(artifacts: ArtifactStore, wanted: Mapping[str, str]) -> "Moments":
         ArtifactMissingError: A wanted shard's moments are not there in that version.
         ArtifactCorruptError: They are damaged.
     """
-    from scalselect_assets.method.running import RunningMoments
+    from scalselect_assets.method.subspace.running_totals import RunningMoments
 
     try:
         if _held(artifacts) == dict(wanted):
@@ -107,7 +107,7 @@ def stored(artifacts: ArtifactStore, wanted: Mapping[str, str]) -> "Moments":
 
 def rebuilt_totals(artifacts: ArtifactStore, wanted: Mapping[str, str]) -> "RunningMoments":
     """The totals of these shards, added up anew; raises as ``update``."""
-    from scalselect_assets.method.running import RunningMoments
+    from scalselect_assets.method.subspace.running_totals import RunningMoments
 
     totals: RunningMoments | None = None
     for shard, version in sorted(wanted.items()):
@@ -124,7 +124,7 @@ def _updated(
     artifacts: ArtifactStore, wanted: Mapping[str, str]
 ) -> "tuple[RunningMoments, tuple[str, ...], tuple[str, ...]] | None":
     """The stored totals, changed to the wanted shards; none where adding up anew reads no more."""
-    from scalselect_assets.method.running import RunningMoments
+    from scalselect_assets.method.subspace.running_totals import RunningMoments
 
     try:
         held = _held(artifacts)
@@ -145,7 +145,7 @@ def _updated(
 
 def _shard_moments(artifacts: ArtifactStore, shard: str, version: str) -> "Moments":
     """A shard's moments of one version, in force or set aside."""
-    from scalselect_assets.method.moments import Moments
+    from scalselect_assets.method.subspace.moments import Moments
 
     for asset, name in ((SHARD_MOMENTS, shard), (RETIRED, retired_name(shard, version))):
         try:

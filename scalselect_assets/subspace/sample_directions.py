@@ -7,11 +7,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from resources.embedding_store import EmbeddingStore, EmbeddingTable
-from scalselect_assets.tables import STRONGEST_DIRECTIONS
+from scalselect_assets.recording.columns import STRONGEST_DIRECTIONS
+from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.subspace import Subspace
+    from scalselect_assets.method.subspace.basis import Subspace
 
 DEFAULT_DIRECTIONS: Final = 3
 
@@ -20,7 +20,7 @@ def rows_of(
     embeddings: EmbeddingStore, table: EmbeddingTable, rows: Sequence[int], unit_rows: bool
 ) -> NDArray[Any]:
     """The vectors of some rows of a shard as they are scored, (len(rows), d), in the order of ``rows``."""
-    from scalselect_assets.method.preprocessing import prepared_rows
+    from scalselect_assets.method.subspace.preprocessing import prepared_rows
 
     return prepared_rows(embeddings.read_vectors(table, rows), to_unit_length=unit_rows)
 
@@ -53,7 +53,7 @@ def directions_of_rows(
     Raises:
         EmbeddingTableError: The table lacks one of the rows, or cannot be read.
     """
-    from scalselect_assets.method.directions import strongest_directions
+    from scalselect_assets.method.subspace.directions import strongest_directions
 
     schema = pl.Schema({"row": pl.Int64(), "strongest_directions": STRONGEST_DIRECTIONS.dtype})
     if not len(rows) or not subspace.k:

@@ -9,14 +9,16 @@ from typing import Any
 import polars as pl
 import pytest
 
-from scalselect_assets import comparison, pool_rows
-from scalselect_assets.choice_settings import Comparison
-from scalselect_assets.pool_rows import SampleListError, source_of
-from scalselect_assets.refresh import RefreshError, summary
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import SELECTED_SUBSET, polars_schema
+from scalselect_assets.choice import comparison, labels
+from scalselect_assets.choice.labels import source_of
+from scalselect_assets.choice.lists import SampleListError
+from scalselect_assets.declaration.choice_settings import Comparison
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.operations.faults import RefreshError
+from scalselect_assets.operations.summary import summary
+from scalselect_assets.recording.columns import SELECTED_SUBSET, polars_schema
+from tests.bench import Bench, ran
 from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
-from tests.test_refresh import Bench, ran
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
@@ -164,7 +166,7 @@ def test_a_label_is_read_from_the_shard_the_images_or_a_field(
     assert source_of(label)(shard, text) == expected
     table = pl.DataFrame({"text": [text], "images": [json.loads(text).get("images", [])]})
     table = table.with_columns(pl.col("images").cast(pl.List(pl.String)))
-    assert table.select(pool_rows._label(label, shard)).item() == expected
+    assert table.select(labels.label_of(label, shard)).item() == expected
 
 
 @pytest.mark.parametrize("text", ["not JSON", "[" * 100_000, "[]", '{"image": 7}'])
@@ -348,7 +350,7 @@ def test_a_declaration_of_all_terms_survives_its_file(tmp_path: Path) -> None:
         near_duplicates={"cosine": 0.99},  # type: ignore[arg-type]
         text_only=0.5,
     )
-    from scalselect_assets.selection import read_selection
+    from scalselect_assets.declaration.selection import read_selection
 
     path = tmp_path / "selection.yaml"
     path.write_text(declared.to_yaml())

@@ -13,20 +13,21 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from resources.evaluation_set import EvaluationSetError, EvaluationText
-from resources.storage import StorageResource
-from scalselect_assets import decontamination, image_hashes, raw_samples
-from scalselect_assets.curation import Decontamination
-from scalselect_assets.decontamination import (
+from scalselect_assets.choice import decontamination, image_hashes
+from scalselect_assets.choice.decontamination import (
     DECONTAMINATION,
     contaminated,
     evaluation_version,
     read_evaluation_set,
     trainable,
 )
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import polars_schema
-from scalselect_assets.text_overlap import NgramIndex, words
+from scalselect_assets.choice.text_overlap import NgramIndex, words
+from scalselect_assets.declaration.curation import Decontamination
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.pool import raw_samples
+from scalselect_assets.recording.columns import polars_schema
+from scalselect_assets.resources.evaluation_set import EvaluationSetError, EvaluationText
+from scalselect_assets.resources.storage import StorageResource
 from tests.conftest import png_bytes, sharegpt_row, write_lines
 
 SHARD = "a.jsonl"

@@ -14,14 +14,16 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from resources.samples import content_key, occurrence_key, parse_row
-from resources.storage import StorageResource
-from scalselect_assets import attention_embeddings, importance_scores, removed_samples, subspace_basis
-from scalselect_assets.curation import NearDuplicates
-from scalselect_assets.method.moments import MomentsAccumulator
-from scalselect_assets.method.subspace import principal_axes
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import IMPORTANCE_SCORES, polars_schema
+from scalselect_assets.choice import removed_samples
+from scalselect_assets.declaration.curation import NearDuplicates
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import receipts
+from scalselect_assets.method.subspace.basis import principal_axes
+from scalselect_assets.method.subspace.moments import MomentsAccumulator
+from scalselect_assets.recording.columns import IMPORTANCE_SCORES, polars_schema
+from scalselect_assets.resources.samples import content_key, occurrence_key, parse_row
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.subspace import importance_scores, subspace_basis
 from tests.conftest import sharegpt_row
 
 D = 16
@@ -89,7 +91,7 @@ def write_store(folder: Path, shards: Mapping[str, Sequence[Row]]) -> None:
         version = table.content_sha256[:32]
         header = {"data_version": version, "provenance": "p", "raw_samples": "r", "raw_rows": "9"}
         receipt = {"table": table.to_json(), "header": {**header, "container": "lines"}}
-        artifacts.write_json(attention_embeddings.NAME, receipt, shard)
+        artifacts.write_json(receipts.NAME, receipt, shard)
         in_basis[shard] = {"attention_embeddings": version}
         moments.add(vectors)
     subspace = principal_axes(moments.moments()).subspace(4)
@@ -276,7 +278,7 @@ def test_an_index_gives_the_list_of_the_exact_search_and_says_how_well_it_finds(
     assert (told["search"], told["recall"]) == ("ivf", 1.0)
     assert indexed.equals(exact)
     assert StorageResource().embeddings(str(tmp_path)).table_names() == {
-        attention_embeddings.recorded_table(StorageResource().artifacts(str(tmp_path)), shard)[0].table
+        receipts.recorded_table(StorageResource().artifacts(str(tmp_path)), shard)[0].table
         for shard in planted_pool()
     }
 
@@ -318,9 +320,9 @@ def test_scores_of_another_basis_are_refused(tmp_path: Path) -> None:
 def test_vectors_that_are_newer_than_the_basis_are_refused(tmp_path: Path) -> None:
     write_store(tmp_path, {"a": different(20)})
     artifacts = StorageResource().artifacts(str(tmp_path))
-    receipt = artifacts.read_json(attention_embeddings.NAME, "a")
+    receipt = artifacts.read_json(receipts.NAME, "a")
     receipt["header"]["data_version"] = "newer"
-    artifacts.write_json(attention_embeddings.NAME, receipt, "a")
+    artifacts.write_json(receipts.NAME, receipt, "a")
     assert "of shard 'a', its vectors are now newer" in failure(tmp_path)
 
 

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from resources.artifacts import ArtifactStore
-from scalselect_assets import cli
-from scalselect_assets.demo.pool import DEMO_REJECTIONS
+from scalselect_assets.cli import app as cli
+from scalselect_assets.demo.demo_pool import DEMO_REJECTIONS
+from scalselect_assets.resources.artifacts import ArtifactStore
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -266,8 +266,8 @@ def test_a_sample_is_explained_without_the_model_and_drawn_with_it(
     best = pl.read_parquet(first["selected_subset"]).row(0, named=True)
 
     with monkeypatch.context() as without:
-        without.setattr("scalselect_assets.method.loading.load_encoder", None)
-        without.setattr("resources.vlm._LOADED", {})
+        without.setattr("scalselect_assets.method.representation.loading.load_encoder", None)
+        without.setattr("scalselect_assets.resources.vlm._LOADED", {})
         found = summary_of(
             scalselect("explain", best["sample_key"], "--store", "s", "--similar", 2, "--json")
         )

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scalselect_assets.exports.spec import FORMAT_NAMES
-from scalselect_assets.method.encoder import VlmEncoder
-from scalselect_assets.refresh import summary
+from scalselect_assets.declaration.export_specs import FORMAT_NAMES
+from scalselect_assets.method.representation.encoder import VlmEncoder
+from scalselect_assets.operations.summary import summary
+from tests.bench import Bench, ran
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
-from tests.test_refresh import Bench, ran
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from scalselect_assets.component import SelectionComponent
-from scalselect_assets.curation import Decontamination, NearDuplicates
-from scalselect_assets.selection import Selection
+from scalselect_assets.declaration.curation import Decontamination, NearDuplicates
+from scalselect_assets.declaration.selection import Selection
 
 DECLARED = """
 name: pool

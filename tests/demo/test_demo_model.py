@@ -8,8 +8,8 @@ from transformers import AutoModel, AutoProcessor
 
 from scalselect_assets.demo import architecture
 from scalselect_assets.demo.architecture import MAX_POSITIONS, N_IMAGE_TOKENS
-from scalselect_assets.demo.model import RECIPE_FILE, write_demo_vlm
-from scalselect_assets.demo.pool import write_demo_pool
+from scalselect_assets.demo.demo_model import RECIPE_FILE, write_demo_vlm
+from scalselect_assets.demo.demo_pool import write_demo_pool
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalselect_assets.demo.pool import DEMO_REJECTIONS, DemoPool, demo_corpus, write_demo_pool
-from scalselect_assets.method.rejection import RejectionReason
+from scalselect_assets.demo.demo_pool import DEMO_REJECTIONS, DemoPool, demo_corpus, write_demo_pool
+from scalselect_assets.method.representation.rejection import RejectionReason
 
 COLOURS = {
     "red": (214, 40, 40),

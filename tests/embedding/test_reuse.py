@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resources.vlm import VlmResource
-from scalselect_assets import reuse
-from scalselect_assets.method.encoder import VlmEncoder
-from scalselect_assets.refresh import RefreshError
+from scalselect_assets.embedding import reuse
+from scalselect_assets.method.representation.encoder import VlmEncoder
+from scalselect_assets.operations.faults import RefreshError
+from scalselect_assets.resources.vlm import VlmResource
+from tests.bench import Bench
 from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
-from tests.test_refresh import Bench
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
@@ -235,7 +235,7 @@ def run_script() -> Callable[..., int]:
     """Run a script in a process of its own; returns its exit status."""
 
     def run(script: str, *arguments: str) -> int:
-        root = Path(__file__).parents[1]
+        root = Path(__file__).parents[2]
         process = subprocess.run(
             [sys.executable, "-c", script, *arguments],
             check=False,

@@ -11,24 +11,19 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from resources.artifacts import ArtifactMissingError
-from resources.embedding_store import EmbeddingTableError
-from scalselect_assets import attention_embeddings
-from scalselect_assets.explanation import (
-    DEFAULT_SIMILAR,
-    Exemplar,
-    Explanation,
-    ExplanationError,
-    attention_of,
-    explain,
-)
-from scalselect_assets.method.preprocessing import prepared_rows
-from scalselect_assets.sample_directions import directions_of_rows
-from scalselect_assets.sample_lineage import SampleKeyError
-from scalselect_assets.subspace_basis import read_basis
-from scalselect_assets.tables import STRONGEST_DIRECTIONS
+from scalselect_assets.embedding import receipts
+from scalselect_assets.explain.explanation import DEFAULT_SIMILAR, Exemplar, Explanation, ExplanationError
+from scalselect_assets.explain.sample_attention import attention_of
+from scalselect_assets.explain.sample_search import SampleKeyError
+from scalselect_assets.explain.why import explain
+from scalselect_assets.method.subspace.preprocessing import prepared_rows
+from scalselect_assets.recording.columns import STRONGEST_DIRECTIONS
+from scalselect_assets.resources.artifacts import ArtifactMissingError
+from scalselect_assets.resources.embedding_store import EmbeddingTableError
+from scalselect_assets.subspace.sample_directions import directions_of_rows
+from scalselect_assets.subspace.subspace_basis import read_basis
+from tests.bench import Bench
 from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
-from tests.test_refresh import Bench
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -197,7 +192,7 @@ def test_the_most_similar_samples_are_those_of_a_comparison_with_all(
 ) -> None:
     read = type(refreshed.storage.embeddings("")).read
     monkeypatch.setattr(
-        "resources.embedding_store.EmbeddingStore.read",
+        "scalselect_assets.resources.embedding_store.EmbeddingStore.read",
         lambda self, table: read(self, table, batch_rows=batch_rows),
     )
     centred = (pool.x - pool.subspace.mean) / pool.subspace.scale
@@ -227,7 +222,7 @@ def test_as_many_similar_samples_as_there_are_and_none_if_none_are_wanted(
 def test_counts_of_tokens_are_the_tables(refreshed: Bench, pool: Pool) -> None:
     tokens = told(refreshed, "two images").tokens
     assert tokens is not None
-    table, _ = attention_embeddings.recorded_table(refreshed.artifacts, "c.jsonl")
+    table, _ = receipts.recorded_table(refreshed.artifacts, "c.jsonl")
     names = ["n_tokens", "n_vision_tokens", "n_dominant_tokens", "n_instruction_tokens", "vision_attention"]
     rows = pl.DataFrame(refreshed.storage.embeddings(str(refreshed.store)).read_rows(table, names))
     expected = rows.row(by_predicate=pl.col("row") == 3, named=True)
@@ -308,7 +303,7 @@ def test_a_choice_by_another_basis_is_not_explained(changeable: Bench) -> None:
 
 def receipt_of(bench: Bench, shard: str, **changes: str) -> None:
     """Change what a shard's receipt says of itself."""
-    table, header = attention_embeddings.recorded_table(bench.artifacts, shard)
+    table, header = receipts.recorded_table(bench.artifacts, shard)
     bench.artifacts.write_json(
         "attention_embeddings", {"table": table.to_json(), "header": {**header, **changes}}, shard
     )
@@ -364,7 +359,7 @@ def test_an_explanation_is_json_and_lines_that_hold_what_it_says(refreshed: Benc
 def test_the_column_holds_what_the_explanations_of_the_rows_say(refreshed: Bench, pool: Pool) -> None:
     store = refreshed.storage.embeddings(str(refreshed.store))
     for shard in SHARDS:
-        table, _ = attention_embeddings.recorded_table(refreshed.artifacts, shard)
+        table, _ = receipts.recorded_table(refreshed.artifacts, shard)
         rows = [int(name.split("#")[1]) for name in pool.places if name.startswith(f"{shard}#")][::-2]
         found = directions_of_rows(store, table, pool.subspace, rows, unit_rows=refreshed.selection.unit_rows)
         assert found.schema["strongest_directions"] == STRONGEST_DIRECTIONS.dtype
@@ -385,7 +380,7 @@ def test_the_column_of_no_rows_is_empty_and_of_a_row_that_is_not_there_an_error(
     refreshed: Bench, pool: Pool
 ) -> None:
     store = refreshed.storage.embeddings(str(refreshed.store))
-    table, _ = attention_embeddings.recorded_table(refreshed.artifacts, "c.jsonl")
+    table, _ = receipts.recorded_table(refreshed.artifacts, "c.jsonl")
     none = directions_of_rows(store, table, pool.subspace, [], unit_rows=False)
     assert (none.height, none.schema["strongest_directions"]) == (
         0,
@@ -422,6 +417,9 @@ def test_an_image_that_has_changed_since_is_not_drawn_over(
     refreshed: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = told(refreshed, "two images").sample
-    monkeypatch.setattr("resources.sample_source.SampleSource.open_image", lambda _self, _path: png_bytes(99))
+    monkeypatch.setattr(
+        "scalselect_assets.resources.sample_source.SampleSource.open_image",
+        lambda _self, _path: png_bytes(99),
+    )
     with pytest.raises(ExplanationError, match=r"images/3.png .* has changed since it was embedded"):
         attention_of(refreshed.selection, refreshed.storage, refreshed.vlm, place)

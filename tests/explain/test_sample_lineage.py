@@ -10,11 +10,13 @@ from urllib.parse import parse_qs, urlsplit
 import dagster as dg
 import pytest
 
-from scalselect_assets import attention_embeddings, importance_scores
 from scalselect_assets.deployment import open_instance
-from scalselect_assets.sample_lineage import SampleKeyError, SampleLineage, trace
+from scalselect_assets.embedding import receipts
+from scalselect_assets.explain.sample_lineage import SampleLineage, trace
+from scalselect_assets.explain.sample_search import SampleKeyError
+from scalselect_assets.subspace import importance_scores
+from tests.bench import SHARD, Bench
 from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
-from tests.test_refresh import SHARD, Bench
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
@@ -114,7 +116,7 @@ def test_every_step_tells_the_version_that_its_output_states(bench: Bench) -> No
     shard = str(sample["shard"])
     steps = {step.asset: step for step in traced(bench, str(sample["sample_key"])).steps}
     assert tuple(steps) == PATH
-    table, header = attention_embeddings.recorded_table(bench.artifacts, shard)
+    table, header = receipts.recorded_table(bench.artifacts, shard)
     basis = bench.artifacts.read_header("subspace_basis", suffix=".safetensors")
     manifest = bench.artifacts.read_json("training_dataset", "manifest")
     (card,) = (json.loads(path.read_text()) for path in (bench.store / "model_cards").iterdir())
@@ -339,12 +341,12 @@ def spoil_moments(bench: Bench, shard: str) -> None:
 
 
 def remove_table(bench: Bench, shard: str) -> None:
-    table, _ = attention_embeddings.recorded_table(bench.artifacts, shard)
+    table, _ = receipts.recorded_table(bench.artifacts, shard)
     shutil.rmtree(bench.store / "lance" / f"{table.table}.lance")
 
 
 def remove_vectors(bench: Bench, shard: str) -> None:
-    table, _ = attention_embeddings.recorded_table(bench.artifacts, shard)
+    table, _ = receipts.recorded_table(bench.artifacts, shard)
     shutil.rmtree(bench.store / "lance" / f"{table.table}.lance" / "data")
 
 

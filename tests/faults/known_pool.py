@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from resources.vlm import VlmResource
-from scalselect_assets.refresh import RefreshReport
+from scalselect_assets.operations.refresh import RefreshReport
+from scalselect_assets.resources.vlm import VlmResource
+from tests.bench import Bench
 from tests.conftest import sharegpt_row, write_lines
 from tests.faults.standin import DAMAGED, MODEL, vector_of
-from tests.test_refresh import Bench
 
 ENERGY = 0.9
 BUDGET = 0.5

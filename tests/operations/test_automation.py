@@ -23,13 +23,14 @@ import pytest
 from dagster._core.definitions.declarative_automation.operators import EntityMatchesCondition, SinceCondition
 from dagster._core.events import StepMaterializationData
 
-from resources.identity import digest
-from resources.storage import StorageResource
-from scalselect_assets import ASSET_MODULES, reuse
-from scalselect_assets.automation import AUTOMATION_TAG, automation_condition
+from scalselect_assets import ASSET_MODULES
+from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.deployment import build_defs, open_instance
-from scalselect_assets.refresh import Discovery, report_discovery
-from scalselect_assets.selection import Selection
+from scalselect_assets.embedding import reuse
+from scalselect_assets.operations.automation import AUTOMATION_TAG, automation_condition
+from scalselect_assets.pool.discovery import Discovery, report_discovery
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.storage import StorageResource
 from tests.conftest import sharegpt_row, write_lines
 
 pytestmark = pytest.mark.usefixtures("quick_dagster")

@@ -7,13 +7,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from resources import vlm
-from scalselect_assets.attention_embeddings import DEVICE_POOL, limit_devices
 from scalselect_assets.deployment import build_defs, open_instance
-from scalselect_assets.method import loading
-from scalselect_assets.refresh import report_discovery, settled_discovery
+from scalselect_assets.embedding.device_pool import DEVICE_POOL, limit_devices
+from scalselect_assets.method.representation import loading
+from scalselect_assets.pool.discovery import report_discovery, settled_discovery
+from scalselect_assets.resources import vlm
+from tests.bench import WHOLE, Bench, ran
 from tests.conftest import write_lines
-from tests.test_refresh import WHOLE, Bench, ran
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 

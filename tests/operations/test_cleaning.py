@@ -16,21 +16,20 @@ import numpy as np
 import polars as pl
 import pytest
 
-from resources.artifacts import ArtifactCorruptError
-from resources.locks import StoreBusyError
-from resources.search_table import SEARCH_TABLE, search_table
-from scalselect_assets import (
-    attention_embeddings,
-    decontamination,
-    image_hashes,
-    maintenance,
-    pool_moments,
-    reuse,
-)
+from scalselect_assets.choice import decontamination, image_hashes
 from scalselect_assets.deployment import build_defs, open_instance
-from scalselect_assets.maintenance import Kind, MaintenanceReport, clean
+from scalselect_assets.embedding import receipts, reuse
+from scalselect_assets.operations import cleaning as maintenance
+from scalselect_assets.operations import leftovers
+from scalselect_assets.operations.cleaning import clean
+from scalselect_assets.operations.leftovers import Kind, MaintenanceReport
+from scalselect_assets.resources import table_versions
+from scalselect_assets.resources.artifacts import ArtifactCorruptError
+from scalselect_assets.resources.locks import StoreBusyError
+from scalselect_assets.resources.search_table import SEARCH_TABLE, search_table
+from scalselect_assets.subspace import pool_moments
+from tests.bench import Bench
 from tests.conftest import write_lines, write_pool_shard
-from tests.test_refresh import Bench
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
@@ -80,7 +79,7 @@ def cleaned(bench: Bench, days: float = 0, *, dry_run: bool = False) -> Maintena
         )
 
 
-def told(leftovers: tuple[maintenance.Leftover, ...]) -> dict[str, dict[str, int]]:
+def told(leftovers: tuple[leftovers.Leftover, ...]) -> dict[str, dict[str, int]]:
     """Counts by kind and reason."""
     found: dict[str, dict[str, int]] = {}
     for leftover in leftovers:
@@ -114,7 +113,7 @@ def change(bench: Bench, shard: str, question: str) -> None:
 
 def let_time_pass(bench: Bench) -> None:
     """Versions made within a second of each other are left alone."""
-    table, _ = attention_embeddings.recorded_table(bench.artifacts, "a.jsonl")
+    table, _ = receipts.recorded_table(bench.artifacts, "a.jsonl")
     newest = max(path.stat().st_mtime for path in table_folder(bench, table.table).rglob("*"))
     time.sleep(max(0.0, newest + 1.1 - time.time()))
 
@@ -210,7 +209,7 @@ def test_the_recorded_version_survives_where_a_newer_one_was_never_recorded(benc
     replaced_once(bench)
     let_time_pass(bench)
     store = bench.storage.embeddings(str(bench.store))
-    recorded, _ = attention_embeddings.recorded_table(bench.artifacts, "a.jsonl")
+    recorded, _ = receipts.recorded_table(bench.artifacts, "a.jsonl")
     # As a process leaves it that is killed between the table's commit and the receipt.
     unrecorded = store.replace(
         recorded.fingerprint,
@@ -239,12 +238,12 @@ def test_the_version_that_the_basis_holds_stays_beside_the_recorded_one(bench: B
         bench.refresh(should_stop=lambda: next(asked))
     basis = json.loads(bench.artifacts.read_header("subspace_basis", suffix=".safetensors")["shards"])
     held = replace(
-        attention_embeddings.recorded_table(bench.artifacts, "a.jsonl")[0],
+        receipts.recorded_table(bench.artifacts, "a.jsonl")[0],
         version=int(basis["a.jsonl"]["lance_version"]),
     )
     report = cleaned(bench)
     assert report.removed == ()
-    handle = maintenance._Tables(bench.storage.embeddings(str(bench.store)))
+    handle = table_versions.TableVersions(bench.storage.embeddings(str(bench.store)))
     assert [version.number for version in handle.versions(held.table)] == [held.version, held.version + 1]
     # So do the moments that the totals still hold, to be taken out of them.
     assert len(bench.artifacts.paths(pool_moments.RETIRED, suffix=".safetensors")) == 1
@@ -255,22 +254,22 @@ def test_the_version_that_the_basis_holds_stays_beside_the_recorded_one(bench: B
 def test_a_clock_that_jumps_while_versions_are_removed_costs_none_that_is_needed(bench: Bench) -> None:
     replaced_once(bench)
     let_time_pass(bench)
-    table, _ = attention_embeddings.recorded_table(bench.artifacts, "a.jsonl")
-    tables = maintenance._Tables(bench.storage.embeddings(str(bench.store)))
+    table, _ = receipts.recorded_table(bench.artifacts, "a.jsonl")
+    tables = table_versions.TableVersions(bench.storage.embeddings(str(bench.store)))
     folder = table_folder(bench, table.table)
     before = size(folder)
-    with pytest.raises(maintenance._TableRefusedError, match="tagged"):
+    with pytest.raises(table_versions.TableRefusedError, match="tagged"):
         tables.prune(table.table, time.time(), [1])
     assert size(folder) == before
-    assert not [path for path in folder.rglob("*") if maintenance._PIN in path.name]
+    assert not [path for path in folder.rglob("*") if table_versions._PIN in path.name]
     # A cleaning that was killed in between leaves its tags, which hold nothing up later.
-    tables._connection.open_table(table.table).tags.create(f"{maintenance._PIN}1", 1)
+    tables._connection.open_table(table.table).tags.create(f"{table_versions._PIN}1", 1)
     assert counts(cleaned(bench)) == {Kind.OLD_VERSIONS: 1}
 
 
 def test_a_table_that_cannot_be_read_is_left_to_the_refresh(bench: Bench) -> None:
     replaced_once(bench)
-    table, _ = attention_embeddings.recorded_table(bench.artifacts, "a.jsonl")
+    table, _ = receipts.recorded_table(bench.artifacts, "a.jsonl")
     shutil.rmtree(table_folder(bench, table.table) / "_versions")
     report = cleaned(bench)
     assert report.removed == ()
@@ -429,7 +428,7 @@ def test_a_shard_that_keeps_its_vectors_of_the_last_model_keeps_its_table(bench:
     bench.options["attention_mass"] = 0.7
     bench.refresh()
     assert counts(cleaned(bench)) == {Kind.OTHER_MODELS: 1}
-    table, _ = attention_embeddings.recorded_table(bench.artifacts, "a.jsonl")
+    table, _ = receipts.recorded_table(bench.artifacts, "a.jsonl")
     assert table_folder(bench, table.table).exists()
 
 
@@ -469,7 +468,7 @@ def aged(path: Path, days: float) -> Path:
 
 
 def test_unfinished_files_go_when_they_are_old(bench: Bench) -> None:
-    table, _ = attention_embeddings.recorded_table(bench.artifacts, "a.jsonl")
+    table, _ = receipts.recorded_table(bench.artifacts, "a.jsonl")
     data = table_folder(bench, table.table) / "data"
     old, young, future = [], [], []
     for files, days in ((old, 8), (young, 6), (future, -3)):
@@ -493,7 +492,7 @@ def test_unfinished_files_go_when_they_are_old(bench: Bench) -> None:
 def test_data_files_that_were_never_committed_go_when_their_table_has_long_been_left_alone(
     bench: Bench,
 ) -> None:
-    table, _ = attention_embeddings.recorded_table(bench.artifacts, "a.jsonl")
+    table, _ = receipts.recorded_table(bench.artifacts, "a.jsonl")
     folder, vectors = table_folder(bench, table.table), bench.vectors()
     (committed,) = (folder / "data").glob("*.lance")
     orphan = folder / "data" / f"{'0' * 50}.lance"
@@ -630,8 +629,10 @@ def test_a_cleaning_that_is_killed_anywhere_leaves_a_whole_store_and_goes_on(
         killed.update(after=n_kills, dropping=False)
         with monkeypatch.context() as patch:
             patch.setattr(pathlib.Path, "unlink", counted(pathlib.Path.unlink))
-            patch.setattr(maintenance._Tables, "drop", counted(maintenance._Tables.drop, drops=True))
-            patch.setattr(maintenance._Tables, "prune", counted(maintenance._Tables.prune))
+            patch.setattr(
+                table_versions.TableVersions, "drop", counted(table_versions.TableVersions.drop, drops=True)
+            )
+            patch.setattr(table_versions.TableVersions, "prune", counted(table_versions.TableVersions.prune))
             try:
                 cleaned(bench)
             except Killed:

@@ -9,12 +9,12 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from resources.artifacts import ArtifactStore
 from scalselect_assets.deployment import build_defs, open_instance
-from scalselect_assets.refresh import RefreshError
-from scalselect_assets.subspace_basis import rebuild_difference
+from scalselect_assets.operations.faults import RefreshError
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.subspace.verification import rebuild_difference
+from tests.bench import WHOLE, Bench, ran
 from tests.conftest import write_pool_shard
-from tests.test_refresh import WHOLE, Bench, ran
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 

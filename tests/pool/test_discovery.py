@@ -8,12 +8,12 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.artifacts import ArtifactStore
-from resources.sample_source import SampleSource
-from resources.storage import StorageResource
-from scalselect_assets import refresh
-from scalselect_assets.refresh import Discovery, discover, report_discovery, settled_discovery
-from scalselect_assets.selection import Selection
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.operations import refresh
+from scalselect_assets.pool.discovery import Discovery, discover, report_discovery, settled_discovery
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.sample_source import SampleSource
+from scalselect_assets.resources.storage import StorageResource
 from tests.conftest import png_bytes
 
 OLD = 1_000_000_000.0

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 import pytest
 
-from scalselect_assets.cycle import Cycle, since_last
+from scalselect_assets.recording.cycle import Cycle, since_last
 
 SUBSET, EMBEDDINGS, BASIS = (dg.AssetKey(["s", name]) for name in ("subset", "embeddings", "basis"))
 
@@ -56,7 +56,7 @@ def test_a_shard_that_is_gone_cost_time_but_is_not_of_the_pool(instance: dg.Dags
 def test_more_records_than_dagster_gives_at_once_are_all_counted(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scalselect_assets.cycle._RECORDS_PER_QUERY", 2)
+    monkeypatch.setattr("scalselect_assets.recording.cycle._RECORDS_PER_QUERY", 2)
     for number in range(5):
         made(instance, EMBEDDINGS, f"s{number}", seconds=1.0, computed_rows=2)
     found = cycle(instance, **{f"s{number}": 2 for number in range(5)})

@@ -7,10 +7,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.locks import StoreBusyError, StoreLocks
-from scalselect_assets import materialization
-from scalselect_assets.lineage import DATA_VERSION_TAG, recorded
-from scalselect_assets.materialization import Output, at_work, materialize_shards
+from scalselect_assets.recording import materialization
+from scalselect_assets.recording.data_versions import DATA_VERSION_TAG, recorded
+from scalselect_assets.recording.materialization import Output, at_work, materialize_shards
+from scalselect_assets.resources.locks import StoreBusyError, StoreLocks
 
 SHARDS = ["a", "b", "c"]
 

@@ -14,22 +14,17 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from scalselect_assets import selection_report, shown_attention, training_dataset
+from scalselect_assets.dataset import training_manifest
 from scalselect_assets.deployment import open_instance
+from scalselect_assets.report import gallery, gathering, overlays, selection_report
 from scalselect_assets.report.content import ReportContent
+from scalselect_assets.report.gallery_sample import GallerySample, Overlay
+from scalselect_assets.report.gathering import gather
+from scalselect_assets.report.page_receipt import is_complete, page_path, provenance, read_receipt
 from scalselect_assets.report.render import render
-from scalselect_assets.selection_report import (
-    GallerySample,
-    Overlay,
-    gather,
-    is_complete,
-    page_path,
-    provenance,
-    read_receipt,
-)
+from tests.bench import Bench
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
 from tests.report.page import Page
-from tests.test_refresh import Bench
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
@@ -107,7 +102,7 @@ def content(kept: Bench) -> ReportContent:
 def test_numbers_that_people_watch_are_plain_and_those_of_the_manifest(
     kept: Bench, made: dg.ExecuteInProcessResult
 ) -> None:
-    metadata, manifest = told(made), training_dataset.read_manifest(kept.artifacts)
+    metadata, manifest = told(made), training_manifest.read_manifest(kept.artifacts)
     for name in ("rank", "energy", "rows", "embedded", "selected"):
         assert metadata[name] == manifest[name]
         assert type(metadata[name]) in (int, float)
@@ -142,7 +137,9 @@ def test_the_page_is_what_its_versions_say(kept: Bench, made: dg.ExecuteInProces
     page = page_path(kept.artifacts).read_bytes()
     assert receipt["data_version"] == hashlib.sha256(page).hexdigest()
     assert receipt["bytes"] == len(page)
-    assert receipt["provenance"] == provenance(kept.selection, training_dataset.read_manifest(kept.artifacts))
+    assert receipt["provenance"] == provenance(
+        kept.selection, training_manifest.read_manifest(kept.artifacts)
+    )
     assert told(made)["scalselect/provenance"] == receipt["provenance"]
     assert is_complete(kept.artifacts)
 
@@ -158,7 +155,7 @@ def test_where_attention_lies_is_drawn_once_and_forgotten_when_it_is_not_shown(
     kept: Bench, made: dg.ExecuteInProcessResult, content: ReportContent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = {item.place for gallery in content.galleries for item in gallery.items}
-    folder = kept.store / shown_attention.FOLDER
+    folder = kept.store / overlays.FOLDER
     drawn = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(drawn) == len(shown)
     (folder / "of-another-night.png").write_bytes(b"")
@@ -166,7 +163,7 @@ def test_where_attention_lies_is_drawn_once_and_forgotten_when_it_is_not_shown(
     def refuse(*_: object) -> None:
         raise AssertionError("it is there already")
 
-    monkeypatch.setattr(shown_attention, "attention_of", refuse)
+    monkeypatch.setattr(overlays, "attention_of", refuse)
     materialized(kept)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == drawn
     assert page_path(kept.artifacts).read_text().count('class="overlay"') == sum(
@@ -182,7 +179,7 @@ def test_an_image_that_is_replaced_has_another_overlay(
     def drawn() -> set[str]:
         bench.refresh()
         materialized(bench)
-        return {path.name for path in (bench.store / shown_attention.FOLDER).iterdir()}
+        return {path.name for path in (bench.store / overlays.FOLDER).iterdir()}
 
     before = drawn()
     (pool / "images" / "0.png").write_bytes(png_bytes(77))
@@ -214,7 +211,7 @@ def test_rejected_rows_are_told_by_reason_with_what_it_means(content: ReportCont
 
 
 def test_every_reason_has_a_meaning() -> None:
-    assert set(selection_report._MEANINGS) == set(selection_report.RejectionReason)
+    assert set(gathering._MEANINGS) == set(selection_report.RejectionReason)
 
 
 def test_energy_and_leverage_are_those_of_the_basis_and_the_scores(
@@ -247,8 +244,8 @@ def test_galleries_show_the_ends_and_the_middle_with_exact_ranks(kept: Bench, co
     middle = values[(n + 1) // 2 - 1]
     assert median == sorted(sorted(range(1, n + 1), key=lambda rank: abs(values[rank - 1] - middle))[:8])
     chosen = set(kept.artifacts.read_frame("selected_subset")[0].select("shard", "row").iter_rows())
-    for gallery in content.galleries:
-        for item in gallery.items:
+    for shown_gallery in content.galleries:
+        for item in shown_gallery.items:
             row = scores.row(item.rank - 1, named=True)
             assert item.place == f"{row['shard']}#{row['row']}"
             assert item.sample_key == row["sample_key"]
@@ -281,8 +278,8 @@ def test_samples_are_shown_with_words_and_pictures(kept: Bench, monkeypatch: pyt
 
 
 def test_long_texts_are_cut_and_say_so() -> None:
-    assert selection_report._cut("ab" * 5, 10) == "ab" * 5
-    assert selection_report._cut("ab cd", 3) == "ab… (5 characters)"
+    assert gallery._cut("ab" * 5, 10) == "ab" * 5
+    assert gallery._cut("ab cd", 3) == "ab… (5 characters)"
 
 
 def test_an_image_that_went_or_broke_leaves_its_place_and_the_reason(
@@ -344,13 +341,13 @@ def test_many_sources_are_added_up_after_the_largest(kept: Bench, monkeypatch: p
     content = gathered(kept)
     assert len(content.composition) == 25
     assert content.composition[-1].source == "(10 more sources)"
-    manifest = training_dataset.read_manifest(kept.artifacts)
+    manifest = training_manifest.read_manifest(kept.artifacts)
     for name, attribute in (("rows", "pool"), ("embedded", "embedded"), ("selected", "selected")):
         assert sum(getattr(one, attribute) for one in content.composition) == manifest[name]
 
 
 def test_the_report_is_due_when_the_dataset_or_the_labels_change(kept: Bench) -> None:
-    manifest, selection = training_dataset.read_manifest(kept.artifacts), kept.selection
+    manifest, selection = training_manifest.read_manifest(kept.artifacts), kept.selection
     present = provenance(selection, manifest)
     versions = {name: manifest[name] for name in ("provenance", "data_version")}
     assert provenance(selection, versions) == present

@@ -8,11 +8,11 @@ import pytest
 from numpy.typing import NDArray
 from upath import UPath
 
-from resources.artifacts import ArtifactStore
-from scalselect_assets.basis_history import BASIS, drift_since_last
-from scalselect_assets.method.drift import basis_drift
-from scalselect_assets.method.moments import Moments
-from scalselect_assets.method.subspace import Subspace, fit_subspace
+from scalselect_assets.method.subspace.basis import Subspace, fit_subspace
+from scalselect_assets.method.subspace.drift import basis_drift
+from scalselect_assets.method.subspace.moments import Moments
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.subspace.basis_history import BASIS, drift_since_last
 
 
 def pool_of(n: int, seed: int = 0) -> NDArray[np.float64]:

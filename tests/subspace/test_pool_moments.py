@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from resources.artifacts import ArtifactMissingError, ArtifactStore
-from scalselect_assets import pool_moments
-from scalselect_assets.method.moments import Moments
+from scalselect_assets.method.subspace.moments import Moments
+from scalselect_assets.resources.artifacts import ArtifactMissingError, ArtifactStore
+from scalselect_assets.subspace import pool_moments
 
 
 class Pool:

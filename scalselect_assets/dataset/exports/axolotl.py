@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from resources.folders import NewFolder
-from scalselect_assets.exports.base import (
+from scalselect_assets.dataset.exports.base import (
     PlacedRow,
     Preflight,
     Refusal,
@@ -24,8 +23,9 @@ from scalselect_assets.exports.base import (
     require_images,
     write_json_lines,
 )
-from scalselect_assets.exports.rows import ExportRow
-from scalselect_assets.method.conversation import IMAGE
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.method.representation.conversation import IMAGE
+from scalselect_assets.resources.folders import NewFolder
 
 FILE, CONFIG = "train.jsonl", "axolotl.yaml"
 _PART_KEYS = {"text": "text", "image": "path"}

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from upath import UPath
 
-from resources.folders import HashedStream, NewFolder
-from resources.samples import IMAGE_MARK
-from resources.shard_reader import ShardFormatError, iter_rows
-from scalselect_assets.exports.rows import ExportRow
-from scalselect_assets.exports.spec import ExportSpec
-from scalselect_assets.method.conversation import Role
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.declaration.export_specs import ExportSpec
+from scalselect_assets.method.representation.conversation import Role
+from scalselect_assets.resources.folders import HashedStream, NewFolder
+from scalselect_assets.resources.samples import IMAGE_MARK
+from scalselect_assets.resources.shard_reader import ShardFormatError, iter_rows
 
 HF_CHUNK_BYTES = 10 << 20
 """What the JSON reader of Hugging Face ``datasets`` takes the columns' types from: its first 10 MiB

@@ -13,9 +13,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from resources.folders import NewFolder
-from resources.samples import IMAGE_MARK
-from scalselect_assets.exports.base import (
+from scalselect_assets.dataset.exports.base import (
     PlacedRow,
     Preflight,
     Refusal,
@@ -33,7 +31,9 @@ from scalselect_assets.exports.base import (
     write_companion,
     write_json_lines,
 )
-from scalselect_assets.exports.rows import ExportRow
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.resources.folders import NewFolder
+from scalselect_assets.resources.samples import IMAGE_MARK
 
 FILE, META = "train.jsonl", "meta.json"
 _RESERVED = ("<img>", "</img>", "<IMG_CONTEXT>")

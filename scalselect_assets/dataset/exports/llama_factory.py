@@ -12,8 +12,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from resources.folders import NewFolder
-from scalselect_assets.exports.base import (
+from scalselect_assets.dataset.exports.base import (
     PlacedRow,
     Preflight,
     Refusal,
@@ -32,7 +31,8 @@ from scalselect_assets.exports.base import (
     write_companion,
     write_json_lines,
 )
-from scalselect_assets.exports.rows import ExportRow
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.resources.folders import NewFolder
 
 FILE, INFO, ARGUMENTS = "train.jsonl", "dataset_info.json", "train_arguments.yaml"
 _OTHER_MEDIA = ("<video>", "<audio>")

@@ -13,8 +13,7 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from resources.folders import NewFolder
-from scalselect_assets.exports.base import (
+from scalselect_assets.dataset.exports.base import (
     PlacedRow,
     Preflight,
     Refusal,
@@ -32,7 +31,8 @@ from scalselect_assets.exports.base import (
     unpaired,
     write_json_array,
 )
-from scalselect_assets.exports.rows import ExportRow
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.resources.folders import NewFolder
 
 FILE, ARGUMENTS = "train.json", "arguments.txt"
 _SEPARATORS = ("</s>", " ASSISTANT: ")

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 
 import yaml
 
-from resources.folders import NewFolder
-from scalselect_assets.exports.base import (
+from scalselect_assets.dataset.exports.base import (
     PlacedRow,
     Preflight,
     Refusal,
@@ -27,8 +26,9 @@ from scalselect_assets.exports.base import (
     require_images,
     write_json_array,
 )
-from scalselect_assets.exports.llava import check_llava_turns
-from scalselect_assets.exports.rows import ExportRow
+from scalselect_assets.dataset.exports.llava import check_llava_turns
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.resources.folders import NewFolder
 
 FILE, DATA = "train.json", "data.yaml"
 

@@ -22,19 +22,8 @@ from typing import Any
 
 from upath import UPath
 
-from resources.folders import (
-    HashedStream,
-    NewFolder,
-    WrittenFile,
-    forget_folder,
-    remove_folder,
-    replaced_folder,
-)
-from resources.identity import digest
-from resources.image_root import ImageRoot, is_local
-from resources.sample_source import SampleSource
-from scalselect_assets.exports.axolotl import Axolotl
-from scalselect_assets.exports.base import (
+from scalselect_assets.dataset.exports.axolotl import Axolotl
+from scalselect_assets.dataset.exports.base import (
     Export,
     PlacedImage,
     PlacedRow,
@@ -45,17 +34,28 @@ from scalselect_assets.exports.base import (
     safe_suffix,
     write_line,
 )
-from scalselect_assets.exports.internvl import InternVl
-from scalselect_assets.exports.llama_factory import LlamaFactory
-from scalselect_assets.exports.llava import Llava
-from scalselect_assets.exports.llava_next import LlavaNext
-from scalselect_assets.exports.ms_swift import MsSwift
-from scalselect_assets.exports.qwen_vl import QwenVl
-from scalselect_assets.exports.rows import ExportRow, RowSpool
-from scalselect_assets.exports.spec import ExportSpec
-from scalselect_assets.exports.trl_parquet import TrlParquet
-from scalselect_assets.exports.web_dataset import WebDataset
-from scalselect_assets.method.rejection import Rejection
+from scalselect_assets.dataset.exports.internvl import InternVl
+from scalselect_assets.dataset.exports.llama_factory import LlamaFactory
+from scalselect_assets.dataset.exports.llava import Llava
+from scalselect_assets.dataset.exports.llava_next import LlavaNext
+from scalselect_assets.dataset.exports.ms_swift import MsSwift
+from scalselect_assets.dataset.exports.qwen_vl import QwenVl
+from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
+from scalselect_assets.dataset.exports.trl_parquet import TrlParquet
+from scalselect_assets.dataset.exports.web_dataset import WebDataset
+from scalselect_assets.declaration.export_specs import ExportSpec
+from scalselect_assets.method.representation.rejection import Rejection
+from scalselect_assets.resources.folders import (
+    HashedStream,
+    NewFolder,
+    WrittenFile,
+    forget_folder,
+    remove_folder,
+    replaced_folder,
+)
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.image_root import ImageRoot, is_local
+from scalselect_assets.resources.sample_source import SampleSource
 
 FOLDER = "exports"
 CODE_VERSION = "1"

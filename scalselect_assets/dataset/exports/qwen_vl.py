@@ -11,8 +11,7 @@ ends with ``%`` and digits is sampled).
 import ast
 from collections.abc import Iterable
 
-from resources.folders import NewFolder
-from scalselect_assets.exports.base import (
+from scalselect_assets.dataset.exports.base import (
     PlacedRow,
     Preflight,
     Refusal,
@@ -31,7 +30,8 @@ from scalselect_assets.exports.base import (
     write_companion,
     write_json_lines,
 )
-from scalselect_assets.exports.rows import ExportRow
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.resources.folders import NewFolder
 
 FILE, ENTRY = "train.jsonl", "data_dict_entry.py"
 _RESERVED = ("<video>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>")

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, Literal, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from resources.samples import conversation_of, written_turns
-from scalselect_assets.method.conversation import Conversation, Role
+from scalselect_assets.method.representation.conversation import Conversation, Role
+from scalselect_assets.resources.samples import conversation_of, written_turns
 
 NO_LABEL = "unlabelled"
 """The label of a row that lacks the field, or has it empty."""

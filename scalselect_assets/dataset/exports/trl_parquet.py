@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image, UnidentifiedImageError
 
-from resources.folders import HashedStream, NewFolder
-from scalselect_assets.exports.base import PlacedRow, Preflight, Refusal, Setting, write_companion
-from scalselect_assets.exports.rows import ExportRow
-from scalselect_assets.method.conversation import IMAGE
+from scalselect_assets.dataset.exports.base import PlacedRow, Preflight, Refusal, Setting, write_companion
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.method.representation.conversation import IMAGE
+from scalselect_assets.resources.folders import HashedStream, NewFolder
 
 CARD = "README.md"
 _PATTERN = "data/train-*.parquet"

@@ -21,8 +21,7 @@ from typing import Any, BinaryIO, cast
 from PIL import Image, UnidentifiedImageError
 from upath import UPath
 
-from resources.folders import HashedStream, NewFolder
-from scalselect_assets.exports.base import (
+from scalselect_assets.dataset.exports.base import (
     PlacedImage,
     PlacedRow,
     Preflight,
@@ -34,7 +33,8 @@ from scalselect_assets.exports.base import (
     safe_suffix,
     write_companion,
 )
-from scalselect_assets.exports.rows import ExportRow
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.resources.folders import HashedStream, NewFolder
 
 INDEX = "shards.json"
 # `webdataset.autodecode` tells images by these; of other formats a decoder of one's own is needed.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.subspace import Subspace
+from scalselect_assets.method.subspace.basis import Subspace
 
 Blocks = Callable[[], Iterable[NDArray[Any]]]
 """Gives the same rows again at every call, in the order of the candidates, as (m, width) blocks, m >= 0."""

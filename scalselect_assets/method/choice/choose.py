@@ -8,9 +8,9 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.candidates import Blocks, Candidates
-from scalselect_assets.method.quotas import Terms
-from scalselect_assets.method.strategies import Ranking, Strategy
+from scalselect_assets.method.choice.candidates import Blocks, Candidates
+from scalselect_assets.method.choice.strategies import Ranking, Strategy
+from scalselect_assets.method.choice.terms import Terms
 
 
 @dataclass(frozen=True, slots=True)

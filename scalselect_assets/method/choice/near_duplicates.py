@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.preprocessing import prepared_rows, unit_rows
+from scalselect_assets.method.subspace.preprocessing import prepared_rows, unit_rows
 
 Candidates: TypeAlias = Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]
 """Batches of (m,) positions and their (m, d) unit vectors."""

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.candidates import Blocks, Candidates, whole_stream
-from scalselect_assets.method.quotas import Tally, Terms
+from scalselect_assets.method.choice.candidates import Blocks, Candidates, whole_stream
+from scalselect_assets.method.choice.tally import Tally
+from scalselect_assets.method.choice.terms import Terms
 
 # M begins as if every direction had this share of what a random choice of the same size gives it: little
 # enough that a direction that is not there yet comes before a second row of one that is, even where the

@@ -12,9 +12,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.candidates import Blocks, Candidates
-from scalselect_assets.method.quotas import Column, InfeasibleError, Terms, proportional_sizes
-from scalselect_assets.method.spanning import DEFAULT_PASSES, DEFAULT_PRIOR, spanning_order
+from scalselect_assets.method.choice.candidates import Blocks, Candidates
+from scalselect_assets.method.choice.proportions import proportional_sizes
+from scalselect_assets.method.choice.spanning import DEFAULT_PASSES, DEFAULT_PRIOR, spanning_order
+from scalselect_assets.method.choice.terms import Column, InfeasibleError, Terms
 
 
 @dataclass(frozen=True, slots=True, eq=False)

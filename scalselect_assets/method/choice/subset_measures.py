@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.candidates import Blocks, Labels, whole_stream
-from scalselect_assets.method.moments import Moments, check_same_dimension
-from scalselect_assets.method.preprocessing import unit_rows
-from scalselect_assets.method.subspace import Subspace, principal_axes
+from scalselect_assets.method.choice.candidates import Blocks, Labels, whole_stream
+from scalselect_assets.method.subspace.basis import Subspace, principal_axes
+from scalselect_assets.method.subspace.moments import Moments, check_same_dimension
+from scalselect_assets.method.subspace.preprocessing import unit_rows
 
 _COSINE_ROUNDING = 1e-9  # equal rows may have a cosine that much below 1
 _QUERY_ROWS = 2048  # rows that are compared with a whole stream at once

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from scalselect_assets.method.families import UnsupportedModelError
+from scalselect_assets.method.representation.families import UnsupportedModelError
 
 ROWS_ATTENTION = "scalselect_rows"
 """The name under which the attention and mask functions are registered with Transformers."""

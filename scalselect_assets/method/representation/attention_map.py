@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from scalselect_assets.method.encoder import ChatSample, Representation, VlmEncoder
-from scalselect_assets.method.images import decode_image
-from scalselect_assets.method.rejection import Rejection
-from scalselect_assets.method.token_layout import Box, ImageLayout, image_layouts
+from scalselect_assets.method.representation.encoder import ChatSample, Representation, VlmEncoder
+from scalselect_assets.method.representation.images import decode_image
+from scalselect_assets.method.representation.rejection import Rejection
+from scalselect_assets.method.representation.token_layout import Box, ImageLayout, image_layouts
 
 DEFAULT_MAX_SIDE = 768
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from scalselect_assets.method.conversation import IMAGE, Conversation
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation
 
 # Private-use code points delimit the placeholders; a row that contains them gets longer ones.
 _OPEN, _CLOSE = "\ue000", "\ue001"

@@ -1,7 +1,7 @@
 """What the method reads: a conversation of turns whose text and images keep their places.
 
-Pure data. File formats are read by ``resources.sample_source``; the chat template of the target model is
-applied by ``scalselect_assets.method.chat``.
+Pure data. File formats are read by `resources.sample_source`; the chat template of the target model is
+applied by ``scalselect_assets.method.representation.chat``.
 """
 
 import enum

@@ -25,18 +25,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scalselect_assets.method.conversation import Conversation
-from scalselect_assets.method.first_layer import (
+from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.method.representation.conversation import Conversation
+from scalselect_assets.method.representation.first_layer import (
     FeatureCountError,
     FirstLayer,
     FirstLayerState,
     VisionInput,
 )
-from scalselect_assets.method.interrupts import deferred
-from scalselect_assets.method.model_card import ModelCard
-from scalselect_assets.method.preparation import Prepared, Preparer
-from scalselect_assets.method.rejection import Rejection, RejectionReason
-from scalselect_assets.method.workers import ImageReader, Preparation
+from scalselect_assets.method.representation.model_card import ModelCard
+from scalselect_assets.method.representation.preparation import Prepared, Preparer
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation.workers import ImageReader, Preparation
 
 _GROUP_SIZE = 64  # samples about the same images that are prepared together
 _GROUPS_AHEAD = 4  # prepared while the model works; large images are 100 MB each

@@ -18,8 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scalselect_assets.method.attention import AtAttention, attend, dominant_tokens, instruction_attention
-from scalselect_assets.method.families import UnsupportedModelError
+from scalselect_assets.method.representation.attention import (
+    AtAttention,
+    attend,
+    dominant_tokens,
+    instruction_attention,
+)
+from scalselect_assets.method.representation.families import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,22 +17,22 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from scalselect_assets.method.attention import dominant_tokens, register_rows_attention
-from scalselect_assets.method.chat import ChatTemplateError, render_chat
-from scalselect_assets.method.conversation import IMAGE, Conversation, Turn
-from scalselect_assets.method.encoder import VlmEncoder
-from scalselect_assets.method.families import (
+from scalselect_assets.method.representation.attention import dominant_tokens, register_rows_attention
+from scalselect_assets.method.representation.chat import ChatTemplateError, render_chat
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.encoder import VlmEncoder
+from scalselect_assets.method.representation.families import (
     TESTED_FAMILIES,
     UnsupportedModelError,
     image_token_id,
     keep_what_the_first_layer_reads,
 )
-from scalselect_assets.method.first_layer import FirstLayer, decoder_of
-from scalselect_assets.method.images import DEFAULT_MAX_PIXELS
-from scalselect_assets.method.model_card import model_card
-from scalselect_assets.method.preparation import Prepared, Preparer
-from scalselect_assets.method.processors import load_processor
-from scalselect_assets.method.quiet import quiet_transformers
+from scalselect_assets.method.representation.first_layer import FirstLayer, decoder_of
+from scalselect_assets.method.representation.images import DEFAULT_MAX_PIXELS
+from scalselect_assets.method.representation.model_card import model_card
+from scalselect_assets.method.representation.preparation import Prepared, Preparer
+from scalselect_assets.method.representation.processors import load_processor
+from scalselect_assets.method.representation.quiet import quiet_transformers
 
 DEFAULT_ATTENTION_MASS = 0.9
 """τ of the paper: the share of the instruction's attention that the kept vision tokens must exceed."""

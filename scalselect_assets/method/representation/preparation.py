@@ -16,11 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scalselect_assets.method.chat import ChatTemplateError, RenderedChat, render_chat
-from scalselect_assets.method.conversation import Conversation
-from scalselect_assets.method.first_layer import ModelInput, VisionInput
-from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError, decode_image
-from scalselect_assets.method.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation.chat import ChatTemplateError, RenderedChat, render_chat
+from scalselect_assets.method.representation.conversation import Conversation
+from scalselect_assets.method.representation.first_layer import ModelInput, VisionInput
+from scalselect_assets.method.representation.images import (
+    ImageTooLargeError,
+    UndecodableImageError,
+    decode_image,
+)
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from scalselect_assets.method.families import UnsupportedModelError
+from scalselect_assets.method.representation.families import UnsupportedModelError
 
 
 def load_processor(model: str, revision: str | None, config: Any) -> Any:

@@ -29,8 +29,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from scalselect_assets.method.conversation import Conversation
-from scalselect_assets.method.preparation import Preparer
+from scalselect_assets.method.representation.conversation import Conversation
+from scalselect_assets.method.representation.preparation import Preparer
 
 Box: TypeAlias = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels of the upright image; beyond its edges where it was padded."""

@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 import torch
 
-from scalselect_assets.method.conversation import Conversation
-from scalselect_assets.method.preparation import Prepared, Preparer, for_transport
-from scalselect_assets.method.rejection import Rejection
+from scalselect_assets.method.representation.conversation import Conversation
+from scalselect_assets.method.representation.preparation import Prepared, Preparer, for_transport
+from scalselect_assets.method.representation.rejection import Rejection
 
 ImageReader: TypeAlias = Callable[[str], bytes]
 Submit: TypeAlias = Callable[

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, eigh_tridiagonal, eigvalsh_tridiagonal, lapack
 
-from scalselect_assets.method.moments import Moments, NonFiniteError, stored_array
-from scalselect_assets.method.rank import DEFAULT_RANK_RULE, RankRule
+from scalselect_assets.method.subspace.moments import Moments, NonFiniteError, stored_array
+from scalselect_assets.method.subspace.rank import DEFAULT_RANK_RULE, RankRule
 
 # Products of different directions above this are no rounding.
 _ORTHOGONAL = 1e-13

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.moments import matrix_width
-from scalselect_assets.method.subspace import Subspace
+from scalselect_assets.method.subspace.basis import Subspace
+from scalselect_assets.method.subspace.moments import matrix_width
 
 _BLOCK_ROWS = 1024
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.moments import Moments
-from scalselect_assets.method.subspace import Subspace
+from scalselect_assets.method.subspace.basis import Subspace
+from scalselect_assets.method.subspace.moments import Moments
 
 
 @dataclass(frozen=True, slots=True)

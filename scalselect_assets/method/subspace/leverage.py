@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.moments import finite_rows, matrix_width, one_blas_thread_per_core
-from scalselect_assets.method.subspace import Subspace
+from scalselect_assets.method.subspace.basis import Subspace
+from scalselect_assets.method.subspace.moments import finite_rows, matrix_width, one_blas_thread_per_core
 
 # No row of a fitted pool exceeds 1; rounding does by far less than this.
 _ROUNDING = 1e-4

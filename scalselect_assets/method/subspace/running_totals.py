@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.moments import Moments, check_same_dimension, packed_rows, stored_array
+from scalselect_assets.method.subspace.moments import Moments, check_same_dimension, packed_rows, stored_array
 
 Array = NDArray[np.float64]
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from upath import UPath
 
-from resources.sample_source import SampleSource
-from resources.samples import parse_row
-from scalselect_assets.exports.base import Export
-from scalselect_assets.exports.publish import EXPORTS, Report, write_export
-from scalselect_assets.exports.rows import ExportRow, RowSpool
-from scalselect_assets.exports.spec import ExportSpec
+from scalselect_assets.dataset.exports.base import Export
+from scalselect_assets.dataset.exports.publish import EXPORTS, Report, write_export
+from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
+from scalselect_assets.declaration.export_specs import ExportSpec
+from scalselect_assets.resources.sample_source import SampleSource
+from scalselect_assets.resources.samples import parse_row
 from tests.conftest import png_bytes
 
 DATASET = "pool_of_tests"

@@ -10,11 +10,11 @@ import yaml
 from PIL import Image
 from upath import UPath
 
-from scalselect_assets.exports.base import HF_CHUNK_BYTES
-from scalselect_assets.exports.trl_parquet import TrlParquet
-from scalselect_assets.exports.web_dataset import WebDataset
-from scalselect_assets.method.conversation import IMAGE
-from tests.exports.conftest import DATASET, HOSTILE, ExportBench, MakeBench, said
+from scalselect_assets.dataset.exports.base import HF_CHUNK_BYTES
+from scalselect_assets.dataset.exports.trl_parquet import TrlParquet
+from scalselect_assets.dataset.exports.web_dataset import WebDataset
+from scalselect_assets.method.representation.conversation import IMAGE
+from tests.dataset.exports.conftest import DATASET, HOSTILE, ExportBench, MakeBench, said
 
 Load = Callable[..., Any]
 
@@ -231,8 +231,8 @@ def test_ms_swifts_preprocessor_deletes_no_row(bench: MakeBench, load: Load) -> 
 
 
 def test_the_pools_own_reader_takes_the_llava_export_as_it_was(bench: MakeBench) -> None:
-    from resources.samples import written_turns
-    from resources.shard_reader import iter_rows
+    from scalselect_assets.resources.samples import written_turns
+    from scalselect_assets.resources.shard_reader import iter_rows
 
     made = bench()
     folder = written(made, "llava")

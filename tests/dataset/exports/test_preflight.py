@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from resources.folders import NewFolder, replaced_folder
-from scalselect_assets.exports.base import HF_CHUNK_BYTES, PlacedImage, PlacedRow, Preflight, Setting
-from scalselect_assets.exports.publish import EXPORTS
-from scalselect_assets.exports.spec import ExportSpec
-from scalselect_assets.exports.trl_parquet import SCHEMA
-from tests.exports.conftest import DATASET, ExportBench, MakeBench, said
+from scalselect_assets.dataset.exports.base import HF_CHUNK_BYTES, PlacedImage, PlacedRow, Preflight, Setting
+from scalselect_assets.dataset.exports.publish import EXPORTS
+from scalselect_assets.dataset.exports.trl_parquet import SCHEMA
+from scalselect_assets.declaration.export_specs import ExportSpec
+from scalselect_assets.resources.folders import NewFolder, replaced_folder
+from tests.dataset.exports.conftest import DATASET, ExportBench, MakeBench, said
 
 PLAIN = [
     said("<image>\nWhat?", "Noise.", images=["a.png"], id="a"),

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from upath import UPath
 
-from resources.folders import WrittenFile
-from scalselect_assets.exports import publish
-from scalselect_assets.exports.publish import EXPORTS, ExportError, write_exports
-from scalselect_assets.exports.rows import ExportRow, RowSpool
-from scalselect_assets.exports.spec import FORMAT_NAMES, ExportSpec, parse_exports
+from scalselect_assets.dataset.exports import publish
+from scalselect_assets.dataset.exports.publish import EXPORTS, ExportError, write_exports
+from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
+from scalselect_assets.declaration.export_specs import FORMAT_NAMES, ExportSpec, parse_exports
+from scalselect_assets.resources.folders import WrittenFile
 from tests.conftest import png_bytes
-from tests.exports.conftest import HOSTILE, MakeBench, said
+from tests.dataset.exports.conftest import HOSTILE, MakeBench, said
 
 FORMATS = sorted(EXPORTS)
 REFERRING = [name for name in FORMATS if not EXPORTS[name].embeds_images]
@@ -240,7 +240,7 @@ def test_the_command_line_names_formats_and_settings() -> None:
 
 
 def test_no_file_of_an_export_is_written_twice_or_outside(bench: MakeBench) -> None:
-    from resources.folders import replaced_folder
+    from scalselect_assets.resources.folders import replaced_folder
 
     with replaced_folder(bench().target / "any") as folder:
         folder.write("a/b", b"1", rows=1)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalselect_assets.method.selection import budget_size, parse_budget
+from scalselect_assets.method.choice.budget import budget_size, parse_budget
 
 
 @pytest.mark.parametrize(

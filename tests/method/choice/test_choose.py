@@ -5,9 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalselect_assets.method.choice import KeepEarlier, choose
-from scalselect_assets.method.quotas import Budget, Quota, agree
-from scalselect_assets.method.strategies import LeverageSampling, LongestText, Random, Spanning, TopLeverage
+from scalselect_assets.method.choice.agreement import agree
+from scalselect_assets.method.choice.choose import KeepEarlier, choose
+from scalselect_assets.method.choice.strategies import (
+    LeverageSampling,
+    LongestText,
+    Random,
+    Spanning,
+    TopLeverage,
+)
+from scalselect_assets.method.choice.terms import Budget, Quota
 from tests.method.pools import blocks_of, candidates, of_rows, planted
 
 scores = st.lists(st.floats(0, 4).map(lambda x: round(x, 1)), min_size=10, max_size=10)

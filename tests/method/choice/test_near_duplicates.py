@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from scalselect_assets.method.near_duplicates import (
-    centred_directions,
-    near_duplicates,
-    pairs_within,
-)
-from scalselect_assets.method.preprocessing import unit_rows
+from scalselect_assets.method.choice.near_duplicates import centred_directions, near_duplicates, pairs_within
+from scalselect_assets.method.subspace.preprocessing import unit_rows
 from tests.method.vectors import VectorsInMemory
 
 COSINE = 0.98

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scalselect_assets.method.candidates import Candidates, Labels, projected
-from scalselect_assets.method.choice import choose
-from scalselect_assets.method.moments import Moments
-from scalselect_assets.method.quotas import Budget, InfeasibleError, Quota, agree
-from scalselect_assets.method.spanning import spanning_order
-from scalselect_assets.method.strategies import (
+from scalselect_assets.method.choice.agreement import agree
+from scalselect_assets.method.choice.candidates import Candidates, Labels, projected
+from scalselect_assets.method.choice.choose import choose
+from scalselect_assets.method.choice.spanning import spanning_order
+from scalselect_assets.method.choice.strategies import (
     STRATEGIES,
     LeverageSampling,
     LongestText,
@@ -26,7 +25,9 @@ from scalselect_assets.method.strategies import (
     strategy_named,
     systematic_sample,
 )
-from scalselect_assets.method.subspace import fit_subspace
+from scalselect_assets.method.choice.terms import Budget, InfeasibleError, Quota
+from scalselect_assets.method.subspace.basis import fit_subspace
+from scalselect_assets.method.subspace.moments import Moments
 from tests.method.pools import blocks_of, candidates, of_rows, planted, whitened
 from tests.method.vectors import rows
 

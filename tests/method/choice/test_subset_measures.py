@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from scalselect_assets.method.candidates import Labels, projected
-from scalselect_assets.method.choice import choose
-from scalselect_assets.method.moments import Moments
-from scalselect_assets.method.quotas import Budget, agree
-from scalselect_assets.method.rank import EnergyThreshold
-from scalselect_assets.method.strategies import Random, Spanning, TopLeverage
-from scalselect_assets.method.subset_measures import (
+from scalselect_assets.method.choice.agreement import agree
+from scalselect_assets.method.choice.candidates import Labels, projected
+from scalselect_assets.method.choice.choose import choose
+from scalselect_assets.method.choice.strategies import Random, Spanning, TopLeverage
+from scalselect_assets.method.choice.subset_measures import (
     label_coverage,
     near_duplicate_rate,
     own_subspace_measures,
     shared_share,
     span_measures,
 )
-from scalselect_assets.method.subspace import fit_subspace
+from scalselect_assets.method.choice.terms import Budget
+from scalselect_assets.method.subspace.basis import fit_subspace
+from scalselect_assets.method.subspace.moments import Moments
+from scalselect_assets.method.subspace.rank import EnergyThreshold
 from tests.method.pools import blocks_of, of_rows, planted
 from tests.method.vectors import rows, with_outlier_dimensions
 
@@ -145,7 +146,7 @@ def by_definition(x: NDArray[np.float64], threshold: float) -> float:
 @pytest.mark.parametrize("block", [1, 7, 4096])
 @pytest.mark.parametrize("queries", [1, 10, 2048])
 def test_near_duplicates_are_those_of_all_pairs(block: int, queries: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("scalselect_assets.method.subset_measures._QUERY_ROWS", queries)
+    monkeypatch.setattr("scalselect_assets.method.choice.choose.choose.subset_measures._QUERY_ROWS", queries)
     x, _ = planted([5, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1, 1], 6, noise=0.4)
     for threshold in (0.5, 0.9, 0.97):
         got = near_duplicate_rate(blocks_of(x, block), len(x), threshold=threshold)

@@ -7,16 +7,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from scalselect_assets.method.candidates import Candidates, Labels
-from scalselect_assets.method.quotas import (
-    Budget,
-    InfeasibleError,
-    Quota,
-    Tally,
-    Terms,
-    agree,
-    proportional_sizes,
-)
+from scalselect_assets.method.choice.agreement import agree
+from scalselect_assets.method.choice.candidates import Candidates, Labels
+from scalselect_assets.method.choice.proportions import proportional_sizes
+from scalselect_assets.method.choice.tally import Tally
+from scalselect_assets.method.choice.terms import Budget, InfeasibleError, Quota, Terms
 from tests.method.pools import candidates
 
 

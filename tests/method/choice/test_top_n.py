@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scalselect_assets.method import top_n
-from scalselect_assets.method.top_n import Threshold, nth_largest
+from scalselect_assets.method.choice import top_n
+from scalselect_assets.method.choice.top_n import Threshold, nth_largest
 
 SMALLEST = 5e-324  # the least subnormal
 LARGEST = np.finfo(np.float64).max

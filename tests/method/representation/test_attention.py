@@ -19,8 +19,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from scalselect_assets.method import attention
-from scalselect_assets.method.attention import (
+from scalselect_assets.method.representation import attention
+from scalselect_assets.method.representation.attention import (
     ROWS_ATTENTION,
     AtAttention,
     RowMask,
@@ -29,7 +29,7 @@ from scalselect_assets.method.attention import (
     instruction_attention,
     register_rows_attention,
 )
-from scalselect_assets.method.families import UnsupportedModelError
+from scalselect_assets.method.representation.families import UnsupportedModelError
 from tests.method.memory import LargestTensor
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

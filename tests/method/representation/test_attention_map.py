@@ -11,20 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-from scalselect_assets.method import token_layout
-from scalselect_assets.method.attention_map import (
+from scalselect_assets.method.representation import token_layout
+from scalselect_assets.method.representation.attention_map import (
     AttentionMap,
     ImageAttention,
     attention_map,
     overlay,
     overlay_png,
 )
-from scalselect_assets.method.conversation import IMAGE
-from scalselect_assets.method.encoder import ChatSample, VlmEncoder
-from scalselect_assets.method.loading import load_encoder
-from scalselect_assets.method.preparation import Prepared
-from scalselect_assets.method.rejection import Rejection, RejectionReason
-from scalselect_assets.method.token_layout import Grid, ImageLayout
+from scalselect_assets.method.representation.conversation import IMAGE
+from scalselect_assets.method.representation.encoder import ChatSample, VlmEncoder
+from scalselect_assets.method.representation.loading import load_encoder
+from scalselect_assets.method.representation.preparation import Prepared
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation.token_layout import Grid, ImageLayout
 from tests.method import zoo
 from tests.method.samples import SAMPLES, chat, pixels, question, read_image, read_image_or_fail, represent
 from tests.method.zoo import Reference

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from scalselect_assets.method.chat import ChatTemplateError, render_chat
-from scalselect_assets.method.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.chat import ChatTemplateError, render_chat
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
 
 LLAVA = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"

@@ -18,13 +18,13 @@ import torch
 from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 from transformers.image_utils import make_flat_list_of_images
 
-from scalselect_assets.method import encoder as encoder_module
-from scalselect_assets.method import preparation
-from scalselect_assets.method.conversation import IMAGE, Conversation, Turn
-from scalselect_assets.method.encoder import ChatSample, Representation, VlmEncoder
-from scalselect_assets.method.first_layer import FirstLayer, ModelInput
-from scalselect_assets.method.loading import load_encoder
-from scalselect_assets.method.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation import encoder as encoder_module
+from scalselect_assets.method.representation import preparation
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.encoder import ChatSample, Representation, VlmEncoder
+from scalselect_assets.method.representation.first_layer import FirstLayer, ModelInput
+from scalselect_assets.method.representation.loading import load_encoder
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 from tests.method.samples import (
     SAMPLES,
     Counting,

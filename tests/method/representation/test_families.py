@@ -15,16 +15,16 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from scalselect_assets.method.conversation import IMAGE
-from scalselect_assets.method.encoder import VlmEncoder
-from scalselect_assets.method.families import (
+from scalselect_assets.method.representation.conversation import IMAGE
+from scalselect_assets.method.representation.encoder import VlmEncoder
+from scalselect_assets.method.representation.families import (
     TESTED_FAMILIES,
     UnsupportedModelError,
     image_token_id,
     keep_what_the_first_layer_reads,
 )
-from scalselect_assets.method.loading import load_encoder
-from scalselect_assets.method.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation.loading import load_encoder
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 from tests.method import zoo
 from tests.method.samples import SAMPLES, assert_equal, chat, counts, pixels, question, read_image, represent
 from tests.method.zoo import PALIGEMMA_TEMPLATE, Reference, write_tiny_vlm

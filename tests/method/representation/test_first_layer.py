@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from scalselect_assets.method import attention
-from scalselect_assets.method.encoder import VlmEncoder
-from scalselect_assets.method.families import UnsupportedModelError
-from scalselect_assets.method.first_layer import FirstLayer, FirstLayerState, ModelInput, VisionInput
-from scalselect_assets.method.preparation import Prepared, Preparer
+from scalselect_assets.method.representation import attention
+from scalselect_assets.method.representation.encoder import VlmEncoder
+from scalselect_assets.method.representation.families import UnsupportedModelError
+from scalselect_assets.method.representation.first_layer import (
+    FirstLayer,
+    FirstLayerState,
+    ModelInput,
+    VisionInput,
+)
+from scalselect_assets.method.representation.preparation import Prepared, Preparer
 from tests.method.memory import LargestTensor
 from tests.method.samples import SAMPLES, ChatSample, question, read_image
 
@@ -79,7 +84,7 @@ def test_images_of_different_shapes_pass_the_tower_together_as_alone(
 def test_a_tower_and_a_processor_that_disagree_about_an_image_are_not_believed(
     wrong: int, family: str, first_layer: Callable[[str], FirstLayer], tiny_preparer: Callable[..., Preparer]
 ) -> None:
-    from scalselect_assets.method.first_layer import FeatureCountError
+    from scalselect_assets.method.representation.first_layer import FeatureCountError
 
     (sample,) = model_inputs(tiny_preparer(family), [question("Why?", "1")])
     (image,) = sample.images

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError, decode_image
+from scalselect_assets.method.representation.images import (
+    ImageTooLargeError,
+    UndecodableImageError,
+    decode_image,
+)
 from tests.conftest import png_bytes
 
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from scalselect_assets.method.encoder import VlmEncoder
-from scalselect_assets.method.families import TESTED_FAMILIES, UnsupportedModelError
-from scalselect_assets.method.loading import ModelLoadError, load_encoder, resolve_device
-from scalselect_assets.method.model_card import ModelCard, weights_sha256
+from scalselect_assets.method.representation.encoder import VlmEncoder
+from scalselect_assets.method.representation.families import TESTED_FAMILIES, UnsupportedModelError
+from scalselect_assets.method.representation.loading import ModelLoadError, load_encoder, resolve_device
+from scalselect_assets.method.representation.model_card import ModelCard, weights_sha256
 from tests.method.samples import SAMPLES, assert_equal, represent
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from scalselect_assets.method import preparation
-from scalselect_assets.method.conversation import IMAGE, Conversation
-from scalselect_assets.method.encoder import ChatSample
-from scalselect_assets.method.preparation import Prepared, Preparer, for_transport
-from scalselect_assets.method.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation import preparation
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation
+from scalselect_assets.method.representation.encoder import ChatSample
+from scalselect_assets.method.representation.preparation import Prepared, Preparer, for_transport
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 from tests.method import zoo
 from tests.method.samples import (
     SAMPLES,

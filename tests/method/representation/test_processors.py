@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import is_torchvision_available
 
-from scalselect_assets.method.families import UnsupportedModelError
-from scalselect_assets.method.processors import load_processor
+from scalselect_assets.method.representation.families import UnsupportedModelError
+from scalselect_assets.method.representation.processors import load_processor
 from tests.method import zoo
 from tests.method.samples import SAMPLES, pixels
 

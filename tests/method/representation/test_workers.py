@@ -7,8 +7,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from scalselect_assets.method.preparation import Prepared, Preparer
-from scalselect_assets.method.workers import Preparation
+from scalselect_assets.method.representation.preparation import Prepared, Preparer
+from scalselect_assets.method.representation.workers import Preparation
 from tests.method.samples import question, read_image, read_image_or_fail
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from scalselect_assets.method.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
 from tests.method.zoo import FAMILIES, PALIGEMMA_TEMPLATE, Reference, write_tiny_vlm
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from scalselect_assets.method.moments import Moments, NonFiniteError, accumulate
-from scalselect_assets.method.rank import (
+from scalselect_assets.method.subspace.basis import Subspace, fit_subspace, principal_axes
+from scalselect_assets.method.subspace.moments import Moments, NonFiniteError, accumulate
+from scalselect_assets.method.subspace.rank import (
     DEFAULT_ENERGY_THRESHOLD,
     EffectiveRank,
     EnergyThreshold,
     FixedRank,
     GavishDonoho,
 )
-from scalselect_assets.method.subspace import Subspace, fit_subspace, principal_axes
 from tests.method.vectors import with_outlier_dimensions
 
 

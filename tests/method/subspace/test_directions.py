@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from scalselect_assets.method.directions import centred_cosines, coordinates, strongest_directions
-from scalselect_assets.method.leverage import leverage_scores
-from scalselect_assets.method.moments import accumulate
-from scalselect_assets.method.rank import FixedRank
-from scalselect_assets.method.subspace import Subspace, fit_subspace
+from scalselect_assets.method.subspace.basis import Subspace, fit_subspace
+from scalselect_assets.method.subspace.directions import centred_cosines, coordinates, strongest_directions
+from scalselect_assets.method.subspace.leverage import leverage_scores
+from scalselect_assets.method.subspace.moments import accumulate
+from scalselect_assets.method.subspace.rank import FixedRank
 
 
 @pytest.fixture

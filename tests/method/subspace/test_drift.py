@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scalselect_assets.method.drift import Drift, basis_drift
-from scalselect_assets.method.moments import Moments
-from scalselect_assets.method.rank import EnergyThreshold, FixedRank
-from scalselect_assets.method.subspace import Subspace, fit_subspace
+from scalselect_assets.method.subspace.basis import Subspace, fit_subspace
+from scalselect_assets.method.subspace.drift import Drift, basis_drift
+from scalselect_assets.method.subspace.moments import Moments
+from scalselect_assets.method.subspace.rank import EnergyThreshold, FixedRank
 from tests.method.vectors import rows, with_outlier_dimensions
 
 

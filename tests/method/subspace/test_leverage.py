@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scalselect_assets.method.leverage import LeverageScorer, leverage_scores, projection_dtype
-from scalselect_assets.method.moments import Moments, NonFiniteError, accumulate
-from scalselect_assets.method.rank import DEFAULT_ENERGY_THRESHOLD, EnergyThreshold, FixedRank
-from scalselect_assets.method.subspace import Subspace, fit_subspace
+from scalselect_assets.method.subspace.basis import Subspace, fit_subspace
+from scalselect_assets.method.subspace.leverage import LeverageScorer, leverage_scores, projection_dtype
+from scalselect_assets.method.subspace.moments import Moments, NonFiniteError, accumulate
+from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, EnergyThreshold, FixedRank
 from tests.method.vectors import rows, with_outlier_dimensions
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from scalselect_assets.method import moments as moments_module
-from scalselect_assets.method.moments import Moments, MomentsAccumulator, NonFiniteError, accumulate
+from scalselect_assets.method.subspace import moments as moments_module
+from scalselect_assets.method.subspace.moments import Moments, MomentsAccumulator, NonFiniteError, accumulate
 
 
 def rows(n: int, d: int, seed: int = 0) -> NDArray[np.float64]:

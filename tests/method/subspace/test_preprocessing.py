@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from scalselect_assets.method.preprocessing import unit_rows
+from scalselect_assets.method.subspace.preprocessing import unit_rows
 
 
 def test_rows_have_length_one_and_keep_their_direction():

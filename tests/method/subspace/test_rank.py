@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scalselect_assets.method.rank import (
+from scalselect_assets.method.subspace.rank import (
     DEFAULT_ENERGY_THRESHOLD,
     EffectiveRank,
     EnergyThreshold,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scalselect_assets.method.moments import Moments
-from scalselect_assets.method.running import RunningMoments
+from scalselect_assets.method.subspace.moments import Moments
+from scalselect_assets.method.subspace.running_totals import RunningMoments
 
 
 def shard(seed: int, n: int = 30, d: int = 6, scale: float = 1.0) -> Moments:

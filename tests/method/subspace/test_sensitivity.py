@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from scalselect_assets.method.leverage import leverage_scores
-from scalselect_assets.method.moments import Moments
-from scalselect_assets.method.sensitivity import rank_alternatives
-from scalselect_assets.method.subspace import principal_axes
+from scalselect_assets.method.subspace.basis import principal_axes
+from scalselect_assets.method.subspace.leverage import leverage_scores
+from scalselect_assets.method.subspace.moments import Moments
+from scalselect_assets.method.subspace.sensitivity import rank_alternatives
 
 
 def pool(n: int = 400) -> np.ndarray:
