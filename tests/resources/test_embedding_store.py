@@ -19,7 +19,12 @@ import pyarrow as pa
 import pytest
 from upath import UPath
 
-from resources.embedding_store import EmbeddingStore, EmbeddingTable, EmbeddingTableError, table_name
+from scalselect_assets.resources.embedding_store import (
+    EmbeddingStore,
+    EmbeddingTable,
+    EmbeddingTableError,
+    table_name,
+)
 
 ROOT = Path(__file__).parents[2]
 DIMENSION = 4
@@ -449,7 +454,7 @@ _WRITE_FOREVER = textwrap.dedent(
     import numpy as np
     from upath import UPath
 
-    from resources.embedding_store import EmbeddingStore
+    from scalselect_assets.resources.embedding_store import EmbeddingStore
 
     store = EmbeddingStore(UPath(sys.argv[1]), {})
     store._connect()  # imports LanceDB

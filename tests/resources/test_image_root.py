@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from resources.files import FileState, file_state
-from resources.image_root import ImageRoot
-from scalselect_assets.method.rejection import Rejection
-from scalselect_assets.method.rejection import RejectionReason as Reason
+from scalselect_assets.method.representation.rejection import Rejection
+from scalselect_assets.method.representation.rejection import RejectionReason as Reason
+from scalselect_assets.resources.files import FileState, file_state
+from scalselect_assets.resources.image_root import ImageRoot
 
 HOSTILE = [
     "a b.png",
