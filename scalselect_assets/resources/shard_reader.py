@@ -250,9 +250,12 @@ def _line_rows(chunks: Iterator[bytes], path: UPath) -> Iterator[tuple[int, byte
 
 
 def _look_at(data: bytes) -> tuple[bool, bool]:
-    """Whether a line is JSON, and whether it is an object that holds turns."""
+    """Whether a line is JSON, and whether it is an object that holds turns.
+
+    A comma at its end makes the row malformed; the file is still one of lines.
+    """
     try:
-        value = _DECODER.decode(data.decode())
+        value = _DECODER.decode(data.decode().rstrip(f",{_JSON_SPACE}"))
     except (ValueError, RecursionError):
         return False, False
     return True, isinstance(value, dict) and ("messages" in value or "conversations" in value)

@@ -20,6 +20,7 @@ from scalselect_assets.method.representation.chat import ChatTemplateError, Rend
 from scalselect_assets.method.representation.conversation import Conversation
 from scalselect_assets.method.representation.first_layer import ModelInput, VisionInput
 from scalselect_assets.method.representation.images import (
+    DeepImageError,
     ImageTooLargeError,
     UndecodableImageError,
     decode_image,
@@ -116,6 +117,8 @@ class Preparer:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {position}: {error}")
             except ImageTooLargeError as error:
                 return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {position}: {error}")
+            except DeepImageError as error:
+                return Rejection(RejectionReason.DEEP_IMAGE, f"image {position}: {error}")
             except UndecodableImageError as error:
                 return Rejection(RejectionReason.UNDECODABLE_IMAGE, f"image {position}: {error}")
             digests.append(hashlib.sha256(data).hexdigest())

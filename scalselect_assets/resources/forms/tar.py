@@ -54,11 +54,19 @@ class Tar:
         """As in `Form.rows`; a row's line is its number."""
         if digest is not None:
             digest_file(path, digest)
+        n_rows = 0
         with path.open("rb") as stream:
             for number, (key, files) in enumerate(_samples(stream, path)):
                 images = _image_files(files)
                 data = tuple(_bytes(stream, file) for file in images)
+                n_rows += _described(files) is not None
                 yield _row_text(stream, key, files, images, data, Address(shard, number, 0))
+        if not n_rows:
+            msg = (
+                f"{path}: the archive holds no rows: no sample has a json. Add the rows as WebDataset has "
+                "them, or, if it packs the images of other shards, unpack it and name it in `ignore`."
+            )
+            raise ShardFormatError(msg)
 
     def container(self, path: UPath) -> Container:  # noqa: ARG002 - of the protocol
         """An archive's rows are written as lines."""
@@ -118,6 +126,11 @@ def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, _File]]:
             yield found[1], _File(found[2].lower(), member.name, member.offset_data, member.size)
 
 
+def _described(files: list[_File]) -> _File | None:
+    """The file that holds the row."""
+    return next((file for file in files if file.field.split(".")[-1] == "json"), None)
+
+
 def _image_files(files: list[_File]) -> list[_File]:
     return [file for file in files if file.field.endswith(_endings(IMAGE_SUFFIXES))]
 
@@ -140,7 +153,7 @@ def _row_text(
     first: Address,
 ) -> RowText:
     number = first.row
-    described = next((file for file in files if file.field.split(".")[-1] == "json"), None)
+    described = _described(files)
     raw = _bytes(stream, described) if described else b"{}"
     try:
         text = raw.decode()
