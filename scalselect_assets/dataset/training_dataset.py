@@ -28,7 +28,7 @@ from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import TRAINING_ROWS, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
 from scalselect_assets.recording.partitions import pool_shards
-from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.artifacts import FRAME, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.storage import StorageResource
@@ -271,7 +271,7 @@ def _files(
     artifacts: ArtifactStore, subset: pl.DataFrame, writer: DatasetWriter, path: UPath, n_bytes: int
 ) -> dict[str, Any]:
     """Hash, rows and size of each file, by its path from the manifest."""
-    subset_path = artifacts.path(selected_subset.NAME, suffix=".parquet")
+    subset_path = artifacts.path(selected_subset.NAME, suffix=FRAME)
     subset_bytes = subset_path.read_bytes()
     return {
         path.name: {"sha256": writer.sha256, "rows": writer.n_rows, "bytes": n_bytes},

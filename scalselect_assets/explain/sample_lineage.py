@@ -28,7 +28,13 @@ from scalselect_assets.method.representation.rejection import RejectionReason
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording.partitions import known_shards
 from scalselect_assets.recording.records import MadeBy, made_by
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.artifacts import (
+    ARRAYS,
+    FRAME,
+    RECORD,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+)
 from scalselect_assets.resources.embedding_store import EmbeddingTableError
 from scalselect_assets.resources.sample_source import ShardIndex
 from scalselect_assets.resources.storage import StorageResource
@@ -158,7 +164,7 @@ class _Trace:
         raw, header = self._artifacts.read_frame(raw_samples.NAME, place.shard)
         row = raw.row(by_predicate=pl.col("row") == place.row, named=True)
         shard_file = self._shard_file(place.shard, header)
-        file = self._artifacts.path(raw_samples.NAME, place.shard, suffix=".parquet")
+        file = self._artifacts.path(raw_samples.NAME, place.shard, suffix=FRAME)
         self._add(raw_samples.NAME, header, place.shard, file=str(file))
         vector = self._embedding(place, header)
         if vector is not None:
@@ -237,7 +243,7 @@ class _Trace:
     def _model(self, fingerprint: str) -> dict[str, Any]:
         """What the store knows of a model."""
         facts = {"model_fingerprint": fingerprint, "model": None, "model_commit": None}
-        for path in self._artifacts.paths(CARDS, suffix=".json"):
+        for path in self._artifacts.paths(CARDS, suffix=RECORD):
             with suppress(ValueError, KeyError, TypeError):  # a damaged card says nothing of this model
                 card = loads(path.read_bytes())
                 if card["fingerprint"] == fingerprint:
@@ -256,7 +262,7 @@ class _Trace:
         if fate["reason"] is None:
             return None
         if fate["reason"] == RejectionReason.TEXT_ONLY and self._selection.text_only == "keep":
-            self._dataset(self._header(subspace_basis.NAME, suffix=".safetensors"))
+            self._dataset(self._header(subspace_basis.NAME, suffix=ARRAYS))
         return fate
 
     def _choice(self, place: SamplePlace) -> dict[str, Any]:
@@ -273,7 +279,7 @@ class _Trace:
         return {"state": "not selected" if scored else "not scored"}
 
     def _moments(self, shard: str) -> Mapping[str, str]:
-        header = self._header(embedding_moments.NAME, shard, suffix=".safetensors")
+        header = self._header(embedding_moments.NAME, shard, suffix=ARRAYS)
         with self._told():
             _, embedded = receipts.recorded_table(self._artifacts, shard)
             self._compare(
@@ -353,7 +359,7 @@ class _Trace:
                 rank=rank,
                 selected=subset.height,
                 lowest_normalised_leverage=lowest,
-                file=str(self._artifacts.path(selected_subset.NAME, suffix=".parquet")),
+                file=str(self._artifacts.path(selected_subset.NAME, suffix=FRAME)),
             )
             return rank
         return None
@@ -378,7 +384,7 @@ class _Trace:
                 file=str(self._artifacts.root / training_manifest.NAME / file),
                 sha256=manifest["files"][file]["sha256"],
                 manifest=str(
-                    self._artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=".json")
+                    self._artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)
                 ),
             )
 
@@ -409,7 +415,7 @@ class _Trace:
             self._problems.append(f"{error}; {self._remedy}")
         except EmbeddingTableError as error:
             # A table that is there and damaged is not seen until it is read; without its receipt, it is.
-            receipt = self._artifacts.path(receipts.NAME, error.shard, suffix=".json")
+            receipt = self._artifacts.path(receipts.NAME, error.shard, suffix=RECORD)
             self._problems.append(f"{error}: where its receipt {receipt} is deleted, {self._remedy}")
 
     def _page(self, asset: str, shard: str | None) -> str:

@@ -11,7 +11,12 @@ import polars as pl
 from scalselect_assets.choice import selected_subset
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.pool import raw_samples
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import (
+    ARRAYS,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
 from scalselect_assets.subspace import subspace_basis
 
 SHORTEST_PREFIX: Final = 6
@@ -109,7 +114,7 @@ def find_sample(
 def last_shards(artifacts: ArtifactStore) -> set[str]:
     """The shards that the last basis is of; none where there is no basis that can be read."""
     with suppress(ArtifactMissingError, ArtifactCorruptError):
-        return set(loads(artifacts.read_header(subspace_basis.NAME, suffix=".safetensors")["shards"]))
+        return set(loads(artifacts.read_header(subspace_basis.NAME, suffix=ARRAYS)["shards"]))
     return set()
 
 

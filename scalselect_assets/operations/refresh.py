@@ -32,7 +32,13 @@ from scalselect_assets.recording.data_versions import recorded
 from scalselect_assets.recording.partitions import known_shards
 from scalselect_assets.recording.records import latest_versions
 from scalselect_assets.report import page_receipt
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.artifacts import (
+    ARRAYS,
+    FRAME,
+    RECORD,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+)
 from scalselect_assets.resources.embedding_store import EmbeddingTableError
 from scalselect_assets.resources.progress import Progress
 from scalselect_assets.resources.storage import StorageResource
@@ -198,7 +204,7 @@ class Refresh:
             # A model that cannot be loaded is said once, before anything is touched.
             self._vlm.encoder(self._artifacts, **self._selection.target)
         for shard, assets in stale.items():
-            if assets[0] == raw_samples.NAME and self._artifacts.exists(receipts.NAME, shard, suffix=".json"):
+            if assets[0] == raw_samples.NAME and self._artifacts.exists(receipts.NAME, shard, suffix=RECORD):
                 # Where the rows turn out as they were, after a change of code say, their vectors stand.
                 if not self._materialize_shard([raw_samples.NAME], shard):
                     continue
@@ -228,7 +234,7 @@ class Refresh:
         """What the shard's output says of itself; empty where any part of it is missing or damaged."""
         try:
             if asset != receipts.NAME:
-                suffix = ".parquet" if asset == raw_samples.NAME else ".safetensors"
+                suffix = FRAME if asset == raw_samples.NAME else ARRAYS
                 return self._artifacts.read_header(asset, shard, suffix=suffix)
             table, header = receipts.recorded_table(self._artifacts, shard)
             rejected = self._artifacts.read_header(receipts.REJECTED, shard)
@@ -317,7 +323,7 @@ class Refresh:
             if asset == page_receipt.NAME:
                 receipt = page_receipt.read_receipt(self._artifacts)
                 return receipt if page_receipt.is_complete(self._artifacts) else {}
-            suffix = ".safetensors" if asset == subspace_basis.NAME else ".parquet"
+            suffix = ARRAYS if asset == subspace_basis.NAME else FRAME
             return self._artifacts.read_header(asset, suffix=suffix)
         except (ArtifactMissingError, ArtifactCorruptError):
             return {}
@@ -369,7 +375,7 @@ class Refresh:
         """Remove what could not be read, so that the next run makes it again; returns how that is told."""
         cause = error_cause(error)
         if isinstance(cause, EmbeddingTableError):
-            receipt = self._artifacts.path(receipts.NAME, cause.shard, suffix=".json")
+            receipt = self._artifacts.path(receipts.NAME, cause.shard, suffix=RECORD)
             receipt.unlink(missing_ok=True)
             return "run again, which embeds the shard anew"
         if isinstance(cause, ArtifactCorruptError):

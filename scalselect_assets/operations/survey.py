@@ -31,7 +31,14 @@ from scalselect_assets.operations.leftovers import (
 )
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording.partitions import known_shards
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import (
+    ARRAYS,
+    FRAME,
+    RECORD,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
 from scalselect_assets.resources.image_root import is_local
 from scalselect_assets.resources.names import decode_name, encode_name
 from scalselect_assets.resources.search_table import SEARCH_TABLE
@@ -45,13 +52,13 @@ _WRITING = re.compile(r"\.writing-[0-9a-f]{32}")  # as `ArtifactStore` names a f
 _APART_SECONDS = 1.0
 # The first is what makes the others count.
 _OUTPUTS = (
-    (receipts.NAME, ".json"),
-    (importance_scores.NAME, ".parquet"),
-    (embedding_moments.NAME, ".safetensors"),
-    (receipts.REJECTED, ".parquet"),
-    (raw_samples.NAME, ".parquet"),
-    (decontamination.NAME, ".parquet"),
-    (image_hashes.IMAGE_HASHES, ".parquet"),
+    (receipts.NAME, RECORD),
+    (importance_scores.NAME, FRAME),
+    (embedding_moments.NAME, ARRAYS),
+    (receipts.REJECTED, FRAME),
+    (raw_samples.NAME, FRAME),
+    (decontamination.NAME, FRAME),
+    (image_hashes.IMAGE_HASHES, FRAME),
 )
 
 
@@ -119,7 +126,7 @@ class Survey:
 
     def _header(self, asset: str) -> dict[str, str]:
         try:
-            return self._artifacts.read_header(asset, suffix=".safetensors")
+            return self._artifacts.read_header(asset, suffix=ARRAYS)
         except ArtifactMissingError:
             return {}
 
@@ -132,7 +139,7 @@ class Survey:
 
     def _read_receipts(self) -> None:
         # By file, since shards that have left the pool have receipts, too.
-        for path in self._artifacts.paths(receipts.NAME, suffix=".json"):
+        for path in self._artifacts.paths(receipts.NAME, suffix=RECORD):
             try:
                 table = json.loads(path.read_bytes())["table"]
                 self._needed[table["table"]].add(int(table["version"]))
@@ -182,7 +189,7 @@ class Survey:
 
     def _set_aside(self) -> Iterator[Found]:
         """Parts of shards that have left the pool, or that are committed."""
-        files = list(map(StoredFile.at, self._artifacts.paths(reuse.SET_ASIDE, suffix=".parquet")))
+        files = list(map(StoredFile.at, self._artifacts.paths(reuse.SET_ASIDE, suffix=FRAME)))
         shard_of = {
             encode_name(part): shard for shard in self._shards for part in reuse.parts(self._artifacts, shard)
         }
@@ -197,7 +204,7 @@ class Survey:
             leftover = Leftover(
                 Kind.SET_ASIDE, shard, total(parts), "the shard's table is committed", len(parts)
             )
-            receipt = self._artifacts.path(receipts.NAME, shard, suffix=".json")
+            receipt = self._artifacts.path(receipts.NAME, shard, suffix=RECORD)
             committed = StoredFile.at(receipt).changed if receipt.exists() else None
             if committed is None or committed < max(file.changed for file in parts):
                 yield kept(leftover, "the shard's next embedding goes on from them")
@@ -206,7 +213,7 @@ class Survey:
 
     def _retired_moments(self) -> Iterator[Found]:
         held = {encode_name(pool_moments.retired_name(*one)) for one in self._held.items()}
-        for path in self._artifacts.paths(pool_moments.RETIRED, suffix=".safetensors"):
+        for path in self._artifacts.paths(pool_moments.RETIRED, suffix=ARRAYS):
             if path.stem not in held:
                 file = StoredFile.at(path)
                 leftover = self._leftover(
@@ -267,7 +274,7 @@ class Survey:
         names = [folder.name for folder in self._folders()]
         indexes = [name for name in names if name.startswith(raw_samples.SHARD_INDEXES)]
         outputs: dict[str, list[StoredFile]] = defaultdict(list)
-        for asset, suffix in (*_OUTPUTS, *((index, ".json") for index in indexes)):
+        for asset, suffix in (*_OUTPUTS, *((index, RECORD) for index in indexes)):
             for path in self._artifacts.paths(asset, suffix=suffix):
                 outputs[path.stem].append(StoredFile.at(path))
         return outputs

@@ -18,7 +18,7 @@ from scalselect_assets.report.gallery import ReportRows, galleries
 from scalselect_assets.report.gallery_sample import Overlay
 from scalselect_assets.report.page_receipt import CODE_VERSION
 from scalselect_assets.report.profile import ReportScores
-from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.artifacts import RECORD, ArtifactStore
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import rank_alternatives, subspace_basis
 
@@ -158,7 +158,7 @@ def _shown_manifest(artifacts: ArtifactStore, manifest: Mapping[str, Any]) -> di
         "shards": dict(list(shards.items())[:_MANIFEST_SHARDS]),
         "shards_left_out": left_out[:_MANIFEST_SHARDS],
     }
-    path = artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=".json")
+    path = artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)
     note = f"The file is {path}."
     if max(len(shards), len(left_out)) > _MANIFEST_SHARDS:
         note = f"Only the first {_MANIFEST_SHARDS} shards are shown; all {len(shards):,} are in {path}."

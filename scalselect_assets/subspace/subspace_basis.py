@@ -19,7 +19,12 @@ from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import SPECTRUM, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
 from scalselect_assets.recording.partitions import missing_shards_check, pool_shards
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import (
+    ARRAYS,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
@@ -188,7 +193,7 @@ def moments_headers(
     headers = {}
     for shard in shards:
         try:
-            header = artifacts.read_header(embedding_moments.NAME, shard, suffix=".safetensors")
+            header = artifacts.read_header(embedding_moments.NAME, shard, suffix=ARRAYS)
             _, embeddings = receipts.recorded_table(artifacts, shard)
         except (ArtifactMissingError, ArtifactCorruptError):
             continue
@@ -207,7 +212,7 @@ def _require_moments(
         dg.Failure: A shard of the last basis has vectors of the present model, but not their moments.
     """
     try:
-        last = json.loads(artifacts.read_header(NAME, suffix=".safetensors")["shards"])
+        last = json.loads(artifacts.read_header(NAME, suffix=ARRAYS)["shards"])
     except (ArtifactMissingError, ArtifactCorruptError):
         return
     behind = [
