@@ -25,7 +25,7 @@ from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 
 OutputHeader: TypeAlias = Mapping[str, Any]
-"""The data version and the provenance that an output states, and more; empty where the output is not whole."""
+"""What an output states of itself: data version, provenance and more; empty where it is not whole."""
 
 _T = TypeVar("_T")
 
@@ -98,7 +98,7 @@ def path_of(selection: Selection) -> list[PathAsset]:
 class StoreState:
     """A store at one moment, as assets compare it with what they would be made from.
 
-    Every header is read once, so a state is of no use after something was written: make a new one.
+    Every header is read once; `forget` an asset whose output was written.
 
     Attributes:
         selection: Whose store it is.
@@ -137,6 +137,11 @@ class StoreState:
             else:
                 self._headers[place] = asset.header(self)
         return self._headers[place]
+
+    def forget(self, asset: PathAsset) -> None:
+        """Read the headers of an asset anew the next time, since its output was written."""
+        for place in [place for place in self._headers if place[0] == asset.name]:
+            del self._headers[place]
 
     def version(self, asset: PathAsset, shard: str | None = None) -> str:
         """The data version that an asset's output states; empty where the output is not whole."""

@@ -294,7 +294,7 @@ class _Trace:
     def _basis(self, shard: str, moments: Mapping[str, str]) -> Mapping[str, str]:
         with self._told():
             subspace, header = subspace_basis.read_basis(self._artifacts)
-            held = loads(header["shards"]).get(shard)
+            held = header.shards.get(shard)
             if held is None:
                 self._problems.append(
                     f"{subspace_basis.NAME} was made without this shard: either it is newer, or it could not "
@@ -304,18 +304,18 @@ class _Trace:
                 self._compare(
                     subspace_basis.NAME,
                     f"{embedding_moments.NAME}[{shard}]",
-                    held["data_version"],
+                    held.data_version,
                     moments.get("data_version"),
                 )
             self._add(
                 subspace_basis.NAME,
-                header,
+                header.model_dump(include={"data_version"}),
                 rank=subspace.k,
                 energy=subspace.energy,
                 samples=subspace.n,
-                drift=loads(header["drift"]).get("score_change"),
+                drift=header.drift.get("score_change"),
             )
-            return header
+            return header.model_dump(include={"data_version"})
         return {}
 
     def _scores(self, place: SamplePlace, basis: Mapping[str, str]) -> bool:

@@ -63,6 +63,11 @@ class BasisHeader(BaseModel):
     shards: Json[dict[str, MomentsHeader]]
     drift: Json[dict[str, float]]
 
+    def vectors_of(self, shard: str) -> str | None:
+        """The version of a shard's vectors that went in; none where the shard has no part in the basis."""
+        moments = self.shards.get(shard)
+        return None if moments is None else moments.attention_embeddings
+
     def to_header(self) -> dict[str, str]:
         """The header as artifacts carry it, of strings alone."""
         return {
