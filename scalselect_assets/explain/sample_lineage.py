@@ -19,6 +19,7 @@ from urllib.parse import quote
 import dagster as dg
 import polars as pl
 
+from scalselect_assets.asset_path import ShardAsset, StoreState, path_of
 from scalselect_assets.choice import selected_subset
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.declaration.selection import Selection
@@ -38,7 +39,7 @@ from scalselect_assets.resources.artifacts import (
 from scalselect_assets.resources.embedding_store import EmbeddingTableError
 from scalselect_assets.resources.sample_source import ShardIndex
 from scalselect_assets.resources.storage import StorageResource
-from scalselect_assets.resources.vlm import CARDS
+from scalselect_assets.resources.vlm import CARDS, VlmResource
 from scalselect_assets.subspace import embedding_moments, importance_scores, subspace_basis
 
 
@@ -143,11 +144,15 @@ def trace(
     return _Trace(selection, storage, instance).of(key)
 
 
+def _no_fingerprint() -> str:
+    raise RuntimeError("a sample is followed by what outputs state, without the target model")
+
+
 class _Trace:
     """Follows one sample, and collects steps and problems on the way."""
 
     def __init__(self, selection: Selection, storage: StorageResource, instance: dg.DagsterInstance) -> None:
-        self._selection, self._instance = selection, instance
+        self._selection, self._storage, self._instance = selection, storage, instance
         self._artifacts = storage.artifacts(selection.store)
         self._embeddings = storage.embeddings(selection.store)
         self._source = storage.samples(selection.source, selection.image_root, selection.store)
@@ -272,6 +277,7 @@ class _Trace:
         scored = self._scores(place, basis)
         rank = self._subset(place, basis)
         self._dataset(basis)
+        self._others(place.shard)
         if not scored and not self._problems:
             self._problems.append(f"the sample has no score; {self._remedy}")
         if rank is not None:
@@ -387,6 +393,18 @@ class _Trace:
                     self._artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)
                 ),
             )
+
+    def _others(self, shard: str) -> None:
+        """The assets of the path that have nothing to add about one sample but their version."""
+        state = StoreState(self._selection, self._storage, VlmResource(), _no_fingerprint)
+        names = [asset.name for asset in path_of(self._selection)]
+        seen = {step.asset for step in self._steps}
+        for asset in path_of(self._selection):
+            if asset.name not in seen:
+                place = shard if isinstance(asset, ShardAsset) else None
+                if header := state.header(asset, place):
+                    self._add(asset.name, header, place)
+        self._steps.sort(key=lambda step: names.index(step.asset))
 
     # What is collected
 
