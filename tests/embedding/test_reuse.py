@@ -202,7 +202,7 @@ import os, signal, sys
 from pathlib import Path
 from resources.vlm import VlmResource
 from scalselect_assets.method.encoder import VlmEncoder
-from tests.test_refresh import Bench
+from tests.bench import Bench
 
 original = VlmEncoder.encode_as_done
 

@@ -1,6 +1,6 @@
 """What the method reads: a conversation of turns whose text and images keep their places.
 
-Pure data. File formats are read by `resources.sample_source`; the chat template of the target model is
+Pure data. File formats are read by `scalselect_assets.resources.sample_source`; the chat template of the target model is
 applied by ``scalselect_assets.method.representation.chat``.
 """
 
