@@ -110,12 +110,12 @@ class Selection(dg.Component, dg.Model, dg.Resolvable):
     min_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="Pixels that an image is scaled up to at least (Qwen-VL); by default the processor's own.",
+        description="Pixels that a smaller image is scaled up to (Qwen-VL); by default the processor's own.",
     )
     max_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="Pixels that an image is scaled down to at most (Qwen-VL); by default the processor's own.",
+        description="Pixels that a larger image is scaled down to (Qwen-VL); by default the processor's own.",
     )
     max_tiles: int | None = Field(
         default=None,

@@ -59,8 +59,8 @@ class Recipe(dg.Config):
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto is a GPU where there is one.")
     other_model: bool = Field(
         default=False,
-        description="Train also where the model is not the one that the samples were chosen for: its weights, "
-        "configuration or processor differ.",
+        description="Train also where weights, configuration or processor of the model are not those that "
+        "the samples were chosen for.",
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Decides the order of rows and LoRA's start.")
     train_again: bool = Field(

@@ -57,7 +57,8 @@ def ask_for(image_processor: Any, wanted: ImageSize) -> None:
     if unknown := sorted(set(wanted.asked()) - known):
         raise UnsupportedModelError(
             f"the model's image processor ({type(image_processor).__name__}) does not know "
-            f"{', '.join(unknown)}; it knows {', '.join(sorted(known)) or 'no such bound'}. Leave the others out"
+            f"{', '.join(unknown)}; it knows {', '.join(sorted(known)) or 'no such bound'}. Leave the others "
+            "out"
         )
     size = dict(image_processor.size or {})
     if wanted.min_pixels is not None:

@@ -207,13 +207,13 @@ def resolve_commit(model: str, revision: str | None) -> str | None:
     except (HfHubHTTPError, HFValidationError, RevisionResolutionError) as error:
         raise ModelLoadError(
             f"cannot load {asked}: its commit is not known ({error}), and without one the files may be of "
-            "several versions. Connect to the hub, name a local folder, or give the revision as a commit that "
-            "is in the local cache"
+            "several versions. Connect to the hub, name a local folder, or give as revision a commit that is "
+            "in the local cache"
         ) from error
     if not _COMMIT.fullmatch(commit):
         raise ModelLoadError(
-            f"cannot load {asked}: the local cache names {commit!r} as its commit, which is none. Remove that "
-            "cache, or give the revision as a commit"
+            f"cannot load {asked}: the local cache names {commit!r} as its commit, which is none. Remove "
+            "that cache, or give a commit as revision"
         )
     return commit
 

@@ -1,4 +1,4 @@
-"""Where images stand in a prompt: a row says the same wherever its mark was written, unless asked otherwise."""
+"""Where images stand in a prompt: a row says the same wherever its mark is, unless asked otherwise."""
 
 from collections.abc import Callable
 from pathlib import Path
