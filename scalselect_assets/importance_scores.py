@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from scalselect_assets.method.leverage import LeverageScorer
 
 NAME = "importance_scores"
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
 def provenance(basis_version: str) -> str:
@@ -122,6 +122,7 @@ def _score(
     Raises:
         dg.Failure: The basis was not fitted on the shard's present vectors.
     """
+    from scalselect_assets.method.leverage import ranked
     from scalselect_assets.method.preprocessing import prepared_rows
 
     table, _ = attention_embeddings.fitted_table(storage.artifacts(selection.store), shard, fitted_on)
@@ -134,7 +135,7 @@ def _score(
             "sample_key": batch.sample_key,
             "source_id": batch.source_id,
             "leverage": leverage,
-            "normalised_leverage": leverage * scorer.normalisation,
+            "normalised_leverage": ranked(leverage * scorer.normalisation),
         }
         frames.append(pl.DataFrame(columns, schema=polars_schema(IMPORTANCE_SCORES)))
     return pl.concat([pl.DataFrame(schema=polars_schema(IMPORTANCE_SCORES)), *frames]).sort("row")

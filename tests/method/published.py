@@ -63,13 +63,10 @@ def represent(
         offsets = offsets[: rules.cut_at]
     ids = inputs["input_ids"][0]
     vision = _vision(reference, ids, with_markers=rules.markers_are_vision)
-    answer = (
-        _searched(reference, ids, conversation) if rules.answers_are_searched else torch.zeros_like(vision)
-    )
-    if not rules.answers_are_searched:
-        starts, ends = offsets.unbind(-1)
-        for begin, end in reference._answer_spans(conversation):
-            answer |= (starts < end) & (ends > begin)
+    if rules.answers_are_searched:
+        answer = _searched(reference, ids, conversation)
+    else:
+        answer = _located(reference, offsets, conversation)
     model = reference.model.to(rules.dtype)
     try:
         output = model(

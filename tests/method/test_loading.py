@@ -378,6 +378,30 @@ def test_a_chat_template_that_cannot_express_a_plain_sample_is_refused(
         load(path)
 
 
+def _merge_across_the_border(path: Path) -> None:
+    """One token for two letters, of which the template writes one and the answer begins with the other."""
+
+    def replace_the_last_merge(tokenizer: dict[str, Any]) -> None:
+        model = tokenizer["model"]
+        lost = "".join(model["merges"].pop())
+        model["merges"].append(["x", "A"])
+        model["vocab"]["xA"] = model["vocab"].pop(lost)
+
+    edit_json(path / "tokenizer.json", replace_the_last_merge)
+    template = path / "chat_template.jinja"
+    text, answer = template.read_text(), "{{ part['text'] + ' ' }}"
+    template.write_text(text.replace(answer, f"x{answer}", 1))
+
+
+def test_a_model_whose_answers_cannot_be_found_in_its_prompt_is_refused(
+    folder: Callable[[str], Path],
+) -> None:
+    path = folder("llava")
+    _merge_across_the_border(path)
+    with pytest.raises(UnsupportedModelError, match=r"of the answer 'A pattern\.', 'xA pattern\.' is found"):
+        load(path)
+
+
 def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(UnsupportedModelError, match="not a model that Transformers itself knows"):
