@@ -103,7 +103,7 @@ def build(selection: str, store: str) -> dg.Definitions:
     ) -> dg.MaterializeResult:
         """The target model, fine-tuned on the selected subset."""
         _require_the_extra()
-        from scalselect_assets.method.loading import ModelLoadError
+        from scalselect_assets.method.representation.loading import ModelLoadError
         from training.fine_tuning import TrainingError, fine_tune
 
         tell = deferred()(context.log.info)

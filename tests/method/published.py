@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from scalselect_assets.method.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
 from tests.method.zoo import Reference
 
 

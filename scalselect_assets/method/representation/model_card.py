@@ -1,0 +1,128 @@
+"""What identifies a representation space: the model, hashed over everything that decides a representation."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from scalselect_assets.method import REPRESENTATION_VERSION
+from scalselect_assets.method.representation.image_place import EffectivePlace
+from scalselect_assets.method.representation.image_size import ImageSize
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What identifies the representation space; kept beside the embeddings for lineage.
+
+    ``fingerprint`` covers everything that determines a representation and nothing else: the same weights
+    under another path are the same model, and the device is not part of it.
+    """
+
+    fingerprint: str
+    model: str
+    revision: str | None
+    commit: str | None
+    model_type: str
+    dtype: str
+    attention_mass: float
+    max_tokens: int
+    dimension: int
+    n_parameters: int
+    config_sha256: str
+    weights_sha256: str
+    processor_sha256: str
+    image_place: EffectivePlace = "first"
+    image_size: dict[str, int] = field(default_factory=dict)
+    representation_version: str = REPRESENTATION_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def model_card(
+    model: str,
+    revision: str | None,
+    commit: str | None,
+    config: Any,
+    base_model: Any,
+    processor: Any,
+    dtype: str,
+    attention_mass: float,
+    image_place: EffectivePlace,
+    image_size: ImageSize,
+) -> ModelCard:
+    """Hash everything that determines a representation.
+
+    Args:
+        model: As given by the user.
+        revision: As given by the user.
+        commit: That a hub id was read at; None for a local folder.
+        config: The Transformers configuration that the base model was built with.
+        base_model: The loaded parts of the model.
+        processor: Its processor, whose image processor has the bounds already.
+        dtype: Of weights and activations.
+        attention_mass: τ.
+        image_place: Where images stand in its prompts.
+        image_size: The bounds that were set; the settings that they lead to are among the processor's.
+    """
+    text_config = config.get_text_config()
+    max_tokens = min(processor.tokenizer.model_max_length, text_config.max_position_embeddings)
+    hashes: dict[str, Any] = {
+        "config_sha256": _sha256_json(_stable_config(config.to_dict())),
+        "weights_sha256": weights_sha256(base_model),
+        "processor_sha256": _sha256_json(
+            [
+                processor.to_json_string(),
+                # The same settings give other pixels on another backend (Pillow or torchvision).
+                type(processor.image_processor).__name__,
+                processor.tokenizer.special_tokens_map,
+                processor.tokenizer.backend_tokenizer.to_str(),
+                processor.chat_template or processor.tokenizer.chat_template,
+            ]
+        ),
+    }
+    settings: dict[str, Any] = {
+        "model_type": config.model_type,
+        "dtype": dtype,
+        "attention_mass": attention_mass,
+        "max_tokens": max_tokens,
+    }
+    # Images that stay where they are written are what fingerprints meant before there was a choice.
+    place = {"image_place": image_place} if image_place == "first" else {}
+    return ModelCard(
+        fingerprint=_sha256_json({**hashes, **settings, **place, "version": REPRESENTATION_VERSION})[:16],
+        model=model,
+        revision=revision,
+        commit=commit,
+        image_place=image_place,
+        image_size=image_size.asked(),
+        dimension=text_config.hidden_size,
+        n_parameters=sum(parameter.numel() for parameter in base_model.parameters()),
+        **settings,
+        **hashes,
+    )
+
+
+def _stable_config(values: Any) -> Any:
+    """A configuration without what says how and by whom it was saved rather than what the model is."""
+    volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+    if isinstance(values, dict):
+        return {key: _stable_config(value) for key, value in values.items() if key not in volatile}
+    return values
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor of the model, in name order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _sha256_json(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
