@@ -161,6 +161,7 @@ def fine_tune(
                 export.manifest["images_relative_to"],
                 fsspec_options or {},
                 export.model.get("image_place", "as_written"),
+                export.manifest.get("embedded_images_relative_to"),
             )
             lengths, left_out = _judged(
                 folder, rows, Collator(processor), _max_tokens(export, recipe), recipe

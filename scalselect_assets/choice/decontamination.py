@@ -339,6 +339,19 @@ def _told(evaluation: EvaluationSet) -> dict[str, str | int]:
     return told
 
 
+def list_files(storage: StorageResource, selection: Selection) -> None:
+    """List the declared evaluation set, whose bytes are not read.
+
+    Raises:
+        EvaluationSetError: It is not there, or holds nothing of its kind.
+    """
+    settings = selection.decontamination
+    if settings is not None and settings.images is not None:
+        files(storage.path(settings.images), "images")
+    if settings is not None and settings.texts is not None:
+        files(storage.path(settings.texts), "texts")
+
+
 def _found(
     storage: StorageResource, artifacts: ArtifactStore, settings: Decontamination
 ) -> tuple[list[EvaluationFile], list[EvaluationFile], FileDigests]:

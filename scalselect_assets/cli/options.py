@@ -17,6 +17,7 @@ from scalselect_assets.declaration.export_specs import parse_exports
 from scalselect_assets.declaration.selection import Selection, read_selection
 from scalselect_assets.method.choice.budget import parse_budget
 from scalselect_assets.method.subspace.rank import FixedRank, parse_rank_rule
+from scalselect_assets.operations.faults import NothingEmbeddedError
 from scalselect_assets.resources.storage import StorageResource
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -58,7 +59,8 @@ def declared_from_options(
 ) -> Iterator[Selection]:
     """The selection that the options describe over what the store already declares.
 
-    It is written to the store, and taken back where the block fails: what cannot run is not remembered.
+    It is written to the store, and taken back where the block fails: what cannot run is not remembered. One
+    whose rows are all rejected stays, so that the store can be looked at.
     """
     location = absolute_place(source)
     store = absolute_place(store or str(Path(".scalselect") / (name or _name_of(location))))
@@ -90,7 +92,7 @@ def declared_from_options(
     path.write_text(selection.to_yaml(in_store="://" not in store), encoding="utf-8")
     try:
         yield selection
-    except typer.Exit:
+    except (typer.Exit, NothingEmbeddedError):
         raise
     except Exception:
         if before is None:

@@ -167,6 +167,10 @@ def run(
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of files in the pool that are no shards; may be given several times."),
+    ] = None,
     store: StoreOption = None,
     name: Annotated[
         str | None, typer.Option(help="Prefix of the asset keys. (default: from the source's name)")
@@ -202,6 +206,7 @@ def run(
             "strategy": strategy,
             "seed": seed,
             "source_label": source_label,
+            "ignore": ignore or None,
             "include": include and absolute_place(include),
             "exclude": exclude and absolute_place(exclude),
             "near_duplicates": None if near_duplicates is None else {"cosine": near_duplicates},
@@ -266,6 +271,7 @@ def refresh_and_report(
         "samples_computed": report.computed_rows,
         "samples_reused": report.reused_rows,
         "being_written": report.unsettled,
+        "passed_over": report.passed_over,
         "failed": report.failed,
         "failed_checks": report.failed_checks,
     }

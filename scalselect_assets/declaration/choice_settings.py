@@ -68,6 +68,17 @@ class DeclaredQuota(_Declared):
         default={}, description="By source: rows, or a share of the budget if a float; at most so many."
     )
 
+    @model_validator(mode="after")
+    def _floors_are_at_most_ceilings(self) -> Self:
+        for value, floor in self.floors.items():
+            ceiling = self.ceilings.get(value)
+            if ceiling is not None and isinstance(floor, int) == isinstance(ceiling, int) and floor > ceiling:
+                raise ValueError(
+                    f"got a floor of {floor} and a ceiling of {ceiling} for {value!r}; the floor has to be "
+                    "at most the ceiling. Change one of them."
+                )
+        return self
+
     def label(self, source_label: str) -> str:
         """The label that it is by, where the source is ``source_label``."""
         return source_label if self.by == "source" else self.by

@@ -39,7 +39,7 @@ _EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by store
 
 # Fields that say when and for whom the results are made.
 _DRIVING = {
-    *("report", "settle_seconds", "owners"),
+    *("report", "settle_seconds", "owners", "ignore"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
@@ -99,6 +99,11 @@ class Selection(dg.Model):
     image_root: str | None = Field(
         default=None,
         description="What image paths are relative to; by default the folder of each shard file.",
+    )
+    ignore: list[str] = Field(
+        default=[],
+        description="Patterns (*.tmp.json, old/*) of files and folders in the pool that are no shards, on "
+        "top of the usual ones (dataset_info.json, trainer_state.json, ...); !pattern takes one back.",
     )
     attention_mass: float = Field(
         default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."

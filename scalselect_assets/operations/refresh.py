@@ -11,7 +11,7 @@ query per asset.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,21 @@ from scalselect_assets.asset_path import ShardAsset
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts, reuse
 from scalselect_assets.method.interrupts import deferred
-from scalselect_assets.operations.faults import RefreshError, error_cause, error_message
+from scalselect_assets.operations.early_checks import check_declaration, check_quotas
+from scalselect_assets.operations.faults import (
+    NothingEmbeddedError,
+    RefreshError,
+    error_cause,
+    error_message,
+)
+from scalselect_assets.operations.rejections import explain_rejections
 from scalselect_assets.operations.staleness import Staleness, contiguous_ranges
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.pool.discovery import Discovery, report_discovery, settled_discovery
-from scalselect_assets.resources.artifacts import (
-    RECORD,
-    ArtifactCorruptError,
-)
-from scalselect_assets.resources.embedding_store import EmbeddingTableError
+from scalselect_assets.resources.artifacts import RECORD, ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.embedding_store import EmbeddingTable, EmbeddingTableError
+from scalselect_assets.resources.forms.registry import SHARD_SUFFIXES
+from scalselect_assets.resources.pool_listing import in_words
 from scalselect_assets.resources.progress import Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
@@ -49,6 +55,7 @@ class RefreshReport:
         computed_rows: Vectors among them that the model computed.
         reused_rows: Vectors among them that were there before.
         unsettled: Shards that are still being written, and were left as they are in the store.
+        passed_over: Files of the pool's folder that are not read, by kind; see `PoolListing`.
         failed: Message by shard for those that could not be materialized.
         failed_checks: Asset checks of severity ERROR that failed, with what they saw.
         runs: Dagster runs that were made, in order: assets and shards.
@@ -60,6 +67,7 @@ class RefreshReport:
     computed_rows: int = 0
     reused_rows: int = 0
     unsettled: list[str] = field(default_factory=list)
+    passed_over: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     failed_checks: dict[str, str] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
@@ -109,7 +117,9 @@ class Refresh:
         self._rebuild_basis = rebuild_basis
         self._should_stop = should_stop
         self._artifacts = storage.artifacts(selection.store)
-        self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._source = storage.samples(
+            selection.source, selection.image_root, selection.store, selection.ignore
+        )
         self._staleness = Staleness(selection, storage, vlm, instance)
         self._report = RefreshReport()
 
@@ -118,8 +128,11 @@ class Refresh:
 
         Raises:
             StoreBusyError: Another refresh works on the store.
-            RefreshError: The selection is driven otherwise, the pool has no shards, an asset over all shards
-                failed, or the model changed meanwhile.
+            RefreshError: The selection is driven otherwise or cannot work as declared, the pool has no
+                shards, an asset over all shards failed, or the model changed meanwhile.
+            NothingEmbeddedError: Every row of the pool is rejected.
+            SampleListError: A list of samples cannot be read.
+            EvaluationSetError: The evaluation set cannot be used.
             FileNotFoundError: The pool does not exist.
         """
         if self._selection.is_declarative:
@@ -132,15 +145,19 @@ class Refresh:
         with self._storage.locks(self._selection.store).refreshing(), self._interrupted_runs_closed():
             discovery = settled_discovery(self._source, self._artifacts, self._selection.settle_seconds)
             self._report.unsettled = list(discovery.unsettled)
+            self._report.passed_over = dict(discovery.passed_over)
+            check_declaration(self._selection, self._storage, self._vlm)
             if not discovery.versions:
                 if discovery.unsettled:
                     raise RefreshError(
                         f"all shard files in {self._selection.source} are still being written; run again "
                         "when that has ended"
                     )
+                there = in_words(discovery.passed_over)
                 raise RefreshError(
-                    f"no shard files (*.json, *.jsonl, *.ndjson) in {self._selection.source}; a shard is a "
-                    "JSON array or JSON Lines file of samples"
+                    f"no shard files in {self._selection.source}; a shard is a file of samples whose name "
+                    f"ends with one of {', '.join(SHARD_SUFFIXES)}"
+                    f"{f'; there are, and are not read: {there}' if there else ''}"
                 )
             self._report.added, self._report.removed = report_discovery(
                 self._selection, self._instance, discovery
@@ -159,11 +176,17 @@ class Refresh:
         stale = self._staleness.stale_shards(discovery.versions)
         embedding = [shard for shard, assets in stale.items() if receipts.NAME in assets]
         self._progress.planned(len(embedding), sum(discovery.n_rows[shard] or 0 for shard in embedding))
+        if embedding and any(quota.floors for quota in self._selection.quotas):
+            stale = self._read_all(stale, discovery)
         if embedding:
             # A model that cannot be loaded is said once, before anything is touched.
             self._vlm.encoder(self._artifacts, **self._selection.target)
         for shard, assets in stale.items():
-            if assets[0] == raw_samples.NAME and self._artifacts.exists(receipts.NAME, shard, suffix=RECORD):
+            if (
+                assets
+                and assets[0] == raw_samples.NAME
+                and self._artifacts.exists(receipts.NAME, shard, suffix=RECORD)
+            ):
                 # Where the rows turn out as they were, after a change of code say, their vectors stand.
                 if not self._materialize_shard([raw_samples.NAME], shard):
                     continue
@@ -173,6 +196,21 @@ class Refresh:
                 continue
             if receipts.NAME in assets:
                 self._report.embedded.append(shard)
+
+    def _read_all(self, stale: Mapping[str, list[str]], discovery: Discovery) -> dict[str, list[str]]:
+        """Read every shard before any is embedded, and what is stale then.
+
+        Raises:
+            RefreshError: A floor is of a source that too few rows have.
+        """
+        rest = {}
+        for shard, assets in stale.items():
+            if assets[0] != raw_samples.NAME:
+                rest[shard] = assets
+            elif self._materialize_shard([raw_samples.NAME], shard):
+                rest[shard] = self._staleness.stale_shards({shard: discovery.versions[shard]}).get(shard, [])
+        check_quotas(self._selection, self._artifacts, discovery.versions)
+        return rest
 
     def _materialize_shard(self, assets: Sequence[str], shard: str) -> bool:
         """Whether it succeeded; a shard that cannot be computed does not stop the others."""
@@ -195,6 +233,11 @@ class Refresh:
         state = staleness.state()
         if not state.once(subspace_basis.inputs):
             raise RefreshError(f"no shard could be embedded: {'; '.join(self._report.problems())}")
+        if not any(table.n_rows for table in self._tables(state.shards)):
+            raise NothingEmbeddedError(
+                "no sample of the pool is embedded, so there is nothing to select from. Rejected:\n"
+                + explain_rejections(self._selection, self._storage, self._artifacts, state.shards)
+            )
         for asset in staleness.rest:
             if isinstance(asset, ShardAsset):
                 stale = staleness.stale_shards_of(asset, state)
@@ -204,6 +247,12 @@ class Refresh:
             elif staleness.is_stale(asset, state) or (self._rebuild_basis and asset is subspace_basis.ASSET):
                 self._materialize_or_raise(asset.name)
                 state.forget(asset)
+
+    def _tables(self, shards: Iterable[str]) -> Iterator[EmbeddingTable]:
+        """The vectors of the shards that have a receipt."""
+        for shard in shards:
+            with contextlib.suppress(ArtifactMissingError, ArtifactCorruptError):
+                yield receipts.recorded_table(self._artifacts, shard)[0]
 
     def _materialize_or_raise(self, asset: str, shard_range: tuple[str, str] | None = None) -> None:
         tags = {}

@@ -2,8 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import dagster as dg
 
@@ -20,6 +21,8 @@ from scalselect_assets.resources.storage import StorageResource
 
 SHARD_FILES = "shard_files"
 SHARD_MANIFEST = "shard_manifest"
+_SHARDS_AT_ONCE = 10_000
+"""SQLite takes 32,766 variables in one statement by default, and Dagster asks for all of them in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,13 @@ class Discovery:
         n_rows: Rows by shard; ``None`` where the file cannot be read as rows.
         unsettled: Shards whose file or images are still being written. They are neither new nor changed nor
             gone until that has ended.
+        passed_over: Files that are no shards, by kind, with count and examples; see `PoolListing`.
     """
 
     versions: Mapping[str, str]
     n_rows: Mapping[str, int | None]
     unsettled: tuple[str, ...] = ()
+    passed_over: Mapping[str, Any] = field(default_factory=dict)
 
 
 def discover(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float = 0.0) -> Discovery:
@@ -50,7 +55,8 @@ def discover(source: SampleSource, artifacts: ArtifactStore, settle_seconds: flo
         FileNotFoundError: The pool does not exist.
     """
     versions, n_rows, unsettled = {}, {}, []
-    for shard in source.shard_keys():
+    listing = source.listing()
+    for shard in source.shards_of(listing):
         try:
             if _is_being_written(source.changed_at(shard), settle_seconds):
                 unsettled.append(shard)  # and not read, since it would have to be read again
@@ -66,7 +72,7 @@ def discover(source: SampleSource, artifacts: ArtifactStore, settle_seconds: flo
             continue
         versions[shard] = state.fingerprint
         n_rows[shard] = index.n_rows
-    return Discovery(versions, n_rows, tuple(unsettled))
+    return Discovery(versions, n_rows, tuple(unsettled), listing.to_json())
 
 
 def settled_discovery(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float) -> Discovery:
@@ -106,8 +112,8 @@ def report_discovery(
         known = set(known_shards(instance, selection.name))
         pool = set(discovery.versions) | (known & set(discovery.unsettled))
         added, removed = sorted(pool - known), sorted(known - pool)
-        if added:
-            instance.add_dynamic_partitions(partitions, added)
+        for some in _pieces(added):
+            instance.add_dynamic_partitions(partitions, some)
         for shard in removed:
             instance.delete_dynamic_partition(partitions, shard)
     observed = latest_versions(
@@ -125,6 +131,12 @@ def report_discovery(
                 instance.report_runless_asset_event(observation)
     _report_manifest(selection, instance, pool)
     return added, removed
+
+
+def _pieces(shards: list[str]) -> Iterator[list[str]]:
+    """The shards, so many at a time as one statement of SQLite takes."""
+    for start in range(0, len(shards), _SHARDS_AT_ONCE):
+        yield shards[start : start + _SHARDS_AT_ONCE]
 
 
 @deferred()
@@ -152,7 +164,7 @@ def source_assets(selection: Selection) -> list[dg.SourceAsset]:
 
     def discovered(context: dg.OpExecutionContext, storage: StorageResource) -> Discovery:
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = storage.samples(selection.source, selection.image_root, selection.store, selection.ignore)
         discovery = settled_discovery(source, artifacts, selection.settle_seconds)
         report_discovery(selection, context.instance, discovery)
         return discovery

@@ -19,6 +19,7 @@ from scalselect_assets.report.gallery_sample import Overlay
 from scalselect_assets.report.page_receipt import CODE_VERSION
 from scalselect_assets.report.profile import ReportScores
 from scalselect_assets.resources.artifacts import RECORD, ArtifactStore
+from scalselect_assets.resources.pool_listing import in_words
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import rank_alternatives, subspace_basis
 from scalselect_assets.subspace.basis_header import BasisHeader
@@ -131,6 +132,10 @@ def _settings(selection: Selection, manifest: Mapping[str, Any]) -> tuple[Fact, 
     if left_out := manifest["shards_left_out"]:
         named = ", ".join(left_out[:10]) + (" …" if len(left_out) > 10 else "")
         settings["shards left out"] = f"{len(left_out):,}: {named}"
+    if there := in_words(manifest.get("passed_over", {})):
+        settings["files not read"] = there
+    if unknown := manifest.get("unknown_listed"):
+        settings["listed, not in the pool"] = f"{len(unknown):,}: {', '.join(unknown[:10])}"
     return tuple(Fact(name, value) for name, value in settings.items())
 
 

@@ -49,7 +49,7 @@ class ImageRoot:
     one shard, and the next pass, which may find other files, makes its own. Memory: the distinct references.
     """
 
-    def __init__(self, root: UPath, base: UPath, shards: UPath | None = None) -> None:
+    def __init__(self, root: UPath, base: UPath, shards: UPath | None = None, *, moved: bool = False) -> None:
         """Set up the root.
 
         Args:
@@ -57,12 +57,15 @@ class ImageRoot:
             base: Folder that relative references start from: the shard's, or the root itself.
             shards: The pool's folder, which the addresses of embedded images start from; the root itself
                 where it is not given.
+            moved: Whether an absolute path that lies elsewhere, as one of another machine does, means the
+                file below the root that its longest possible end names.
 
         Raises:
             ValueError: ``base`` is not at or below ``root``.
         """
         self.root = root
-        self._shards = shards
+        self._shards, self._moved = shards, moved
+        self._moved_from: dict[str, str] = {}
         self._local = is_local(root)
         self._lexical_root = _absolute(root)
         self._base = self._lexical_root if base is root else _absolute(base)
@@ -158,9 +161,27 @@ class ImageRoot:
         if path is None and self._local and target.startswith("/"):
             # An absolute path may name the root by another way than the deployment does.
             path = _below(self._real_root, os.path.realpath(target))
+        if path is None and self._moved and target.startswith("/"):
+            path = self._end_below(_normal(target))
         if path is None:
             raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
         return path
+
+    def _end_below(self, path: str) -> str | None:
+        """The longest end of an absolute path that names a file below the root.
+
+        Remembered by folder: images that lay together lie together.
+        """
+        folder, _, name = path.rpartition("/")
+        if folder in self._moved_from:
+            return posixpath.join(self._moved_from[folder], name)
+        parts = folder.split("/")[1:]
+        for start in range(len(parts) + 1):
+            below = "/".join(parts[start:])
+            if self._is_there(posixpath.join(below, name)):
+                self._moved_from[folder] = below
+                return posixpath.join(below, name)
+        return None
 
     def _target(self, reference: str) -> str:
         """The path in a reference, relative to the base or absolute."""

@@ -34,6 +34,14 @@ DEFAULT_IGNORE = (
 )
 """Names that are no shards in anybody's pool: what libraries write beside a dataset, and documentation."""
 
+
+def ignore_patterns(declared: Sequence[str]) -> tuple[str, ...]:
+    """The patterns of a declaration on top of the defaults, of which ``!pattern`` takes one back."""
+    taken_back = {pattern.removeprefix("!") for pattern in declared if pattern.startswith("!")}
+    defaults = (pattern for pattern in DEFAULT_IGNORE if pattern not in taken_back)
+    return (*defaults, *(pattern for pattern in declared if not pattern.startswith("!")))
+
+
 EXPORT_MARK = "selected_ids.jsonl"
 _EXPORT_RECORDS = (EXPORT_MARK, "rejected.jsonl", "images.jsonl", "meta.json", "shards.json", "arguments.txt")
 """What an export of ours holds beside its rows, so that its folder can be a pool again."""

@@ -137,9 +137,12 @@ class SampleSource:
             FileNotFoundError: The source does not exist.
             OSError: A folder cannot be listed; a partial answer would look like deleted shards.
         """
+        return self.shards_of(self.listing())
+
+    def shards_of(self, listing: PoolListing) -> dict[str, UPath]:
+        """The shards of a listing, sorted by key."""
         folder = self._folder()
-        shards = self.listing().shards
-        return dict(sorted((self.shard_key(relative), folder / relative) for relative in shards))
+        return dict(sorted((self.shard_key(path), folder / path) for path in listing.shards))
 
     def listing(self) -> PoolListing:
         """The shards there are now, and what is passed over.
@@ -400,7 +403,9 @@ class SampleSource:
 
     def _images(self, shard: UPath) -> ImageRoot:
         root = self._present_images_folder()
-        return ImageRoot(root, root if self.image_root else shard.parent, self._folder())
+        if self.image_root is None:
+            return ImageRoot(root, shard.parent, self._folder())
+        return ImageRoot(root, root, self._folder(), moved=True)
 
     def _present_images_folder(self) -> UPath:
         """``images_folder``, which is there."""

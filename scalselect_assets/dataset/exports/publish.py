@@ -112,6 +112,32 @@ def write_exports(
     }
 
 
+def require_possible(specs: Sequence[ExportSpec], source: SampleSource, folder: UPath) -> None:
+    """Whether the declared exports can be written where they will lie; nothing is written.
+
+    Raises:
+        ExportError: Images cannot be hard-linked between the pool and the store.
+    """
+    images = source.images_folder()
+    for spec in specs:
+        if spec.images == "hardlinked" and not EXPORTS[spec.format].embeds_images:
+            _require_links(images, folder / spec.format)
+
+
+def _require_links(images: UPath, target: UPath) -> None:
+    remedy = "declare `images: copied`, or put pool and store on one file system"
+    if not (is_local(images) and is_local(target)):
+        raise ExportError(
+            f"images of {images} cannot be hard-linked into {target}: both have to be on a local disk; "
+            f"{remedy}"
+        )
+    there = next(folder for folder in (Path(target.path), *Path(target.path).parents) if folder.exists())
+    if Path(images.path).exists() and there.stat().st_dev != Path(images.path).stat().st_dev:
+        raise ExportError(
+            f"images of {images} cannot be hard-linked into {target}: they are on two file systems; {remedy}"
+        )
+
+
 def remove_others(folder: UPath, kept: Sequence[str]) -> None:
     """Remove exports that are no longer declared.
 
@@ -346,11 +372,8 @@ class _ImagesBeside(_Images):
         self._new, self._linked = folder, linked
         self._placed: dict[tuple[str, str], str] = {}
         self.base = str(folder.target)
-        if linked and not (is_local(self._folder) and is_local(folder.target)):
-            raise ExportError(
-                f"images of {self._folder} cannot be hard-linked into {folder.target}: both have to be on a "
-                "local disk; declare `images: copied`"
-            )
+        if linked:
+            _require_links(self._folder, folder.target)
 
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
         named = list(zip(row.images, row.image_sha256, strict=True))

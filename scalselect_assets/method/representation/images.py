@@ -7,6 +7,7 @@ from functools import cache
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from scalselect_assets.method.representation.not_images import describe
+from scalselect_assets.method.representation.rejection import RejectionReason
 
 DEFAULT_MAX_PIXELS = 50_000_000
 """Larger images are refused before their pixels are read: 50 megapixels decode to 150 MB."""
@@ -15,13 +16,19 @@ DEFAULT_MAX_PIXELS = 50_000_000
 class UndecodableImageError(ValueError):
     """The bytes are not an image that Pillow reads completely."""
 
+    reason = RejectionReason.UNDECODABLE_IMAGE
+
 
 class DeepImageError(UndecodableImageError):
     """The pixels have more than 8 bits, and what they mean in 8 is for the pool's owner to say."""
 
+    reason = RejectionReason.DEEP_IMAGE
+
 
 class ImageTooLargeError(ValueError):
     """The image has more pixels than the limit; nothing of it was decoded."""
+
+    reason = RejectionReason.IMAGE_TOO_LARGE
 
 
 MAX_ASPECT_RATIO = 200

@@ -21,7 +21,6 @@ from scalselect_assets.method.representation.conversation import Conversation
 from scalselect_assets.method.representation.first_layer import ModelInput, VisionInput
 from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PLACE, EffectivePlace, placed
 from scalselect_assets.method.representation.images import (
-    DeepImageError,
     ImageTooLargeError,
     UndecodableImageError,
     decode_image,
@@ -126,12 +125,8 @@ class Preparer:
                 decoded.append(decode_image(data, self.max_pixels))
             except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {position}: {error}")
-            except ImageTooLargeError as error:
-                return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {position}: {error}")
-            except DeepImageError as error:
-                return Rejection(RejectionReason.DEEP_IMAGE, f"image {position}: {error}")
-            except UndecodableImageError as error:
-                return Rejection(RejectionReason.UNDECODABLE_IMAGE, f"image {position}: {error}")
+            except (ImageTooLargeError, UndecodableImageError) as error:
+                return Rejection(error.reason, f"image {position}: {error}")
             digests.append(hashlib.sha256(data).hexdigest())
         return decoded, tuple(digests)
 

@@ -5,6 +5,7 @@ are named by their address (`forms.embedded`). Opening one such image must not c
 of the whole shard each time, so what has been unpacked is kept in a temporary file: see ``Unpacked``.
 """
 
+import atexit
 import os
 import tempfile
 import threading
@@ -128,6 +129,8 @@ class Kept:
         """
         key = (os.getpid(), str(path), version)
         with self._lock:
+            if not self._entries:
+                atexit.register(self._entries.clear)  # while files can still be closed in order
             entry: T = self._entries.pop(key, None) or make()  # type: ignore[assignment]
             found = use(entry)
             self._entries[key] = entry
