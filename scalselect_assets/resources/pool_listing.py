@@ -154,7 +154,7 @@ def _walk(
     is_export = any(entry.name == EXPORT_MARK for entry in entries)
     for entry in entries:
         path = f"{below}{entry.name}"
-        if _is_ignored(entry.name, path, ignore) or (is_export and entry.name in _EXPORT_RECORDS):
+        if is_ignored(entry.name, path, ignore) or (is_export and entry.name in _EXPORT_RECORDS):
             listing.pass_over("ignored", path)
         elif entry.name.startswith("."):
             listing.pass_over("hidden", path)
@@ -174,11 +174,17 @@ def _sort(name: str, path: str, listing: PoolListing) -> None:
         listing.shards.append(path)
     elif not name.lower().endswith((*IMAGE_SUFFIXES, *MEDIA_SUFFIXES)):
         # Images and the like are what rows name; the rows that need them say so.
-        suffixes = [suffix for suffix in name.lower().split(".")[1:] if suffix.isalnum()]
-        listing.pass_over(f"other:{''.join(f'.{suffix}' for suffix in suffixes[-2:])}", path)
+        listing.pass_over(f"other:{suffixes_of(name)}", path)
 
 
-def _is_ignored(name: str, path: str, ignore: tuple[str, ...]) -> bool:
+def suffixes_of(name: str) -> str:
+    """The last two suffixes of a name, in lower case; empty where it has none."""
+    suffixes = [suffix for suffix in name.lower().split(".")[1:] if suffix.isalnum()]
+    return "".join(f".{suffix}" for suffix in suffixes[-2:])
+
+
+def is_ignored(name: str, path: str, ignore: tuple[str, ...]) -> bool:
+    """Whether a file or folder matches a pattern, by its name or by its path from the folder."""
     return any(fnmatchcase(name, pattern) or fnmatchcase(path, pattern) for pattern in ignore)
 
 
