@@ -36,6 +36,7 @@ MEDIA_FIELDS = tuple(
     for ending in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_urls")
 )
 _REFERENCE_KEYS = ("path", "url", "image")
+_OTHER_FIELDS, _MEDIA_FIELDS = frozenset(OTHER_FIELDS), frozenset(MEDIA_FIELDS)
 
 IMAGES_IN_TEXT = re.compile(
     r"\(?<image>\./</image>\)?"  # MiniCPM-V, whose processor puts the mark itself there
@@ -56,6 +57,13 @@ OTHER_MEDIA_MARKS = re.compile(
     r"<(?:video|audio|sound|speech)>|<\|(?:video|audio|video_pad|audio_pad|VIDEO|AUDIO)\|>"
     r"|<(?:video|audio)[ _-]?\d+>"
 )
+
+
+def may_hold_marks(text: str) -> bool:
+    """Whether a text may hold anything of the patterns above but plain marks; most hold none."""
+    return "<" in text.replace(IMAGE_MARK, "") or "[IM" in text or "<image>./" in text
+
+
 _IMAGE_NAME = "(?:{})".format("|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES))
 NAMED_IN_TEXT = re.compile(
     rf"!\[[^\]\n]*\]\((?P<markdown>[^)\s]+{_IMAGE_NAME})\)"
@@ -146,6 +154,8 @@ def images_of(holder: Mapping[str, object], where: str, *, any_name: bool = True
     }
     if found or not any_name:
         return _agreed(found, where, RejectionReason.MALFORMED_ROW)
+    if _OTHER_FIELDS.isdisjoint(holder):
+        return []
     found = {
         name: references_of(holder, name)
         for name in OTHER_FIELDS
@@ -174,6 +184,8 @@ def require_no_other_media(holder: Mapping[str, object], where: str) -> None:
     Raises:
         RowError: As ``other_media``.
     """
+    if _MEDIA_FIELDS.isdisjoint(holder):
+        return
     for name in MEDIA_FIELDS:
         if holder.get(name) not in (None, "", [], {}):
             raise other_media(f"the {where} has `{name}`")

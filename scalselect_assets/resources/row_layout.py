@@ -22,6 +22,7 @@ from scalselect_assets.resources.row_images import (
     RowError,
     Slot,
     images_of,
+    may_hold_marks,
     other_media,
     references_of,
     require_no_other_media,
@@ -167,6 +168,10 @@ def _first(item: dict[str, object], fields: tuple[str, str]) -> tuple[str, objec
 def _read_text(turn: WrittenTurn, holder: object, key: object) -> None:
     """Append a text, with a mark in the place of each image that it names."""
     text: str = holder[key]  # type: ignore[index]
+    if not may_hold_marks(text):
+        turn.text += text
+        turn.images += [None] * text.count(IMAGE_MARK)
+        return
     pieces, end = [], 0
     for found in IMAGES_IN_TEXT.finditer(text):
         named = found["named"]
@@ -237,14 +242,16 @@ def _place_own(turn: WrittenTurn, item: dict[str, object], place: int) -> None:
 
 def _require_images_only(turn: WrittenTurn) -> None:
     """Refuse a question with the mark of a video or a sound; an answer may speak about the tag in HTML."""
-    found = OTHER_MEDIA_MARKS.search(turn.text) if turn.role != "assistant" else None
-    if found:
+    if turn.role == "assistant" or not may_hold_marks(turn.text):
+        return
+    if found := OTHER_MEDIA_MARKS.search(turn.text):
         raise other_media(f"a {turn.role} turn holds the mark {found[0]!r}")
 
 
 def _place(turns: list[WrittenTurn], n_images: int) -> None:
     """Give a row without marks one for each image: where another model's marks stand, or before all text."""
-    found = [mark for turn in turns for mark in FOREIGN_MARKS.finditer(turn.text)]
+    marked = (turn.text for turn in turns if may_hold_marks(turn.text))
+    found = [mark for text in marked for mark in FOREIGN_MARKS.finditer(text)]
     numbers = [int(mark["number"]) for mark in found if mark["number"]]
     in_order = not numbers or (
         len(numbers) == n_images and numbers in (list(range(n_images)), list(range(1, n_images + 1)))
@@ -266,7 +273,7 @@ def _place(turns: list[WrittenTurn], n_images: int) -> None:
 
 def _require_no_foreign_marks(turns: list[WrittenTurn]) -> None:
     for turn in turns:
-        if found := FOREIGN_MARKS.search(turn.text):
+        if may_hold_marks(turn.text) and (found := FOREIGN_MARKS.search(turn.text)):
             raise RowError(
                 f"the text holds {found[0]!r}, another model's mark for an image, and such marks are "
                 f"translated only where the row has no {IMAGE_MARK} mark and exactly one of them for each "

@@ -13,7 +13,7 @@ from scalselect_assets.method.representation.conversation import IMAGE, Conversa
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 from scalselect_assets.resources.row_images import IMAGE_MARK, STANDARD_FIELDS, RowError, Slot
 from scalselect_assets.resources.row_layout import LaidOutRow, RowFormat, lay_out
-from scalselect_assets.resources.written_json import NotJsonError, decode, encode, kind_of, members
+from scalselect_assets.resources.written_json import NotJsonError, canonical, decode, encode, kind_of, members
 
 KEY_LENGTH = 32
 """Hex digits of a sample key: 128 bits, so that chance collisions do not happen in any pool."""
@@ -185,7 +185,7 @@ def repeat_key(text: str, image_names: Sequence[str]) -> str:
     row.pop("id", None)
     _rename(lay_out(row), image_names)
     try:
-        return _digest(encode(row, sort_keys=True))
+        return _digest(canonical(row))
     except RecursionError:
         return _digest(text)  # so deep a field is compared as it is written
 

@@ -51,7 +51,7 @@ def _fault(text: str, error: json.JSONDecodeError) -> str:
     return f"the row is not valid JSON: {error.msg} at character {error.pos}; write it again as JSON"
 
 
-def encode(value: object, *, sort_keys: bool = False) -> str:
+def encode(value: object) -> str:
     """``value`` as JSON text, numbers as they were written.
 
     Raises:
@@ -61,16 +61,26 @@ def encode(value: object, *, sort_keys: bool = False) -> str:
         case Number():
             return value.text
         case list():
-            return f"[{', '.join(encode(item, sort_keys=sort_keys) for item in value)}]"
+            return f"[{', '.join(encode(item) for item in value)}]"
         case dict():
-            items = sorted(value.items()) if sort_keys else value.items()
-            pairs = (
-                f"{json.dumps(key, ensure_ascii=False)}: {encode(item, sort_keys=sort_keys)}"
-                for key, item in items
-            )
+            pairs = (f"{encode(key)}: {encode(item)}" for key, item in value.items())
             return f"{{{', '.join(pairs)}}}"
         case _:
             return json.dumps(value, ensure_ascii=False)
+
+
+_CANONICAL = json.JSONEncoder(
+    ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=lambda number: f"\0{number.text}"
+)
+
+
+def canonical(value: object) -> str:
+    """A text that only equal values share, whatever the order of their members.
+
+    Raises:
+        RecursionError: It is nested too deeply.
+    """
+    return _CANONICAL.encode(value)
 
 
 def members(text: str) -> Iterator[tuple[str, object, int, int]]:
