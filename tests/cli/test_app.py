@@ -50,7 +50,7 @@ def scalselect(
 
 
 @pytest.fixture
-def installed(tmp_path: Path) -> Command:
+def installed(processes: None, tmp_path: Path) -> Command:
     """Run the installed command in a folder of its own, as people do."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:

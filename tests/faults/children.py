@@ -128,12 +128,11 @@ class Children:
 
 def _prepare() -> None:
     """Import what a refresh needs, and leave out of it what costs time and has no part in any fault."""
-    import dagster as dg
     import lancedb.background_loop
     import scipy.integrate  # noqa: F401
 
     from scalselect_assets import graph  # noqa: F401
-    from scalselect_assets.charts import in_dagster
+    from scalselect_assets.charts import in_dagster  # noqa: F401
     from tests import all_methods  # noqa: F401
     from tests.faults import (
         known_pool,  # noqa: F401
@@ -141,7 +140,6 @@ def _prepare() -> None:
     )
 
     standin.install()
-    in_dagster.energy_curve = lambda *_: dg.MetadataValue.md("")  # type: ignore[assignment]
     # The only thread so far; LanceDB starts another in each child, after the fork.
     loop = lancedb.background_loop.LOOP
     loop.loop.call_soon_threadsafe(loop.loop.stop)
