@@ -56,7 +56,7 @@ def test_definitions_load_without_torch_transformers_or_lancedb(
 def test_the_method_loads_without_dagster_polars_or_lancedb(imported_by: Callable[..., set[str]]) -> None:
     modules = imported_by(
         "import scalselect_assets.method.representation.encoder, scalselect_assets.method.subspace.leverage, "
-        "scalselect_assets.method.choice.budget"
+        "scalselect_assets.method.choice.choose"
     )
     assert not modules & {"dagster", "polars", "lancedb", "upath", "scalselect_assets.resources"}
 
