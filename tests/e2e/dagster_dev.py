@@ -123,7 +123,7 @@ class DagsterDev:
             json.dumps({"query": query, "variables": variables}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answered:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answered:
             answer = json.load(answered)
         assert "errors" not in answer, answer["errors"]
         (value,) = answer["data"].values()
