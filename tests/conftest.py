@@ -48,8 +48,9 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests get the marker ``slow``."""
+    """Slow tests get the marker ``slow``; the daemon's test, which mostly waits, begins before all others."""
     mark_slow(items)
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
 
 
 def pytest_collection_finish() -> None:
