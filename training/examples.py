@@ -20,7 +20,13 @@ from upath import UPath
 from resources.image_root import ImageRoot
 from resources.samples import parse_row, shorten
 from scalselect_assets.method.chat import ChatTemplateError, render_chat
-from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError, decode_image
+from scalselect_assets.method.images import (
+    DEFAULT_MAX_PIXELS,
+    ImageTooLargeError,
+    PixelBudget,
+    UndecodableImageError,
+    decode_image,
+)
 from scalselect_assets.method.rejection import Rejection, RejectionReason
 
 IGNORED = -100
@@ -105,7 +111,7 @@ class Rows(Dataset[Prompt]):
         return ImageRoot(root, root)
 
     def _images(self, references: Sequence[str]) -> tuple[Image.Image, ...] | Rejection:
-        decoded = []
+        decoded, budget = [], PixelBudget(DEFAULT_MAX_PIXELS)
         for place, reference in enumerate(references, start=1):
             path = self._root.path_of(reference)
             if path is None:
@@ -116,6 +122,7 @@ class Rows(Dataset[Prompt]):
                 )
             try:
                 decoded.append(decode_image(self._root.read(path)))
+                budget.spend(decoded[-1])
             except FileNotFoundError as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {place}: {error}")
             except PermissionError as error:
