@@ -85,15 +85,13 @@ def iter_rows(path: UPath, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[RowTex
         yield from rows_of(read_chunks(stream, chunk_bytes), path)
 
 
-def container(path: UPath) -> Container:
-    """What a shard file holds its rows in, told by its first character.
+def container(chunks: Iterator[bytes], path: UPath) -> Container:
+    """The form in which a shard file holds its rows, by its first character; ``path`` only names the file.
 
     Raises:
         ShardFormatError: The file begins like neither.
-        OSError: The file cannot be read.
     """
-    with path.open("rb") as stream:
-        return _recognise(read_chunks(stream), path)[0]
+    return _recognise(chunks, path)[0]
 
 
 def read_chunks(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:

@@ -11,14 +11,11 @@ the files, and one row.
 
 import errno
 import hashlib
-import os
-import posixpath
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from upath import UPath
 
@@ -292,12 +289,8 @@ class _Images:
                 contents.append(self._root.read(path))
             except (FileNotFoundError, PermissionError) as error:
                 return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
-            if (found := hashlib.sha256(contents[-1]).hexdigest()) != sha256:
-                detail = (
-                    f"{row.where()}: image {path!r} has changed since the row was embedded (SHA-256 "
-                    f"{found[:12]}..., then {sha256[:12]}...); run the refresh again"
-                )
-                return Refusal(RefusalReason.IMAGE_CHANGED, detail)
+            if changed := _changed(row, path, contents[-1], sha256):
+                return changed
         return contents
 
 
@@ -331,11 +324,9 @@ class _ImagesBeside(_Images):
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
         named = list(zip(row.images, row.image_sha256, strict=True))
         if not all(image in self._placed for image in named):
-            contents = self._read(row)
-            if isinstance(contents, Refusal):
-                return contents
-            for image, data in zip(named, contents, strict=True):
-                self._placed.setdefault(image, self._put(*image, data))
+            refusal = self._link(row) if self._linked else self._copy(row)
+            if refusal is not None:
+                return refusal
         return tuple(PlacedImage(self._placed[image], image[1]) for image in named)
 
     def is_there(self, reference: str) -> bool:
@@ -348,25 +339,59 @@ class _ImagesBeside(_Images):
                 size = folder.files[name].bytes
                 write_line(file, {"image": path, "file": name, "sha256": sha256, "bytes": size})
 
-    def _put(self, path: str, sha256: str, data: bytes) -> str:
-        name = f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{safe_suffix(path)}"
-        if name in self._new.files:
-            return name
-        if not self._linked:
-            self._new.write(name, data)
-            return name
-        # Its bytes were just read from there, so that no link leads out of the image root.
-        location = Path(os.path.realpath(posixpath.join(self._folder.path, path)))
+    def _copy(self, row: ExportRow) -> Refusal | None:
+        contents = self._read(row)
+        if isinstance(contents, Refusal):
+            return contents
+        for path, sha256, data in zip(row.images, row.image_sha256, contents, strict=True):
+            name = self._name(path, sha256)
+            if name not in self._new.files:
+                self._new.write(name, data)
+            self._placed.setdefault((path, sha256), name)
+        return None
+
+    def _link(self, row: ExportRow) -> Refusal | None:
+        """Link the files whose bytes were read: each is read and linked while it is open."""
+        for path, sha256 in zip(row.images, row.image_sha256, strict=True):
+            try:
+                file = self._root.open(path)
+            except (FileNotFoundError, PermissionError) as error:
+                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
+            with file:
+                data, name = file.read(), self._name(path, sha256)
+                if changed := _changed(row, path, data, sha256):
+                    return changed
+                if name not in self._new.files:
+                    self._hard_link(name, path, file, WrittenFile(sha256, len(data)))
+            self._placed.setdefault((path, sha256), name)
+        return None
+
+    def _hard_link(self, name: str, path: str, file: BinaryIO, known: WrittenFile) -> None:
         try:
-            self._new.hard_link(name, location, WrittenFile(sha256, len(data)))
+            self._new.hard_link(name, file, known)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            # ENOENT: the file has no name any more, or the system has no /proc to find an open file by.
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOENT):
                 raise
             raise ExportError(
                 f"image {path!r} cannot be hard-linked into {self._new.target} ({error.strerror}); declare "
                 "`images: copied`, or put pool and store on one file system"
             ) from error
-        return name
+
+    @staticmethod
+    def _name(path: str, sha256: str) -> str:
+        return f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{safe_suffix(path)}"
+
+
+def _changed(row: ExportRow, path: str, data: bytes, sha256: str) -> Refusal | None:
+    """Why an image is not the one that was embedded, where it is another one."""
+    if (found := hashlib.sha256(data).hexdigest()) == sha256:
+        return None
+    detail = (
+        f"{row.where()}: image {path!r} has changed since the row was embedded (SHA-256 {found[:12]}..., "
+        f"then {sha256[:12]}...); run the refresh again"
+    )
+    return Refusal(RefusalReason.IMAGE_CHANGED, detail)
 
 
 def _images(export: Export, spec: ExportSpec, source: SampleSource, folder: NewFolder) -> _Images:

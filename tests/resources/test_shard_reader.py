@@ -250,7 +250,7 @@ def test_one_object_on_one_line_is_a_row_only_where_it_may_be_one():
 def test_the_container_is_told_by_content(tmp_path):
     for name, data, kind in (("a.jsonl", b" [1]", "array"), ("b.json", as_lines(ROW), "lines")):
         (tmp_path / name).write_bytes(data)
-        assert container(UPath(tmp_path / name)) == kind
+        assert container(iter([(tmp_path / name).read_bytes()]), UPath(name)) == kind
 
 
 def test_a_file_is_read_from_any_file_system():
