@@ -1,8 +1,8 @@
 """Hashes that a table of vectors carries, so that a changed byte is noticed in whatever part of it is read.
 
 Vectors are read row by row and in parts, so each row has a hash, in a column of its own, of its vector, its
-number and its names. The other columns are always read whole, so each has one hash, in the table's schema. Costs: one
-pass of SHA-256 over what is read, about a second for each gigabyte, and 16 bytes a row.
+number and its names. The other columns are always read whole, so each has one hash, in the table's schema.
+Costs: one pass of SHA-256 over what is read, about a second for each gigabyte, and 16 bytes a row.
 """
 
 import hashlib
