@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 from upath import UPath
 
-from resources import seal
+from scalselect_assets.resources import seal
 
 MANIFEST = "manifest.json"
 SUBSET = "selected_subset"

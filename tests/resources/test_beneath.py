@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from resources import beneath
-from resources.beneath import Beneath, NoRegularFileError, OutsideError
+from scalselect_assets.resources import beneath
+from scalselect_assets.resources.beneath import Beneath, NoRegularFileError, OutsideError
 
 INSIDE, OUTSIDE = b"inside", b"outside"
 
@@ -179,7 +179,7 @@ def test_folders_that_are_open_are_few_and_closed_at_the_end(root: Path) -> None
         with pytest.raises(FileNotFoundError):
             files.status("a/b/../not-there/x")
     del files
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_another_process_opens_folders_of_its_own(root: Path) -> None:

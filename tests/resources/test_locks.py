@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from resources.locks import StoreBusyError, StoreLocks
-from resources.storage import StorageResource
+from scalselect_assets.resources.locks import StoreBusyError, StoreLocks
+from scalselect_assets.resources.storage import StorageResource
 
 SPAWN = multiprocessing.get_context("spawn")
 

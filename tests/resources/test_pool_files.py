@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from resources.sample_source import SampleSource
-from resources.shard_reader import ShardFormatError
+from scalselect_assets.resources.sample_source import SampleSource
+from scalselect_assets.resources.shard_reader import ShardFormatError
 from tests.conftest import sharegpt_row, write_lines
 
 SECRET = "$ecret:x:0:0"

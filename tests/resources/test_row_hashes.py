@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resources.row_hashes import ChangedRowsError, check_columns, with_column_hashes
+from scalselect_assets.resources.row_hashes import ChangedRowsError, check_columns, with_column_hashes
 
 texts = st.lists(st.none() | st.text(max_size=5), max_size=6)
 lists = st.lists(st.none() | st.lists(st.none() | st.text(max_size=3), max_size=3), max_size=6)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resources import seal
-from resources.seal import HEADER, PAYLOAD, SealError
+from scalselect_assets.resources import seal
+from scalselect_assets.resources.seal import HEADER, PAYLOAD, SealError
 
 
 def sealed(before: bytes, after: bytes) -> tuple[bytes, dict[str, str]]:
