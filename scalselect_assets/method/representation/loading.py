@@ -30,6 +30,10 @@ from scalselect_assets.method.representation.families import (
 from scalselect_assets.method.representation.first_layer import FirstLayer, decoder_of
 from scalselect_assets.method.representation.images import DEFAULT_MAX_PIXELS
 from scalselect_assets.method.representation.model_card import model_card
+from scalselect_assets.method.representation.model_files import (
+    refuse_files_that_lead_elsewhere,
+    refuse_unbounded_template,
+)
 from scalselect_assets.method.representation.preparation import Prepared, Preparer
 from scalselect_assets.method.representation.processors import load_processor
 from scalselect_assets.method.representation.quiet import quiet_transformers
@@ -82,6 +86,7 @@ def load_encoder(
     # Transformers reports the weights that stay unread; leaving them out is the point.
     with quiet_transformers(keep_bars=not folder.is_dir()), _cannot_load(model):
         processor = load_processor(source, revision, config)
+        refuse_unbounded_template(model, processor)
         base_model = _load_base_model(source, revision, config, dtype)
         card = model_card(model, revision, config, base_model, processor, dtype, attention_mass)
         preparer = Preparer(
@@ -147,6 +152,7 @@ def _supported_config(model: str, revision: str | None) -> Any:
     if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise ModelLoadError(f"no folder {model!r}; name a local model folder or a hub id such as 'org/name'")
     try:
+        refuse_files_that_lead_elsewhere(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise ModelLoadError(f"cannot read the configuration of {model!r}: {error}") from error
