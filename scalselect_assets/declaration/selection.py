@@ -13,7 +13,6 @@ import dagster as dg
 import yaml
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from scalselect_assets import ASSET_MODULES
 from scalselect_assets.declaration.choice_settings import (
     Comparison,
     DeclaredQuota,
@@ -254,15 +253,6 @@ class Selection(dg.Model):
         if isinstance(budget.amount, float):
             return budget.amount
         return min(1.0, budget.amount / n_rows) if budget.unit == "rows" else _EXPECTED_SHARE
-
-    @property
-    def assets(self) -> list[str]:
-        """The asset modules of its path, in order."""
-        absent = {
-            *([] if self.removes_samples else ["removed_samples"]),
-            *([] if self.report else ["selection_report"]),
-        }
-        return [name for name in ASSET_MODULES if name not in absent]
 
     @property
     def removes_samples(self) -> bool:

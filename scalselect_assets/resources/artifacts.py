@@ -32,6 +32,9 @@ from scalselect_assets.resources.image_root import is_local
 from scalselect_assets.resources.names import encode_name
 
 Header = Mapping[str, str]
+FRAME, ARRAYS, RECORD = ".parquet", ".safetensors", ".json"
+"""Suffixes of the three kinds of files: Parquet frames, safetensors arrays and JSON."""
+
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
 
@@ -69,7 +72,7 @@ class ArtifactStore:
         buffer, sealed = io.BytesIO(), seal.to_be_sealed(header)
         frame.write_parquet(buffer, metadata=sealed)
         pieces = seal.seal(buffer.getvalue(), sealed)
-        return self._replace(self.path(asset, shard, suffix=".parquet"), *pieces)
+        return self._replace(self.path(asset, shard, suffix=FRAME), *pieces)
 
     def read_frame(
         self, asset: str, shard: str | None = None, *, columns: list[str] | None = None
@@ -80,16 +83,14 @@ class ArtifactStore:
             ArtifactMissingError: Not materialized.
             ArtifactCorruptError: Truncated or damaged. The whole file is checked, also for a few columns.
         """
-        path = self.path(asset, shard, suffix=".parquet")
+        path = self.path(asset, shard, suffix=FRAME)
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
             header, own = _parquet_header(io.BytesIO(data))
             seal.check(data, header)
             return pl.read_parquet(io.BytesIO(data), columns=columns), own
 
-    def read_header(
-        self, asset: str, shard: str | None = None, *, suffix: str = ".parquet"
-    ) -> dict[str, str]:
+    def read_header(self, asset: str, shard: str | None = None, *, suffix: str = FRAME) -> dict[str, str]:
         """The header of a Parquet or safetensors file without its content; raises as ``read_frame``."""
         path = self.path(asset, shard, suffix=suffix)
         with (
@@ -97,7 +98,7 @@ class ArtifactStore:
             self._readable(asset, shard, path),
             path.open("rb") as file,
         ):
-            if suffix == ".parquet":
+            if suffix == FRAME:
                 return _parquet_header(file)[1]
             return seal.checked_header(_safetensors_header(file))
 
@@ -108,13 +109,13 @@ class ArtifactStore:
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         sealed = seal.to_be_sealed(header)
         pieces = seal.seal(_in_order(save_safetensors(contiguous, metadata=sealed)), sealed)
-        return self._replace(self.path(asset, shard, suffix=".safetensors"), *pieces)
+        return self._replace(self.path(asset, shard, suffix=ARRAYS), *pieces)
 
     def read_arrays(
         self, asset: str, shard: str | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         """A safetensors file and its header; raises as ``read_frame``."""
-        path = self.path(asset, shard, suffix=".safetensors")
+        path = self.path(asset, shard, suffix=ARRAYS)
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
             header = _safetensors_header(io.BytesIO(data))
@@ -129,7 +130,7 @@ class ArtifactStore:
         An object gets its hash as one more member. One that is only a memory need not be ``durable``: it is
         written without waiting for the disk, and a power cut may leave it damaged, which reading it shows.
         """
-        path = self.path(asset, shard, suffix=".json")
+        path = self.path(asset, shard, suffix=RECORD)
         if not isinstance(value, dict):
             return self._replace(path, _json(value), durable=durable)
         place = {seal.PAYLOAD: seal.to_be_sealed({})[seal.PAYLOAD]}
@@ -137,7 +138,7 @@ class ArtifactStore:
 
     def read_json(self, asset: str, shard: str | None = None, *, shape: Any = Any) -> Any:
         """A JSON file of a given shape (a type that pydantic validates); raises as ``read_frame``."""
-        path = self.path(asset, shard, suffix=".json")
+        path = self.path(asset, shard, suffix=RECORD)
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
             value = json.loads(data)

@@ -201,7 +201,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from resources.vlm import VlmResource
-from scalselect_assets.method.encoder import VlmEncoder
+from scalselect_assets.method.representation.encoder import VlmEncoder
 from tests.test_refresh import Bench
 
 original = VlmEncoder.encode_as_done

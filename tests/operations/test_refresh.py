@@ -14,7 +14,7 @@ from scalselect_assets.choice.pool_rows import PoolRows
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.embedding import attention_embeddings
 from scalselect_assets.operations.faults import RefreshError
-from scalselect_assets.operations.refresh import contiguous_ranges
+from scalselect_assets.operations.staleness import contiguous_ranges
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.pool.discovery import discover
 from scalselect_assets.resources.locks import StoreBusyError
