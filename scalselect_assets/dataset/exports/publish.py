@@ -12,7 +12,7 @@ the files, and one row.
 import errno
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
@@ -80,9 +80,14 @@ class ExportError(RuntimeError):
 
 
 def write_exports(
-    specs: Sequence[ExportSpec], spool: RowSpool, source: SampleSource, folder: UPath, name: str
+    specs: Sequence[ExportSpec],
+    spool: RowSpool,
+    source: SampleSource,
+    folder: UPath,
+    name: str,
+    approve: "Callable[[Mapping[str, Report]], None]" = lambda _: None,
 ) -> "dict[str, Report]":
-    """Replace the declared exports.
+    """Replace the declared exports, all of them or, where anything fails, none.
 
     Args:
         specs: The declarations, one of a format at most.
@@ -90,6 +95,8 @@ def write_exports(
         source: The pool, for its images.
         folder: Holds a folder for each export.
         name: What the datasets are called in companion files.
+        approve: Called with all reports before the exports take the place of the last ones; what it raises
+            leaves those in force.
 
     Returns:
         For each format what was written.
@@ -98,10 +105,13 @@ def write_exports(
         ExportError: Images cannot be linked.
         OSError: Something cannot be read or written; the last exports are still there.
     """
-    return {
-        spec.format: write_export(EXPORTS[spec.format], spec, spool, source, folder / spec.format, name)
-        for spec in specs
-    }
+    reports: dict[str, Report] = {}
+    with ExitStack() as folders:
+        for spec in specs:
+            new = folders.enter_context(replaced_folder(folder / spec.format))
+            reports[spec.format] = _fill(new, EXPORTS[spec.format], spec, spool, source, name)
+        approve(reports)
+    return reports
 
 
 def remove_others(folder: UPath, kept: Sequence[str]) -> None:
@@ -172,38 +182,43 @@ def write_export(
 ) -> Report:
     """Replace one export; arguments and errors as in `write_exports`."""
     with replaced_folder(target) as folder:
-        images = _images(export, spec, source, folder)
-        setting = Setting(spec, name, images.base, images.is_there)
-        writing = _Writing(export, spec, spool, images)
-        with ExitStack() as streams:
-            selected = streams.enter_context(folder.stream(SELECTED))
-            rejected = streams.enter_context(folder.stream(REJECTED))
-            selected.rows = rejected.rows = 0
-            for record in spool.rejections():
-                rejected.write(record)
-                rejected.rows += 1
-            export.write(writing.rows(selected, rejected), folder, setting)
-        images.write_list(folder)
-        verdict = export.preflight(folder, setting)
-        expected = len(spool) - sum(writing.refused.values())
-        verdict.require(
-            verdict.rows == expected, f"{verdict.rows} rows are read, {expected} were to be written"
-        )
-        verdict.require(writing.written == expected, f"{writing.written} rows were written, not {expected}")
-        verdict.require(expected, "no row is left to train on")
-        beside = [file for path, file in folder.files.items() if path.startswith(f"{_IMAGE_FOLDER}/")]
-        return Report(
-            spec,
-            str(target),
-            None if export.embeds_images else images.base,
-            len(spool),
-            dict(sorted(writing.refused.items())),
-            writing.leading,
-            verdict,
-            {path: file for path, file in folder.files.items() if not path.startswith(f"{_IMAGE_FOLDER}/")},
-            len(beside),
-            sum(file.bytes for file in beside),
-        )
+        return _fill(folder, export, spec, spool, source, name)
+
+
+def _fill(
+    folder: NewFolder, export: Export, spec: ExportSpec, spool: RowSpool, source: SampleSource, name: str
+) -> Report:
+    """Write an export into its new folder and read it again by its trainer's rules."""
+    images = _images(export, spec, source, folder)
+    setting = Setting(spec, name, images.base, images.is_there)
+    writing = _Writing(export, spec, spool, images)
+    with ExitStack() as streams:
+        selected = streams.enter_context(folder.stream(SELECTED))
+        rejected = streams.enter_context(folder.stream(REJECTED))
+        selected.rows = rejected.rows = 0
+        for record in spool.rejections():
+            rejected.write(record)
+            rejected.rows += 1
+        export.write(writing.rows(selected, rejected), folder, setting)
+    images.write_list(folder)
+    verdict = export.preflight(folder, setting)
+    expected = len(spool) - sum(writing.refused.values())
+    verdict.require(verdict.rows == expected, f"{verdict.rows} rows are read, {expected} were to be written")
+    verdict.require(writing.written == expected, f"{writing.written} rows were written, not {expected}")
+    verdict.require(expected, "no row is left to train on")
+    beside = [file for path, file in folder.files.items() if path.startswith(f"{_IMAGE_FOLDER}/")]
+    return Report(
+        spec,
+        str(folder.target),
+        None if export.embeds_images else images.base,
+        len(spool),
+        dict(sorted(writing.refused.items())),
+        writing.leading,
+        verdict,
+        {path: file for path, file in folder.files.items() if not path.startswith(f"{_IMAGE_FOLDER}/")},
+        len(beside),
+        sum(file.bytes for file in beside),
+    )
 
 
 class _Writing:
