@@ -7,7 +7,7 @@ by characters that turn the direction of writing, and a URI may carry a password
 import re
 import unicodedata
 
-_CREDENTIALS = re.compile(r"(?<=://)(?:[^/@\s'\"]*@|[^/@\s'\"]*:(?!\d*(?:[/\s'\"]|$))[^@\s'\"]*@)")
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^/\s'\"]*@|[^/@\s'\"]*:(?!\d*(?:[/\s'\"]|$))[^@\s'\"]*@)")
 _ACTS = {"Cc", "Cs", "Zl", "Zp"}  # control characters, lone surrogates, line and paragraph separators
 _TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _QUIET = re.compile(r"[\x20-\x7e\n]*")
