@@ -1,7 +1,7 @@
 """The demo model: LLaVA-1.5's architecture at a few MB, with random weights and its real processor.
 
 It stands in for a target model where none can be downloaded. Its answers make no sense, but the values that
-the method reads from it (the patches that the first layer looks at, and the layer's output for them) do depend
+the method reads from it (the patches that the first layer looks at, and the layer's output for them) depend
 on the scene. The recipe is in ``demo_recipe.json`` beside the weights.
 """
 

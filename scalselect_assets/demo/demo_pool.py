@@ -376,7 +376,7 @@ def _image_files(pictures: Mapping[str, Picture]) -> dict[str, bytes]:
 
 
 def _write_if_different(path: Path, content: bytes) -> None:
-    """Replace ``path`` in one step, unless it already holds ``content``: a new mtime would be a new version."""
+    """Replace ``path`` in one step, unless it holds ``content`` already: a new mtime is a new version."""
     if path.is_file() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
