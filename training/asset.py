@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import Field
 from upath import UPath
 
-from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.recording.records import Records, RunRecords
 from training.exports import Export, ExportError, read_export, read_manifest
 from training.plots import loss_curve
 from training.recipe import Recipe
@@ -105,13 +105,13 @@ def build(selection: str, store: str) -> dg.Definitions:
         _require_the_extra()
         from training.fine_tuning import TrainingError, fine_tune
 
-        tell = deferred()(context.log.info)
+        log = RunRecords(context).log
         # Both errors say what to do; trying again would not help.
         try:
             export = read_export(training_runs.outputs(store))
-            tell(f"{len(export.rows)} rows of version {export.version}, verified")
+            log.info(f"{len(export.rows)} rows of version {export.version}, verified")
             result = fine_tune(
-                export, config, training_runs.of(selection), tell, training_runs.fsspec_options
+                export, config, training_runs.of(selection), log.info, training_runs.fsspec_options
             )
         except (ExportError, TrainingError) as error:
             raise dg.Failure(str(error), allow_retries=False) from error
@@ -142,8 +142,7 @@ def build(selection: str, store: str) -> dg.Definitions:
     def trained_on_the_present_subset(
         context: dg.AssetCheckExecutionContext, training_runs: TrainingRuns
     ) -> dg.AssetCheckResult:
-        event = context.instance.get_latest_materialization_event(key)
-        materialization = event.asset_materialization if event else None
+        materialization = Records(context.instance).latest_materialization(key)
         trained = materialization.metadata[_RECORDED_VERSION].value if materialization else None
         try:
             present = read_manifest(training_runs.outputs(store))["data_version"]

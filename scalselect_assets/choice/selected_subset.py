@@ -26,7 +26,8 @@ from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording import cycle, data_versions
 from scalselect_assets.recording.columns import SELECTED_SUBSET, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
-from scalselect_assets.recording.partitions import missing_shards_check, pool_shards
+from scalselect_assets.recording.partitions import missing_shards_check
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.storage import StorageResource
@@ -98,7 +99,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             artifacts = storage.artifacts(selection.store)
             subspace, basis = subspace_basis.read_basis(artifacts)
             in_basis = json.loads(basis["shards"])
-            pool = pool_shards(context, selection.partitions)
+            pool = sorted(Records(context.instance).known_shards(selection.name))
             before = _last_selected(artifacts)
             lists = Lists.read(selection, storage)
             removed, removed_version = removed_samples.read_removed(artifacts, selection)

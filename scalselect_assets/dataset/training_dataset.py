@@ -27,7 +27,7 @@ from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import TRAINING_ROWS, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
-from scalselect_assets.recording.partitions import pool_shards
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.sample_source import SampleSource
@@ -92,7 +92,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             path, n_bytes = writer.write(subset)
             exports = _write_exports(selection, artifacts, spool, source)
             data_version = _data_version(writer.sha256, exports)
-            pool = pool_shards(context, selection.partitions)
+            pool = sorted(Records(context.instance).known_shards(selection.name))
             left_out = [shard for shard in pool if shard not in inputs]
             made_from = provenance(
                 selection,

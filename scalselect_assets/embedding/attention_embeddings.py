@@ -6,7 +6,6 @@ memory of the shard's vectors and one batch.
 """
 
 import hashlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -30,10 +29,11 @@ from scalselect_assets.recording.columns import (
 )
 from scalselect_assets.recording.materialization import Output, materialize_shards
 from scalselect_assets.recording.partitions import shard_check
+from scalselect_assets.recording.records import RunRecords
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
 from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.progress import Progress
+from scalselect_assets.resources.progress import Log, Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 
@@ -85,7 +85,9 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """One vector per sample: the mean first-layer state of the vision tokens that the text attends to."""
-        embedding = _Embedding(selection, storage, vlm, progress, context.log, again=config.embed_again)
+        embedding = _Embedding(
+            selection, storage, vlm, progress, RunRecords(context).log, again=config.embed_again
+        )
         return materialize_shards(context, storage.locks(selection.store), embedding.make)
 
     return attention_embeddings
@@ -100,7 +102,7 @@ class _Embedding:
         storage: StorageResource,
         vlm: VlmResource,
         progress: Progress,
-        log: logging.Logger,
+        log: Log,
         *,
         again: bool,
     ) -> None:

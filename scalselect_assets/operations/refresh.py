@@ -11,7 +11,6 @@ query per asset.
 
 import contextlib
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,18 +22,16 @@ from scalselect_assets.choice import lists, removed_samples, selected_subset
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts, reuse
-from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.operations.faults import RefreshError, error_cause, error_message
 from scalselect_assets.operations.staleness import SHARD_ASSETS, Headers, is_current
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.pool.discovery import Discovery, report_discovery, settled_discovery
 from scalselect_assets.recording.data_versions import recorded
-from scalselect_assets.recording.partitions import known_shards
-from scalselect_assets.recording.records import latest_versions
+from scalselect_assets.recording.records import Records
 from scalselect_assets.report import page_receipt
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
 from scalselect_assets.resources.embedding_store import EmbeddingTableError
-from scalselect_assets.resources.progress import Progress
+from scalselect_assets.resources.progress import Log, Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import embedding_moments, importance_scores, subspace_basis
@@ -88,7 +85,7 @@ class Refresh:
         storage: StorageResource,
         vlm: VlmResource,
         progress: Progress,
-        log: logging.Logger,
+        log: Log,
         log_level: str = "INFO",
         rebuild_basis: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
@@ -108,6 +105,7 @@ class Refresh:
             should_stop: Asked before every run.
         """
         self._selection, self._job, self._instance = selection, job, instance
+        self._records = Records(instance)
         self._storage, self._vlm, self._progress, self._log = storage, vlm, progress, log
         self._run_config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
         self._rebuild_basis = rebuild_basis
@@ -179,7 +177,7 @@ class Refresh:
 
     def _pool(self) -> Sequence[str]:
         """The shards that Dagster knows, in its order."""
-        return known_shards(self._instance, self._selection.name)
+        return self._records.known_shards(self._selection.name)
 
     def _model_fingerprint(self) -> str:
         return str(self._vlm.card(self._artifacts, **self._selection.target)["fingerprint"])
@@ -303,9 +301,7 @@ class Refresh:
                 basis_version,
                 sorted(set(pool) - set(json.loads(basis.get("shards", "{}")))),
             )
-        with deferred():
-            event = self._instance.get_latest_materialization_event(self._selection.key(asset))
-        found = recorded(event.asset_materialization) if event else {}
+        found = recorded(self._records.latest_materialization(self._selection.key(asset)))
         return not is_current(self._whole_header(asset), found, expected)
 
     def _whole_header(self, asset: str) -> Mapping[str, str]:
@@ -342,9 +338,7 @@ class Refresh:
 
     def latest_versions(self, asset: str, shards: set[str]) -> dict[str, Mapping[str, str]]:
         """The versions that the latest materialization of each shard recorded."""
-        return latest_versions(
-            self._instance, self._selection.key(asset), dg.DagsterEventType.ASSET_MATERIALIZATION, shards
-        )
+        return self._records.latest_versions(self._selection.key(asset), shards)
 
     def _materialize_or_raise(
         self, assets: Sequence[str], shard_range: tuple[str, str] | None = None
@@ -379,7 +373,6 @@ class Refresh:
 
     # Runs
 
-    @deferred()
     def _materialize(
         self,
         assets: Sequence[str],
@@ -390,9 +383,9 @@ class Refresh:
         """One Dagster run in this process; raises what the asset raises."""
         if self._should_stop():
             raise dg.DagsterExecutionInterruptedError
-        result = self._job.execute_in_process(
-            instance=self._instance,
-            asset_selection=[self._selection.key(asset) for asset in assets],
+        result = self._records.execute(
+            self._job,
+            [self._selection.key(asset) for asset in assets],
             partition_key=partition_key,
             tags={REFRESH_TAG: self._selection.name, **(tags or {})},
             run_config=self._configuration(assets),
@@ -434,23 +427,22 @@ class Refresh:
             self._close_interrupted_runs()
             raise
 
-    @deferred()
     def _close_interrupted_runs(self) -> None:
-        """A stopped refresh may leave its run begun for ever; the lock shows that nobody works on it."""
-        interrupted = self._instance.get_runs(
-            dg.RunsFilter(
-                job_name=self._job.name,
-                tags={REFRESH_TAG: self._selection.name},
-                statuses=[
-                    dg.DagsterRunStatus.NOT_STARTED,
-                    dg.DagsterRunStatus.STARTED,
-                    dg.DagsterRunStatus.STARTING,
-                    dg.DagsterRunStatus.CANCELING,
-                ],
-            )
+        """Close the runs of a stopped refresh, which would else stay unfinished for ever.
+
+        The lock of this refresh shows that nobody works on them.
+        """
+        interrupted = dg.RunsFilter(
+            job_name=self._job.name,
+            tags={REFRESH_TAG: self._selection.name},
+            statuses=[
+                dg.DagsterRunStatus.NOT_STARTED,
+                dg.DagsterRunStatus.STARTED,
+                dg.DagsterRunStatus.STARTING,
+                dg.DagsterRunStatus.CANCELING,
+            ],
         )
-        for run in interrupted:
-            self._instance.report_run_failed(run, "The refresh that made this run was stopped.")
+        self._records.close_runs(interrupted, "The refresh that made this run was stopped.")
 
 
 def contiguous_ranges(order: Sequence[str], wanted: set[str]) -> list[tuple[str, str]]:

@@ -20,10 +20,10 @@ from scalselect_assets.choice import selected_subset
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts
-from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import COMPOSITION, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
+from scalselect_assets.recording.records import Records
 from scalselect_assets.report.content import (
     ReportContent,
 )
@@ -111,16 +111,14 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     return selection_report
 
 
-@deferred()
 def last_churn(instance: dg.DagsterInstance, selection: Selection) -> Churn | None:
     """What became of the selection before, as it was recorded when the present one was made; none if not."""
-    event = instance.get_latest_materialization_event(selection.key(selected_subset.NAME))
-    made = event.asset_materialization if event else None
-    told_by_name = {name: value.value for name, value in made.metadata.items()} if made else {}
-    if "churn" not in told_by_name:
+    made = Records(instance).latest_materialization(selection.key(selected_subset.NAME))
+    numbers = {name: value.value for name, value in made.metadata.items()} if made else {}
+    if "churn" not in numbers:
         return None
-    stayed, came, went = (int(str(told_by_name[name])) for name in ("stayed", "came", "went"))
-    return Churn(stayed, came, went, float(str(told_by_name["churn"])))
+    stayed, came, went = (int(str(numbers[name])) for name in ("stayed", "came", "went"))
+    return Churn(stayed, came, went, float(str(numbers["churn"])))
 
 
 def _link(path: UPath) -> str:

@@ -18,7 +18,8 @@ from scalselect_assets.declaration.selection import RETIRED_SETTINGS, Selection
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import SPECTRUM, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
-from scalselect_assets.recording.partitions import missing_shards_check, pool_shards
+from scalselect_assets.recording.partitions import missing_shards_check
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.storage import StorageResource
@@ -110,7 +111,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         with at_work(context, storage.locks(selection.store)):
             start = time.monotonic()
             artifacts = storage.artifacts(selection.store)
-            shards = pool_shards(context, selection.partitions)
+            shards = sorted(Records(context.instance).known_shards(selection.name))
             fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
             inputs = moments_headers(selection, artifacts, shards, fingerprint)
             _require_moments(artifacts, shards, inputs, fingerprint)
