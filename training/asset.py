@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import Field
 from upath import UPath
 
-from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.recording.records import Records, RunRecords
 from training.exports import Export, ExportError, read_export, read_manifest
 from training.plots import loss_curve
 from training.recipe import Recipe
@@ -129,7 +129,7 @@ def train(
     from scalselect_assets.method.representation.loading import ModelLoadError
     from training.fine_tuning import TrainingError, fine_tune
 
-    log = deferred()(context.log.info)
+    log = RunRecords(context).log.info
     try:
         export = read_export(runs.outputs(store))
         log(f"{len(export.rows)} rows of version {export.version}, verified")
@@ -165,8 +165,7 @@ def compare_with_present(
     Raises:
         dg.Failure: The store's manifest cannot be read.
     """
-    event = instance.get_latest_materialization_event(key)
-    materialization = event.asset_materialization if event else None
+    materialization = Records(instance).latest_materialization(key)
     trained = materialization.metadata[_RECORDED_VERSION].value if materialization else None
     try:
         present = read_manifest(outputs)["data_version"]
