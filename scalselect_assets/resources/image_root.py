@@ -2,29 +2,33 @@
 
 No image outside the root is ever opened, whatever a reference says: references are untrusted. They are read
 lexically (``a/../b.png`` is ``b.png``, as in a URL), and on a local file system a symbolic link must also
-lead to a place below the real root. The normalised path is what an image is known by everywhere else; that
-of an image inside a shard is its address, ``<shard>#<row>/<n>``, whose shard lies below the pool's folder or
-else below the root. A name that exists in another Unicode normal form (macOS writes NFD) is found.
+lead to a place below the root, which `resources.beneath` sees to. An image is known everywhere else by its
+normalised path; an image inside a shard by its address, ``<shard>#<row>/<n>``, whose shard lies below the
+pool's folder or else below the root. A name that exists in another Unicode normal form (macOS writes NFD) is
+found.
 """
 
 import errno
 import os
 import posixpath
 import re
-import stat
 import unicodedata
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote
 
 from upath import UPath
 
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
-from scalselect_assets.resources.files import FileState, file_state, is_local, store_state
-from scalselect_assets.resources.forms.base import Form
+from scalselect_assets.resources.beneath import Beneath, NoRegularFileError, OutsideError
+from scalselect_assets.resources.files import FileState, is_local, store_state
+from scalselect_assets.resources.forms.base import Form, ShardFile
 from scalselect_assets.resources.forms.embedded import Address, address_of
 from scalselect_assets.resources.forms.registry import form_of
+from scalselect_assets.resources.pool_files import shard_file_state
 from scalselect_assets.resources.written_json import shorten
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -75,7 +79,7 @@ class ImageRoot:
             )
             raise ValueError(msg)
         self._real_root = os.path.realpath(self._lexical_root) if self._local else ""
-        self._real_folders: dict[str, str] = {}
+        self._files = Beneath(self._lexical_root)
         self._resolved: dict[str, ResolvedImage] = {}
 
     def resolve(self, reference: str) -> ResolvedImage:
@@ -106,7 +110,7 @@ class ImageRoot:
             OSError: As in ``resolve``.
         """
         try:
-            return self._find(path)[1]
+            return self._state(path)
         except _RefusedError as refused:
             return self._rejection(path, refused)
 
@@ -120,26 +124,36 @@ class ImageRoot:
             OSError: The file cannot be read.
         """
         if embedded := _embedded(path):
-            return self._read_embedded(path, *embedded)
-        try:
-            location, _ = self._find(path)
-        except _RefusedError as refused:
-            outside = refused.reason is RejectionReason.OUTSIDE_IMAGE_ROOT
-            error = PermissionError if outside else FileNotFoundError
-            raise error(self._rejection(path, refused).detail) from refused
+            form, address = embedded
+            with self._refusals_as_errors(path):
+                file, state = self._shard(address)
+            return form.read_image(file, state.version, address)
         if self._local:
-            return Path(location).read_bytes()
-        data: bytes = self.root.fs.cat_file(location)
+            with self.open(path) as image:
+                return image.read()
+        with self._refusals_as_errors(path):
+            there = self._name_there(path)
+        data: bytes = self.root.fs.cat_file(posixpath.join(self.root.path, there))
         return data
 
-    def _read_embedded(self, path: str, form: Form, address: Address) -> bytes:
+    def open(self, path: str) -> BinaryIO:
+        """Open the image at a normalised path of a local root; raises as ``read``.
+
+        What is then read from the open file, or linked to, is the file that was checked.
+        """
+        with self._refusals_as_errors(path):
+            normal = self._name_there(path)
+            with _refusals(normal):
+                return self._files.open(normal)
+
+    @contextmanager
+    def _refusals_as_errors(self, path: str) -> Iterator[None]:
         try:
-            location, state = self._find_shard(address)
+            yield
         except _RefusedError as refused:
             outside = refused.reason is RejectionReason.OUTSIDE_IMAGE_ROOT
             error = PermissionError if outside else FileNotFoundError
             raise error(self._rejection(path, refused).detail) from refused
-        return form.read_image(location, state.version, address)
 
     def _resolve(self, reference: str) -> ResolvedImage:
         path = None
@@ -168,7 +182,7 @@ class ImageRoot:
         return path
 
     def _end_below(self, path: str) -> str | None:
-        """The longest end of an absolute path that names a file below the root.
+        """The longest end of an absolute path that names something below the root.
 
         Remembered by folder: images that lay together lie together.
         """
@@ -201,65 +215,73 @@ class ImageRoot:
         what = "is remote, and remote images are not fetched; download it and refer to the file"
         raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
 
-    def _find(self, path: str) -> tuple[str, FileState]:
-        """The place to open and the state of the image at a normalised path.
+    def _state(self, path: str) -> FileState:
+        """The state of the image at a normalised path, or of the shard that it is in.
 
         Raises:
             _RefusedError: It is not a file, or outside the root.
             OSError: The file system cannot say.
         """
         if embedded := _embedded(path):
-            location, state = self._find_shard(embedded[1])
-            return str(location), state
-        normal = posixpath.normpath(path)
-        if normal.startswith("/") or normal.split("/")[0] == "..":
-            raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
+            return self._shard(embedded[1])[1]
         try:
-            return self._find_local(normal) if self._local else self._find_in_store(normal)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
-                other = None if normal.isascii() else self._other_form(normal)
-                if other is not None:
-                    return self._find(other)
-                what = "does not exist; add the file or correct the path"
-                raise _RefusedError(RejectionReason.MISSING_IMAGE, what) from error
-            raise
+            return self._state_as_written(path)
+        except _RefusedError as refused:
+            other = None if path.isascii() else self._other_form(path)
+            if other is None or refused.reason is not RejectionReason.MISSING_IMAGE:
+                raise
+            return self._state_as_written(other)
 
-    def _find_shard(self, address: Address) -> tuple[UPath, FileState]:
+    def _state_as_written(self, path: str) -> FileState:
+        normal = posixpath.normpath(path)
+        with _refusals(normal):
+            if self._local:
+                status = self._files.status(normal)
+                return FileState(status.st_size, str(status.st_mtime_ns))
+            info = self.root.fs.info(posixpath.join(self.root.path, normal))
+            if info["type"] != "file":
+                raise NoRegularFileError(normal)
+            return store_state(info)
+
+    def _shard(self, address: Address) -> tuple[ShardFile, FileState]:
         """The shard that holds an embedded image, below the pool's folder or else below the root.
 
-        A shard may be a link, as in discovery; a training file's addresses lead to the pool that it was
-        chosen from, which is then the root.
+        A training file's addresses lead to the pool that it was chosen from, which is then the root.
         """
-        if self._shards is not None:
-            folder = ImageRoot(self._shards, self._shards)
-            inner = posixpath.normpath(address.shard)
-            with suppress(_RefusedError, FileNotFoundError):
-                if not inner.startswith(("/", "../")):
-                    if folder._local:
-                        folder._real_folder(posixpath.dirname(inner))
-                    return self._shards / inner, file_state(self._shards / inner)
-        location, state = self._find(address.shard)
-        return UPath(location) if self._local else self.root / posixpath.normpath(address.shard), state
+        name = posixpath.normpath(address.shard)
+        if name.startswith("/") or name.split("/", maxsplit=1)[0] == "..":
+            raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
+        for folder in (self._shards, self.root):
+            if folder is None:
+                continue
+            try:
+                return ShardFile(folder, name), shard_file_state(folder, name)
+            except OSError as error:
+                if not (isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE):
+                    raise
+        what = "is in a shard that does not exist; add the file or correct the address"
+        raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
 
     def _name_there(self, path: str) -> str:
-        """A path as the file system spells it.
+        """A normalised path as the file system spells it.
 
         Raises:
             _RefusedError: There is no such file, or it is outside the root.
             OSError: The file system cannot say.
         """
-        self._find(path)
+        self._state(path)
         if path.isascii() or _embedded(path) or self._is_there(path):
-            return path
+            return path if _embedded(path) else posixpath.normpath(path)
         return self._other_form(path) or path
 
     def _other_form(self, path: str) -> str | None:
         """The path in the Unicode normal forms that its parts have on disk; None where there is none."""
         found: list[str] = []
         for part in path.split("/"):
-            spellings = dict.fromkeys([part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))])
-            there = (name for name in spellings if self._is_there("/".join([*found, name])))
+            forms = (unicodedata.normalize(form, part) for form in ("NFC", "NFD"))
+            there = (
+                name for name in dict.fromkeys([part, *forms]) if self._is_there("/".join([*found, name]))
+            )
             if (name := next(there, None)) is None:
                 return None
             found.append(name)
@@ -270,40 +292,6 @@ class ImageRoot:
         if self._local:
             return os.path.lexists(posixpath.join(self._lexical_root, path))
         return bool(self.root.fs.exists(posixpath.join(self.root.path, path)))
-
-    def _find_local(self, path: str) -> tuple[str, FileState]:
-        folder, _, name = path.rpartition("/")
-        location = self._real_folder(folder) + name
-        status = os.lstat(location)
-        if stat.S_ISLNK(status.st_mode):
-            location = os.path.realpath(location)
-            self._require_inside(location)
-            status = os.lstat(location)
-        if not stat.S_ISREG(status.st_mode):
-            raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE)
-        return location, FileState(status.st_size, str(status.st_mtime_ns))
-
-    def _find_in_store(self, path: str) -> tuple[str, FileState]:
-        location = posixpath.join(self.root.path, path)
-        info = self.root.fs.info(location)
-        if info["type"] != "file":
-            raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE)
-        return location, store_state(info)
-
-    def _real_folder(self, folder: str) -> str:
-        """The real place of a folder below the root, with a closing slash.
-
-        Remembered, as finding it asks the system about every component of the path.
-        """
-        if folder not in self._real_folders:
-            real = os.path.realpath(posixpath.join(self._lexical_root, folder))
-            self._require_inside(real)
-            self._real_folders[folder] = posixpath.join(real, "")
-        return self._real_folders[folder]
-
-    def _require_inside(self, location: str) -> None:
-        if _below(self._real_root, location) is None:
-            raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "follows a link that leads")
 
     def _rejection(self, reference: str, refused: "_RefusedError") -> Rejection:
         image = f"image {shorten(reference)} {refused.what}"
@@ -317,9 +305,27 @@ class ImageRoot:
         return Rejection(refused.reason, detail)
 
 
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Turn what is the matter with a path, and not with the file system, into a refusal."""
+    if path.startswith("/") or path.split("/", maxsplit=1)[0] == "..":
+        raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
+    try:
+        yield
+    except OutsideError as error:
+        raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "follows a link that leads") from error
+    except NoRegularFileError as error:
+        raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE) from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
+            what = "does not exist; add the file or correct the path"
+            raise _RefusedError(RejectionReason.MISSING_IMAGE, what) from error
+        raise
+
+
 def _embedded(reference: str) -> tuple[Form, Address] | None:
     """The form and the address, where a reference leads into a shard; None for a path."""
-    address = address_of(reference)
+    address = address_of(reference) if "#" in reference else None
     form = address and form_of(address.shard)
     return (form, address) if form and address else None
 

@@ -74,7 +74,7 @@ class PoolListing:
 
     Attributes:
         shards: The shards' paths from the folder, unordered.
-        passed_over: By kind: ``hidden``, ``linked_folder``, ``unreadable`` (a dangling link, a device),
+        passed_over: By kind: ``hidden``, ``linked_folder``, ``unreadable`` (a pipe, a device),
             ``ignored`` (by a pattern), and ``other:<suffix>`` for files of a form that is not read.
     """
 
@@ -208,8 +208,7 @@ def entries_of(folder: UPath) -> Iterator[Entry]:
 
 
 def _kind(entry: "os.DirEntry[str]") -> str:
-    if entry.is_file():
-        return "file"
     if entry.is_dir():
         return "linked_folder" if entry.is_symlink() else "folder"
-    return "unreadable"
+    # A link that leads nowhere may be a shard that fails, and is none that is gone.
+    return "file" if entry.is_file() or entry.is_symlink() else "unreadable"

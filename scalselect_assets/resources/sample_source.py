@@ -19,12 +19,13 @@ from urllib.parse import unquote
 from upath import UPath
 
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
-from scalselect_assets.resources.files import FileState, file_state, is_local, local_file_state
-from scalselect_assets.resources.forms.base import Form
+from scalselect_assets.resources.files import FileState, is_local
+from scalselect_assets.resources.forms.base import Form, ShardFile
 from scalselect_assets.resources.forms.embedded import address_of, to_data_uri
 from scalselect_assets.resources.forms.registry import form_of
 from scalselect_assets.resources.forms.text import PLAIN, TextForm
 from scalselect_assets.resources.image_root import ImageRoot
+from scalselect_assets.resources.pool_files import shard_file_state
 from scalselect_assets.resources.pool_listing import (
     DEFAULT_IGNORE,
     PoolListing,
@@ -191,12 +192,11 @@ class SampleSource:
             ShardFormatError: The file is not readable as rows; see `shard_reader`.
             OSError: The shard cannot be read, or the file system cannot say whether an image exists.
         """
-        path = self.shard_path(key)
-        name = self._relative_path(key)
-        images = self._images(path)
+        file = self.shard_file(key)
+        images = self._images(key)
         n_seen: dict[str, int] = {}
         accepted: dict[str, str] = {}
-        for row in _form(path).rows(path, name):
+        for row in _form(file).rows(file):
             judged, repeat = _judge(row, images)
             base = judged.sample_key
             if repeat is not None and repeat in accepted:
@@ -217,8 +217,17 @@ class SampleSource:
             ShardFormatError: It begins like neither.
             OSError: It cannot be read.
         """
-        path = self.shard_path(key)
-        return _form(path).container(path)
+        file = self.shard_file(key)
+        return _form(file).container(file)
+
+    def shard_file(self, key: str) -> ShardFile:
+        """A shard's file, which lies in the pool whatever links say.
+
+        Raises:
+            ValueError: It is not a key that ``shard_key`` gives.
+            FileNotFoundError: The source does not exist.
+        """
+        return ShardFile(*self._place(key))
 
     def export_text(self, key: str, text: str, image_paths: Sequence[str]) -> str:
         """A row's text for a file of rows from all over the pool, read with the image root beside it.
@@ -237,10 +246,12 @@ class SampleSource:
             OSError: The shard cannot be read.
         """
         starts_at_root = self.image_root is not None or "/" not in key
-        name = self._relative_path(key)
-        is_text = isinstance(_form(UPath(name)), TextForm)
-        held = {path for path in image_paths if is_text and _is_within(path, name)}
-        if not image_paths or (starts_at_root and not held):
+        if not image_paths or (starts_at_root and not any("#" in path for path in image_paths)):
+            return text
+        file = self.shard_file(key)
+        is_text = isinstance(_form(file), TextForm)
+        held = {path for path in image_paths if is_text and _is_within(path, file.name)}
+        if starts_at_root and not held:
             return text
         return with_image_paths(
             text,
@@ -257,30 +268,37 @@ class SampleSource:
             FileNotFoundError: The shard or the image root does not exist.
             OSError: The shard cannot be read.
         """
-        path = self.shard_path(key)
-        images = self._images(path)
+        file = self.shard_file(key)
+        images = self._images(key)
         # Asked before the bytes are read: what is written meanwhile shows as a change next time.
-        state = file_state(path)
+        state = self._file_state(key)
         digest = hashlib.sha256()
-        name = self._relative_path(key)
         named: set[str] = set()
         n_rows: int | None = 0
         try:
-            for n_rows, row in enumerate(_form(path).rows(path, name, digest), start=1):  # noqa: B007
+            file.open().close()
+        except ShardFormatError as error:
+            unread = hashlib.sha256(str(error).encode(errors="surrogateescape")).hexdigest()
+            return self._index(state, unread, None, named)
+        try:
+            for n_rows, row in enumerate(_form(file).rows(file, digest), start=1):  # noqa: B007
                 sample = None if row.error else parse_row(row.text).sample
                 for reference in sample.images if sample else ():
                     image = images.path_of(reference)
-                    if image is not None and not _is_within(image, name):
+                    if image is not None and not _is_within(image, file.name):
                         named.add(image)
         except ShardFormatError:
             n_rows = None
             named.clear()
+        return self._index(state, digest.hexdigest(), n_rows, named)
+
+    def _index(self, state: FileState, sha256: str, n_rows: int | None, images: set[str]) -> ShardIndex:
         return ShardIndex(
             state.size,
             state.version,
-            digest.hexdigest(),
+            sha256,
             n_rows,
-            tuple(sorted(named)),
+            tuple(sorted(images)),
             str(self.source),
             self._declared_root(),
         )
@@ -315,7 +333,7 @@ class SampleSource:
         """
         self._relative_path(key)
         root = self._present_images_folder()
-        images = ImageRoot(root, root, self._folder())
+        images = ImageRoot(root, root, self.shards_folder())
         seen: list[tuple[object, ...]] = []
         changed = [index.version]
         for path in index.images:
@@ -351,7 +369,7 @@ class SampleSource:
             FileNotFoundError: The source does not exist.
         """
         root = self.images_folder()
-        return ImageRoot(root, root, self._folder())
+        return ImageRoot(root, root, self.shards_folder())
 
     def images_folder(self) -> UPath:
         """What image paths are relative to: the image root, else the source folder.
@@ -367,7 +385,8 @@ class SampleSource:
         Raises:
             FileNotFoundError: The source does not exist.
         """
-        return self._folder()
+        folder = self._folder()
+        return folder if folder is self.source else self._own_place(folder)[0]
 
     def _declared_root(self) -> str | None:
         return None if self.image_root is None else str(self.image_root)
@@ -384,10 +403,19 @@ class SampleSource:
 
     def _file_state(self, key: str) -> FileState:
         """State of a shard file; asked of every shard in every discovery."""
+        return shard_file_state(*self._place(key))
+
+    def _place(self, key: str) -> tuple[UPath, str]:
+        """The folder that a shard's file must lie below, and its path there."""
         folder, relative = self._folder(), self._relative_path(key)
-        if is_local(folder):
-            return local_file_state(posixpath.join(folder.path, relative))
-        return file_state(folder / relative)
+        return (folder, relative) if folder is self.source else self._own_place(folder)
+
+    def _own_place(self, folder: UPath) -> tuple[UPath, str]:
+        """The place of one file that is declared, which may be a link: who declares it says where it is."""
+        if not is_local(folder):
+            return folder, self.source.name
+        real = UPath(os.path.realpath(self.source.path))
+        return real.parent, real.name
 
     def _folder(self) -> UPath:
         """The folder that shard keys are relative to."""
@@ -401,11 +429,11 @@ class SampleSource:
         )
         raise FileNotFoundError(msg)
 
-    def _images(self, shard: UPath) -> ImageRoot:
+    def _images(self, key: str) -> ImageRoot:
         root = self._present_images_folder()
         if self.image_root is None:
-            return ImageRoot(root, shard.parent, self._folder())
-        return ImageRoot(root, root, self._folder(), moved=True)
+            return ImageRoot(root, self.shard_path(key).parent, self.shards_folder())
+        return ImageRoot(root, root, self.shards_folder(), moved=True)
 
     def _present_images_folder(self) -> UPath:
         """``images_folder``, which is there."""
@@ -421,9 +449,9 @@ class SampleSource:
         return self.image_root
 
 
-def _form(path: UPath) -> Form:
+def _form(file: ShardFile) -> Form:
     """The form of a shard; one file that is declared by itself may have any name, and is text then."""
-    return form_of(path.name) or PLAIN
+    return form_of(file.name) or PLAIN
 
 
 def _is_within(path: str, shard: str) -> bool:

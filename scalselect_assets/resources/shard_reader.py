@@ -24,6 +24,8 @@ Container: TypeAlias = Literal["array", "lines"]
 CHUNK_BYTES = 1 << 20
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 
+_MAX_LEADING_SPACE = 1 << 20
+
 LFS_POINTER = b"version https://git-lfs"
 
 MAX_ROW_LENGTH = 1 << 26
@@ -194,10 +196,17 @@ def recognise(chunks: Iterator[bytes], path: UPath) -> tuple[Container, Iterator
     head = b""
     for chunk in chunks:
         head += chunk
-        if not _BOM.startswith(head) and head.removeprefix(_BOM).strip(_JSON_SPACE_BYTES):
+        if len(head) >= len(_BOM):
             break
-    head = head.removeprefix(_BOM)
-    start = head.lstrip(_JSON_SPACE_BYTES)
+    # Each chunk is looked at once, however much white space comes before the first row.
+    pieces = [head.removeprefix(_BOM)]
+    start, size = pieces[0].lstrip(_JSON_SPACE_BYTES), len(pieces[0])
+    while not start and (chunk := next(chunks, b"")):
+        pieces.append(chunk)
+        start, size = chunk.lstrip(_JSON_SPACE_BYTES), size + len(chunk)
+        if not start and size > _MAX_LEADING_SPACE:
+            found = f"the file begins with more than {_MAX_LEADING_SPACE} bytes of white space"
+            _refuse(path, found, "Remove it.")
     if not start and not _claims_lines(path):
         _refuse(
             path, "the file is empty", "Write the rows again; an empty shard is [] or an empty .jsonl file."
@@ -208,7 +217,7 @@ def recognise(chunks: Iterator[bytes], path: UPath) -> tuple[Container, Iterator
     if start and start[:1] not in (b"[", b"{"):
         found = f"the file begins with {start[:16]!r}"
         _refuse(path, found, "Convert the file, or move it out of the pool.")
-    return "array" if start[:1] == b"[" else "lines", chain([head], chunks)
+    return "array" if start[:1] == b"[" else "lines", chain(filter(None, pieces), chunks)
 
 
 def _claims_lines(path: UPath) -> bool:

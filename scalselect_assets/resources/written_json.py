@@ -57,16 +57,30 @@ def encode(value: object) -> str:
     Raises:
         RecursionError: It is nested too deeply.
     """
+    pieces: list[str] = []
+    _write(value, pieces)
+    return "".join(pieces)
+
+
+def _write(value: object, pieces: list[str]) -> None:
+    """Append the JSON of ``value``; each piece is written once, however deep it lies."""
     match value:
         case Number():
-            return value.text
+            pieces.append(value.text)
         case list():
-            return f"[{', '.join(encode(item) for item in value)}]"
+            pieces.append("[")
+            for place, item in enumerate(value):
+                pieces.append(", " if place else "")
+                _write(item, pieces)
+            pieces.append("]")
         case dict():
-            pairs = (f"{encode(key)}: {encode(item)}" for key, item in value.items())
-            return f"{{{', '.join(pairs)}}}"
+            pieces.append("{")
+            for place, (key, item) in enumerate(value.items()):
+                pieces.append(f"{', ' if place else ''}{json.dumps(key, ensure_ascii=False)}: ")
+                _write(item, pieces)
+            pieces.append("}")
         case _:
-            return json.dumps(value, ensure_ascii=False)
+            pieces.append(json.dumps(value, ensure_ascii=False))
 
 
 _CANONICAL = json.JSONEncoder(

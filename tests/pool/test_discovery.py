@@ -11,6 +11,7 @@ import pytest
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.pool import discovery
 from scalselect_assets.pool.discovery import Discovery, discover, report_discovery, settled_discovery
+from scalselect_assets.recording import records
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.storage import StorageResource
@@ -112,7 +113,7 @@ def test_a_missing_image_root_is_not_taken_for_missing_shards(pool: Pool, tmp_pa
 
 def test_many_new_shards_are_added_in_pieces(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite refuses a statement with more variables than its limit."""
-    monkeypatch.setattr(discovery, "_SHARDS_AT_ONCE", 2)
+    monkeypatch.setattr(records, "_SHARDS_AT_ONCE", 2)
     names = [f"{number}.jsonl" for number in range(5)]
     with dg.DagsterInstance.ephemeral() as instance:
         pieces: list[int] = []

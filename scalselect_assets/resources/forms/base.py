@@ -11,17 +11,50 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import IO, BinaryIO, Protocol, TypeVar
 
 from upath import UPath
 
 from scalselect_assets.resources.forms.embedded import Address
+from scalselect_assets.resources.pool_files import open_shard_file
 from scalselect_assets.resources.shard_reader import Container, RowText
 
 _IN_MEMORY_BYTES = 64 << 20
 _KEPT_SHARDS = 2
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """The file of a shard, opened so that no link leads out of its folder.
+
+    Attributes:
+        folder: The pool's folder.
+        name: The file's path from there, which is also what addresses of embedded images name it by.
+    """
+
+    folder: UPath
+    name: str
+
+    def __str__(self) -> str:
+        return str(self.folder / self.name)
+
+    @property
+    def path(self) -> UPath:
+        """Where it lies, for messages."""
+        return self.folder / self.name
+
+    def open(self) -> BinaryIO:
+        """Open it for reading; raises as `open_shard_file`."""
+        return open_shard_file(self.folder, self.name)
+
+    def digest(self, digest: "Digest", chunk_bytes: int = 1 << 20) -> None:
+        """Hash a file that is then read out of order; raises as ``open``."""
+        with self.open() as stream:
+            while chunk := stream.read(chunk_bytes):
+                digest.update(chunk)
 
 
 class Digest(Protocol):
@@ -38,12 +71,11 @@ class Form(Protocol):
     suffixes: tuple[str, ...]
     """Endings of the files' names, in lower case."""
 
-    def rows(self, path: UPath, shard: str, digest: Digest | None = None) -> Iterator[RowText]:
+    def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
         """Every row of a shard, in order, memory of some rows.
 
         Args:
-            path: The file.
-            shard: Its path from the pool's folder, for the addresses of embedded images.
+            file: The file.
             digest: Is given all bytes of the file, also of one that turns out to be no shard.
 
         Raises:
@@ -51,7 +83,7 @@ class Form(Protocol):
             OSError: The file cannot be read.
         """
 
-    def container(self, path: UPath) -> Container:
+    def container(self, file: ShardFile) -> Container:
         """Whether a training file of its rows is to be an array or lines.
 
         Raises:
@@ -59,11 +91,11 @@ class Form(Protocol):
             OSError: The file cannot be read.
         """
 
-    def read_image(self, path: UPath, version: str, address: Address) -> bytes:
+    def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
         """An embedded image.
 
         Args:
-            path: The file.
+            file: The file.
             version: Of the file as it is now: what was unpacked of another version is forgotten.
             address: Of the image.
 
@@ -121,13 +153,13 @@ class Kept:
         self._entries: OrderedDict[tuple[int, str, str], object] = OrderedDict()
         self._lock = threading.RLock()
 
-    def get(self, path: UPath, version: str, make: Callable[[], T], use: Callable[[T], bytes]) -> bytes:
+    def get(self, file: ShardFile, version: str, make: Callable[[], T], use: Callable[[T], bytes]) -> bytes:
         """What ``use`` finds in a shard's entry, which is made where there is none.
 
         Raises:
             Exception: Whatever ``make`` and ``use`` raise; an entry that failed is forgotten.
         """
-        key = (os.getpid(), str(path), version)
+        key = (os.getpid(), str(file), version)
         with self._lock:
             if not self._entries:
                 atexit.register(self._entries.clear)  # while files can still be closed in order
@@ -142,22 +174,11 @@ class Kept:
 UNPACKED = Kept()
 
 
-def read_unpacked(form: Form, path: UPath, version: str, address: Address) -> bytes:
+def read_unpacked(form: Form, file: ShardFile, version: str, address: Address) -> bytes:
     """``Form.read_image`` for forms whose images can be reached in the order of the rows only."""
     return UNPACKED.get(
-        path,
+        file,
         version,
-        lambda: Unpacked(form.rows(path, address.shard)),
+        lambda: Unpacked(form.rows(file)),
         lambda unpacked: unpacked.image(address),
     )
-
-
-def digest_file(path: UPath, digest: Digest, chunk_bytes: int = 1 << 20) -> None:
-    """Hash a file that is then read out of order.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    with path.open("rb") as stream:
-        while chunk := stream.read(chunk_bytes):
-            digest.update(chunk)

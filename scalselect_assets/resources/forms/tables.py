@@ -11,10 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from upath import UPath
 
-from scalselect_assets.resources.files import is_local
-from scalselect_assets.resources.forms.base import Digest, digest_file, read_unpacked
+from scalselect_assets.resources.forms.base import Digest, ShardFile, read_unpacked
 from scalselect_assets.resources.forms.embedded import Address, Extraction
 from scalselect_assets.resources.row_images import OTHER_FIELDS, STANDARD_FIELDS
 from scalselect_assets.resources.row_layout import LAYOUTS
@@ -32,32 +30,32 @@ class _TableForm:
 
     name: str
 
-    def rows(self, path: UPath, shard: str, digest: Digest | None = None) -> Iterator[RowText]:
+    def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
         """As in `Form.rows`; a row's line is its number."""
         if digest is not None:
-            digest_file(path, digest)
+            file.digest(digest)
         number = 0
         try:
-            for batch in self._batches(path):
+            for batch in self._batches(file):
                 for row in batch.to_pylist():
-                    yield _row_text(row, shard, number)
+                    yield _row_text(row, file.name, number)
                     number += 1
         except (pa.ArrowException, OSError) as error:
             # An error of the file system has a number; one that pyarrow finds in the data has none.
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            msg = f"{path}: the file is not {self.name}, or is damaged ({error}). Write or copy it again."
+            msg = f"{file}: the file is not {self.name}, or is damaged ({error}). Write or copy it again."
             raise ShardFormatError(msg) from error
 
-    def container(self, path: UPath) -> Container:  # noqa: ARG002 - of the protocol
+    def container(self, file: ShardFile) -> Container:  # noqa: ARG002 - of the protocol
         """A table's rows are written as lines."""
         return "lines"
 
-    def read_image(self, path: UPath, version: str, address: Address) -> bytes:
+    def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
         """As in `Form.read_image`."""
-        return read_unpacked(self, path, version, address)
+        return read_unpacked(self, file, version, address)
 
-    def _batches(self, path: UPath) -> Iterator[pa.RecordBatch]:
+    def _batches(self, file: ShardFile) -> Iterator[pa.RecordBatch]:
         raise NotImplementedError
 
 
@@ -68,13 +66,14 @@ class Parquet(_TableForm):
     name: str = "Parquet"
     suffixes: tuple[str, ...] = (".parquet", ".pq")
 
-    def _batches(self, path: UPath) -> Iterator[pa.RecordBatch]:
-        with path.open("rb") as stream:
-            # Not read ahead: a row group may be as large as the file.
-            source = path.path if is_local(path) else stream
-            with pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-                _require_turns(file.schema_arrow, path)
-                yield from file.iter_batches(batch_size=_BATCH_ROWS)
+    def _batches(self, file: ShardFile) -> Iterator[pa.RecordBatch]:
+        # Not read ahead: a row group may be as large as the file.
+        with (
+            file.open() as stream,
+            pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False) as parquet,
+        ):
+            _require_turns(parquet.schema_arrow, file)
+            yield from parquet.iter_batches(batch_size=_BATCH_ROWS)
 
 
 @dataclass(frozen=True)
@@ -84,19 +83,18 @@ class Arrow(_TableForm):
     name: str = "Arrow"
     suffixes: tuple[str, ...] = (".arrow",)
 
-    def _batches(self, path: UPath) -> Iterator[pa.RecordBatch]:
-        with path.open("rb") as stream:
-            is_file = stream.read(6) == b"ARROW1"
+    def _batches(self, file: ShardFile) -> Iterator[pa.RecordBatch]:
+        with file.open() as stream:
+            has_footer = stream.read(6) == b"ARROW1"
             stream.seek(0)
-            source = pa.memory_map(path.path) if is_local(path) else stream
-            if is_file:
-                with pa.ipc.open_file(source) as file:
-                    _require_turns(file.schema, path)
-                    for number in range(file.num_record_batches):
-                        yield from _small(file.get_batch(number))
+            if has_footer:
+                with pa.ipc.open_file(stream) as arrow:
+                    _require_turns(arrow.schema, file)
+                    for number in range(arrow.num_record_batches):
+                        yield from _small(arrow.get_batch(number))
                 return
-            with pa.ipc.open_stream(source) as batches:
-                _require_turns(batches.schema, path)
+            with pa.ipc.open_stream(stream) as batches:
+                _require_turns(batches.schema, file)
                 for batch in batches:
                     yield from _small(batch)
 
@@ -106,12 +104,12 @@ def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         yield batch.slice(start, _BATCH_ROWS)
 
 
-def _require_turns(schema: pa.Schema, path: UPath) -> None:
+def _require_turns(schema: pa.Schema, file: ShardFile) -> None:
     turns = list(dict(LAYOUTS))
     if not set(turns) & set(schema.names):
         columns = ", ".join(schema.names[:20]) or "none"
         msg = (
-            f"{path}: none of the columns holds turns ({columns}). A table of rows has a column `messages` "
+            f"{file}: none of the columns holds turns ({columns}). A table of rows has a column `messages` "
             "or `conversations`: rename it, or move the file out of the pool."
         )
         raise ShardFormatError(msg)

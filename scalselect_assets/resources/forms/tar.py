@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, BinaryIO
 
-from upath import UPath
-
 from scalselect_assets.method.representation.rejection import RejectionReason
-from scalselect_assets.resources.forms.base import Digest, Kept, digest_file, read_unpacked
+from scalselect_assets.resources.forms.base import Digest, Kept, ShardFile, read_unpacked
 from scalselect_assets.resources.forms.embedded import Address, Extraction
 from scalselect_assets.resources.row_images import IMAGE_SUFFIXES, MEDIA_SUFFIXES, RowError
 from scalselect_assets.resources.row_layout import lay_out
@@ -50,29 +48,29 @@ class Tar:
     name: str = "tar"
     suffixes: tuple[str, ...] = (".tar",)
 
-    def rows(self, path: UPath, shard: str, digest: Digest | None = None) -> Iterator[RowText]:
+    def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
         """As in `Form.rows`; a row's line is its number."""
         if digest is not None:
-            digest_file(path, digest)
+            file.digest(digest)
         n_rows = 0
-        with path.open("rb") as stream:
-            for number, (key, files) in enumerate(_samples(stream, path)):
+        with file.open() as stream:
+            for number, (key, files) in enumerate(_samples(stream, file)):
                 images = _image_files(files)
-                data = tuple(_bytes(stream, file) for file in images)
+                data = tuple(_bytes(stream, image) for image in images)
                 n_rows += _described(files) is not None
-                yield _row_text(stream, key, files, images, data, Address(shard, number, 0))
+                yield _row_text(stream, key, files, images, data, Address(file.name, number, 0))
         if not n_rows:
             msg = (
-                f"{path}: the archive holds no rows: no sample has a json. Add the rows as WebDataset has "
+                f"{file}: the archive holds no rows: no sample has a json. Add the rows as WebDataset has "
                 "them, or, if it packs the images of other shards, unpack it and name it in `ignore`."
             )
             raise ShardFormatError(msg)
 
-    def container(self, path: UPath) -> Container:  # noqa: ARG002 - of the protocol
+    def container(self, file: ShardFile) -> Container:  # noqa: ARG002 - of the protocol
         """An archive's rows are written as lines."""
         return "lines"
 
-    def read_image(self, path: UPath, version: str, address: Address) -> bytes:
+    def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
         """As in `Form.read_image`; the archive's headers are read once."""
         packed_away = False
 
@@ -82,25 +80,25 @@ class Tar:
             packed_away = address.place >= len(files)
             if packed_away:
                 return b""
-            with path.open("rb") as stream:
+            with file.open() as stream:
                 return _bytes(stream, files[address.place])
 
-        data = _PACKED.get(path, version, lambda: _read_headers(path), read)
-        return read_unpacked(self, path, version, address) if packed_away else data
+        data = _PACKED.get(file, version, lambda: _read_headers(file), read)
+        return read_unpacked(self, file, version, address) if packed_away else data
 
 
 _PACKED = Kept()
 
 
-def _read_headers(path: UPath) -> _Packed:
+def _read_headers(file: ShardFile) -> _Packed:
     packed = _Packed()
-    with path.open("rb") as stream:
-        for _, files in _samples(stream, path):
+    with file.open() as stream:
+        for _, files in _samples(stream, file):
             packed.images.append(_image_files(files))
     return packed
 
 
-def _samples(stream: BinaryIO, path: UPath) -> Iterator[tuple[str, list[_File]]]:
+def _samples(stream: BinaryIO, file: ShardFile) -> Iterator[tuple[str, list[_File]]]:
     """Key and files of each sample.
 
     Raises:
@@ -109,10 +107,10 @@ def _samples(stream: BinaryIO, path: UPath) -> Iterator[tuple[str, list[_File]]]
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for key, group in groupby(_files(archive), key=lambda found: found[0]):
-                yield key, [file for _, file in group]
+                yield key, [member for _, member in group]
     except (tarfile.TarError, EOFError) as error:
         msg = (
-            f"{path}: the file is not an uncompressed tar archive, or is cut off ({error}). Write or copy it "
+            f"{file}: the file is not an uncompressed tar archive, or is cut off ({error}). Write or copy it "
             "again; unpack a compressed one first."
         )
         raise ShardFormatError(msg) from error

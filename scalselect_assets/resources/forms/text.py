@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import zstandard
-from upath import UPath
 
-from scalselect_assets.resources.forms.base import Digest, read_unpacked
+from scalselect_assets.resources.forms.base import Digest, ShardFile, read_unpacked
 from scalselect_assets.resources.forms.embedded import Address, Extraction, may_hold_images
 from scalselect_assets.resources.shard_reader import (
     LINES_SUFFIXES,
@@ -59,30 +58,30 @@ class TextForm:
         """Endings of the files' names."""
         return tuple(f"{suffix}{self.ending}" for suffix in _PLAIN_SUFFIXES)
 
-    def rows(self, path: UPath, shard: str, digest: Digest | None = None) -> Iterator[RowText]:
+    def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
         """As in `Form.rows`; memory of a few chunks or the longest row."""
-        with path.open("rb") as stream:
+        with file.open() as stream:
             chunks = read_chunks(stream)
             if digest is not None:
                 chunks = _digested(chunks, digest)
             try:
-                for row in rows_of(self._unpacked(chunks, path), path):
-                    yield _without_images(row, shard) if may_hold_images(row.text) else row
+                for row in rows_of(self._unpacked(chunks, file), file.path):
+                    yield _without_images(row, file.name) if may_hold_images(row.text) else row
             except ShardFormatError:
                 for _ in chunks:  # the digest is that of the whole file
                     pass
                 raise
 
-    def container(self, path: UPath) -> Container:
+    def container(self, file: ShardFile) -> Container:
         """Told by the first character."""
-        with path.open("rb") as stream:
-            return recognise(self._unpacked(read_chunks(stream), path), path)[0]
+        with file.open() as stream:
+            return recognise(self._unpacked(read_chunks(stream), file), file.path)[0]
 
-    def read_image(self, path: UPath, version: str, address: Address) -> bytes:
+    def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
         """As in `Form.read_image`."""
-        return read_unpacked(self, path, version, address)
+        return read_unpacked(self, file, version, address)
 
-    def _unpacked(self, chunks: Iterator[bytes], path: UPath) -> Iterator[bytes]:
+    def _unpacked(self, chunks: Iterator[bytes], file: ShardFile) -> Iterator[bytes]:
         if self.decompressor is None:
             yield from chunks
             return
@@ -98,10 +97,10 @@ class TextForm:
                     yield frame.decompress(data)
                     data = frame.unused_data if frame.eof else b""
         except self.errors as error:
-            msg = f"{path}: the file is not {self.name}, or is damaged ({error}). Write or copy it again."
+            msg = f"{file}: the file is not {self.name}, or is damaged ({error}). Write or copy it again."
             raise ShardFormatError(msg) from error
         if begun and not frame.eof:
-            msg = f"{path}: the file is cut off: its {self.name} data does not end. Copy it again."
+            msg = f"{file}: the file is cut off: its {self.name} data does not end. Copy it again."
             raise ShardFormatError(msg)
 
 
