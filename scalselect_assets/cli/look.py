@@ -25,7 +25,7 @@ from scalselect_assets.explain.why import explain as explain_sample
 from scalselect_assets.operations.staleness import Staleness
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.pool.discovery import discover
-from scalselect_assets.recording.partitions import known_shards
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace.sample_directions import DEFAULT_DIRECTIONS
@@ -61,7 +61,7 @@ def status(
         )
         with deployment.open_instance(selection) as instance:
             pending = Staleness(selection, storage, VlmResource(), instance).pending(discovery)
-            known = set(known_shards(instance, selection.name))
+            known = set(Records(instance).known_shards(selection.name))
         result = summary(artifacts) if is_complete(artifacts) else {}
         state = {
             **result,
@@ -118,7 +118,7 @@ def explain(
         selection = read_selection(declaration_path(store))
         storage = StorageResource()
         with deployment.open_instance(selection) as instance:
-            shards = known_shards(instance, selection.name)
+            shards = Records(instance).known_shards(selection.name)
         explanation = explain_sample(
             selection, storage, sample, similar=similar, directions=directions, shards=shards
         )

@@ -24,6 +24,7 @@ from rich.progress import Progress as RichBars
 
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.operations.refresh import RefreshReport
+from scalselect_assets.resources.progress import Log
 from scalselect_assets.resources.shard_reader import ShardFormatError
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ class ProgressBars:
             self._shards = self._bars.add_task("shards", total=n_shards, rate="")
             self._rows = self._bars.add_task("samples", total=n_rows, rate="")
 
-    def track(self, rows: Iterable[T], shard: str, n_rows: int, log: logging.Logger) -> Iterator[T]:  # noqa: ARG002
+    def track(self, rows: Iterable[T], shard: str, n_rows: int, log: Log) -> Iterator[T]:  # noqa: ARG002
         """Pass ``rows`` through and move the bars."""
         for row in rows:
             yield row
