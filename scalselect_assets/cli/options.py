@@ -22,6 +22,7 @@ from scalselect_assets.resources.storage import StorageResource
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
 """The architecture that the published results were measured on."""
 CHOICE_PANEL: Final = "The choice and its files"
+IMAGES_PANEL: Final = "How images are shown to the model"
 
 
 class Device(StrEnum):
@@ -32,6 +33,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class ImagePlaceName(StrEnum):
+    """Where a row's images stand in the prompt."""
+
+    FIRST = "first"
+    AS_WRITTEN = "as_written"
+
+
 class Dtype(StrEnum):
     """Numbers of the model's weights and activations."""
 
@@ -39,6 +47,8 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
+
+_OF_THE_MODEL = ("model_revision", "image_size", "min_pixels", "max_pixels", "max_tiles")
 
 StoreOption = Annotated[
     str | None,
@@ -80,7 +90,7 @@ def declared_from_options(
     if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
         given["target_model"] = absolute_place(given["target_model"])
     if given.get("target_model", known["target_model"]) != known["target_model"]:
-        known["model_revision"] = None  # it was the other model's
+        known |= dict.fromkeys(_OF_THE_MODEL)  # they were the other model's
     try:
         selection = Selection(**{**known, **given, "source": location, "store": store})
     except ValidationError as error:

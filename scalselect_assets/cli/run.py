@@ -11,10 +11,12 @@ from rich.markup import escape
 from scalselect_assets import deployment
 from scalselect_assets.cli.options import (
     CHOICE_PANEL,
+    IMAGES_PANEL,
     PAPER_MODEL,
     Device,
     DeviceOption,
     Dtype,
+    ImagePlaceName,
     JsonOption,
     StoreOption,
     VerboseOption,
@@ -65,6 +67,33 @@ def run(
     ] = None,
     attention_mass: Annotated[
         float | None, typer.Option(help="Attention share of the kept vision tokens. (default: 0.9)")
+    ] = None,
+    image_place: Annotated[
+        ImagePlaceName | None,
+        typer.Option(
+            help="Before the first question where all marks are in its turn, or as_written. (default: first)",
+            rich_help_panel=IMAGES_PANEL,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pixels of the longest side, at most (Idefics3, SmolVLM).",
+            rich_help_panel=IMAGES_PANEL,
+        ),
+    ] = None,
+    min_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels of an image, at least (Qwen-VL).", rich_help_panel=IMAGES_PANEL),
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels of an image, at most (Qwen-VL).", rich_help_panel=IMAGES_PANEL),
+    ] = None,
+    max_tiles: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tiles of an image, at most (InternVL).", rich_help_panel=IMAGES_PANEL),
     ] = None,
     energy: Annotated[float | None, typer.Option(help="Energy share of the subspace. (default: 0.9)")] = None,
     rank: Annotated[
@@ -194,6 +223,11 @@ def run(
             "model_revision": revision,
             "dtype": dtype and dtype.value,
             "attention_mass": attention_mass,
+            "image_place": image_place and image_place.value,
+            "image_size": image_size,
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+            "max_tiles": max_tiles,
             "energy": energy,
             "rank": rank_option(rank),
             "standardise": standardise,
