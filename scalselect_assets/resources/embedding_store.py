@@ -223,9 +223,18 @@ class EmbeddingStore:
             )
 
     def read_rows(self, table: EmbeddingTable, columns: Sequence[str]) -> pa.Table:
-        """Some columns other than the vectors of the recorded version, sorted by row; raises as ``read``."""
+        """Some columns other than the vectors of the recorded version, sorted by row; raises as ``read``.
+
+        A column that is not there, as in tables that an earlier release has written, is null.
+        """
         with self._readable(table):
-            rows = self._open(table).search().select(["row", *columns]).limit(None).to_arrow()
+            handle = self._open(table)
+            there = set(handle.schema.names)
+            wanted = ["row", *(name for name in columns if name in there)]
+            rows = handle.search().select(wanted).limit(None).to_arrow()
+        for name in columns:
+            if name not in there:
+                rows = rows.append_column(name, pa.nulls(rows.num_rows))
         return rows.sort_by("row")
 
     def read_all(self, table: EmbeddingTable) -> pa.Table:
