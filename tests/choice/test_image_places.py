@@ -1,4 +1,4 @@
-"""Questions before their images are counted, warned of, and compared with what the basis and choice follow."""
+"""Questions before their images are counted, warned of, and compared with what the basis follows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_a_shard_that_an_earlier_release_has_embedded_counts_as_unknown(
 
 
 def forget_the_column(bench: Bench, shard: str) -> None:
-    """Write the shard's table again as releases did that did not know the column, and say so in its receipt."""
+    """Write the shard's table again without the column, as earlier releases did."""
     tables = bench.storage.embeddings(str(bench.store))
     table, header = receipts.recorded_table(bench.artifacts, shard)
     held = tables.read_all(table)
