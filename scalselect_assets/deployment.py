@@ -15,6 +15,7 @@ import dagster as dg
 from scalselect_assets.declaration.selection import Selection, SelectionFileError, read_selection
 from scalselect_assets.embedding.device_pool import limit_devices
 from scalselect_assets.graph import selection_defs
+from scalselect_assets.recording import records
 from scalselect_assets.resources.progress import LogProgress
 from scalselect_assets.resources.sample_source import STORE_MARK
 from scalselect_assets.resources.storage import StorageResource
@@ -39,7 +40,7 @@ concurrency:
     granularity: run   # a refresh holds its model from its first shard to its last
     default_limit: 1   # runs that hold a model at the same time: the number of devices
 run_monitoring:
-  enabled: true        # a run whose process was killed is told as failed, and no longer counts
+  enabled: true        # a run whose process was killed is recorded as failed, and no longer counts
 """
 
 
@@ -116,6 +117,6 @@ def open_instance(selection: Selection) -> dg.DagsterInstance:
         raise OSError(
             error.errno, f"{error.strerror}; Dagster's records must be writable", str(folder)
         ) from error
-    instance = dg.DagsterInstance.from_config(str(folder))
+    instance = records.open_instance(folder)
     limit_devices(instance)
     return instance

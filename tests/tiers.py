@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 SLOW: Final = "slow"
-SLOW_FIXTURES: Final = frozenset({"quick_dagster", "demo_vlm", "tiny_vlm", "processes"})
+SLOW_FIXTURES: Final = frozenset({"quick_dagster", "demo_vlm", "tiny_vlm", "processes", "children"})
 
 
 def mark_slow(items: list[pytest.Item]) -> None:

@@ -16,11 +16,11 @@ from scalselect_assets.declaration.selection import Selection, read_selection
 from scalselect_assets.resources.storage import StorageResource
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
-"""The architecture that the published results were measured on."""
+"""The model that the published results were measured on."""
 
 
 class Device(StrEnum):
-    """Where the model runs."""
+    """Devices that the model can run on."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -42,9 +42,13 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+<<<<<<< HEAD
 _OF_THE_MODEL = ("model_revision", "image_size", "min_pixels", "max_pixels", "max_tiles")
 
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
+=======
+DeviceOption = Annotated[Device, typer.Option(help="Device that the model runs on.")]
+>>>>>>> main
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show Dagster's log and tracebacks.")]
 
@@ -56,9 +60,9 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show Dagster's l
 def declared_from_options(
     source: str, store: str | None, name: str | None, options: Mapping[str, Any]
 ) -> Iterator[Selection]:
-    """The selection that the options describe over what the store already declares.
+    """The selection that the options describe, on top of the declaration that the store already has.
 
-    It is written to the store, and taken back where the block fails: what cannot run is not remembered.
+    The declaration is written to the store, and restored if the block fails: what cannot run is not kept.
     """
     location = absolute_place(source)
     store = absolute_place(store or str(Path(".scalselect") / (name or _name_of(location))))
@@ -80,7 +84,11 @@ def declared_from_options(
     if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
         given["target_model"] = absolute_place(given["target_model"])
     if given.get("target_model", known["target_model"]) != known["target_model"]:
+<<<<<<< HEAD
         known |= dict.fromkeys(_OF_THE_MODEL)  # they were the other model's
+=======
+        known["model_revision"] = None  # the revision belonged to the other model
+>>>>>>> main
     try:
         selection = Selection(**{**known, **given, "source": location, "store": store})
     except ValidationError as error:
@@ -113,7 +121,7 @@ def declaration_path(store: str) -> Path:
 
 
 def absolute_place(location: str) -> str:
-    """A local path made absolute; a URI as it is."""
+    """A local path made absolute; a URI unchanged."""
     return location if "://" in location else os.path.abspath(Path(location).expanduser())  # noqa: PTH100
 
 

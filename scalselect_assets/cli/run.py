@@ -74,7 +74,7 @@ def run(
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where pool, model and store are made.")] = Path(".scalselect"),
+    folder: Annotated[Path, typer.Option(help="Folder for pool, model and store.")] = Path(".scalselect"),
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -108,7 +108,7 @@ def refresh_and_report(
     verbose: bool,
     rebuild_basis: bool = False,
 ) -> None:
-    """Refresh, print the summary, and exit with 1 if a shard failed."""
+    """Refresh and print the summary; exit with 1 if a shard or a check failed."""
     with deployment.open_instance(selection) as instance, ProgressBars() as bars:
         report = make_refresh(
             selection, instance, vlm, bars, verbose=verbose, rebuild_basis=rebuild_basis
@@ -142,7 +142,7 @@ def make_refresh(
     verbose: bool,
     rebuild_basis: bool = False,
 ) -> Refresh:
-    """A refresh of one selection, with the given resources in its asset job."""
+    """A refresh of one selection whose asset job uses the given resources."""
     storage = StorageResource()
     overrides = {"storage": storage, "vlm": vlm, "progress": bars}
     defs = deployment.build_defs([selection], overrides)

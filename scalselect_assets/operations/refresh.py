@@ -1,16 +1,16 @@
-"""Discovery, and materializing exactly what is stale: one process, the model loaded once.
+"""The refresh: it discovers the shards and materializes exactly what is stale, in one process with one model.
 
-`Refresh.run` is what `scalselect run` calls and what the ``<selection>_refresh`` job wraps. It finds the
-shards, reports their versions to Dagster, compares the provenance that each asset would have now with the
-recorded one, and runs what differs, as ordinary Dagster runs. Nothing stale means no run. It can be killed at
-any point: the next call continues from what was committed. One refresh at a time per store, by a file lock.
+`scalselect run` and the ``<selection>_refresh`` job call `Refresh.run`. It finds the shards, reports their
+versions to Dagster, compares the provenance that each asset would have now with the recorded one, and
+materializes what differs, in ordinary Dagster runs. If nothing is stale, there is no run. A refresh can be
+killed at any point: the next one continues from what was committed. A file lock allows one refresh at a time
+per store.
 
 Costs without work: one stat per shard file and per image, a few file headers per shard, and one event-log
 query per asset.
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,18 +20,15 @@ import dagster as dg
 from scalselect_assets.asset_path import ShardAsset
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts, reuse
-from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.operations.faults import RefreshError, error_cause, error_message
 from scalselect_assets.operations.staleness import Staleness, contiguous_ranges
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.pool.discovery import Discovery, report_discovery, settled_discovery
 from scalselect_assets.recording.checks import FAILED_CHECKS
-from scalselect_assets.resources.artifacts import (
-    RECORD,
-    ArtifactCorruptError,
-)
+from scalselect_assets.recording.records import Records
+from scalselect_assets.resources.artifacts import RECORD, ArtifactCorruptError
 from scalselect_assets.resources.embedding_store import EmbeddingTableError
-from scalselect_assets.resources.progress import Progress
+from scalselect_assets.resources.progress import Log, Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import subspace_basis
@@ -41,18 +38,18 @@ REFRESH_TAG = "scalselect/refresh"
 
 @dataclass(slots=True)
 class RefreshReport:
-    """What one refresh did.
+    """The results of one refresh.
 
     Attributes:
-        added: Shards new to Dagster.
-        removed: Shards that are gone from the pool.
+        added: Shards that Dagster did not know before.
+        removed: Shards that are no longer in the pool.
         embedded: Shards whose vectors were materialized.
-        computed_rows: Vectors among them that the model computed.
-        reused_rows: Vectors among them that were there before.
-        unsettled: Shards that are still being written, and were left as they are in the store.
-        failed: Message by shard for those that could not be materialized.
-        failed_checks: Asset checks of severity ERROR that failed, with what they saw.
-        runs: Dagster runs that were made, in order: assets and shards.
+        computed_rows: Number of vectors in these shards that the model computed.
+        reused_rows: Number of vectors in these shards that were there before.
+        unsettled: Shards that are still being written; the store keeps their earlier state.
+        failed: An error message for each shard that could not be materialized.
+        failed_checks: The metadata of each asset check of severity ERROR that failed.
+        runs: The assets and shards of each Dagster run, in order.
     """
 
     added: list[str] = field(default_factory=list)
@@ -82,7 +79,7 @@ class Refresh:
         storage: StorageResource,
         vlm: VlmResource,
         progress: Progress,
-        log: logging.Logger,
+        log: Log,
         log_level: str = "INFO",
         rebuild_basis: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
@@ -90,18 +87,19 @@ class Refresh:
         """Prepare a refresh.
 
         Args:
-            selection: What to refresh.
+            selection: The selection to refresh.
             job: The selection's asset job, with its resources.
-            instance: Where runs and versions are recorded.
+            instance: The instance where runs and versions are recorded.
             storage: Opens pool and store.
             vlm: Loads the target model.
-            progress: Told of the embedding work.
-            log: For what the refresh itself has to say.
-            log_level: Of the runs' console output.
-            rebuild_basis: Add up the moments of all shards anew, even if nothing is stale.
-            should_stop: Asked before every run.
+            progress: Follows the embedding.
+            log: Receives the refresh's own messages.
+            log_level: Log level of the runs' console output.
+            rebuild_basis: Whether to add up the moments of all shards anew, even if nothing is stale.
+            should_stop: Called before every run; the refresh stops if it returns true.
         """
         self._selection, self._job, self._instance = selection, job, instance
+        self._records = Records(instance)
         self._storage, self._vlm, self._progress, self._log = storage, vlm, progress, log
         self._run_config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
         self._rebuild_basis = rebuild_basis
@@ -158,11 +156,11 @@ class Refresh:
         embedding = [shard for shard, assets in stale.items() if receipts.NAME in assets]
         self._progress.planned(len(embedding), sum(discovery.n_rows[shard] or 0 for shard in embedding))
         if embedding:
-            # A model that cannot be loaded is said once, before anything is touched.
+            # A model that cannot be loaded is reported once, before anything is changed.
             self._vlm.encoder(self._artifacts, **self._selection.target)
         for shard, assets in stale.items():
             if assets[0] == raw_samples.NAME and self._artifacts.exists(receipts.NAME, shard, suffix=RECORD):
-                # Where the rows turn out as they were, after a change of code say, their vectors stand.
+                # If the rows come out the same, for example after a change of code, their vectors stay.
                 if not self._materialize_shard([raw_samples.NAME], shard):
                     continue
                 alone = {shard: discovery.versions[shard]}
@@ -173,13 +171,16 @@ class Refresh:
                 self._report.embedded.append(shard)
 
     def _materialize_shard(self, assets: Sequence[str], shard: str) -> bool:
-        """Whether it succeeded; a shard that cannot be computed does not stop the others."""
+        """Materialize assets of one shard; returns whether that succeeded.
+
+        A shard that cannot be computed does not stop the others.
+        """
         try:
             self._materialize(assets, partition_key=shard)
         except dg.Failure as failure:
             self._report.failed[shard] = failure.description or "failed"
             self._note_failed_checks(failure, f"{receipts.NAME}[{shard}]")
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this shard's, and it is reported
+        except Exception as error:  # noqa: BLE001 - any error is reported as this shard's
             self._report.failed[shard] = error_message(error)
             self._forget_unreadable(error)
         else:
@@ -223,7 +224,7 @@ class Refresh:
             raise RefreshError(f"{asset}: {error_message(error)}") from error
 
     def _forget_unreadable(self, error: Exception) -> str | None:
-        """Remove what could not be read, so that the next run makes it again; returns the remedy."""
+        """Remove a file that could not be read, so that the next run makes it again; returns the remedy."""
         cause = error_cause(error)
         if isinstance(cause, EmbeddingTableError):
             receipt = self._artifacts.path(receipts.NAME, cause.shard, suffix=RECORD)
@@ -236,7 +237,6 @@ class Refresh:
 
     # Runs
 
-    @deferred()
     def _materialize(
         self,
         assets: Sequence[str],
@@ -244,12 +244,12 @@ class Refresh:
         partition_key: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """One Dagster run in this process; raises what the asset raises."""
+        """Make one Dagster run in this process; raises what the asset raises."""
         if self._should_stop():
             raise dg.DagsterExecutionInterruptedError
-        result = self._job.execute_in_process(
-            instance=self._instance,
-            asset_selection=[self._selection.key(asset) for asset in assets],
+        result = self._records.execute(
+            self._job,
+            [self._selection.key(asset) for asset in assets],
             partition_key=partition_key,
             tags={REFRESH_TAG: self._selection.name, **(tags or {})},
             run_config=self._configuration(assets),
@@ -281,7 +281,7 @@ class Refresh:
 
     @contextlib.contextmanager
     def _interrupted_runs_closed(self) -> Iterator[None]:
-        """Close the runs that a killed refresh has left behind, and those of this one if it is stopped."""
+        """Close the runs that an earlier refresh left unfinished, and those of this one if it is stopped."""
         self._close_interrupted_runs()
         try:
             yield
@@ -289,20 +289,19 @@ class Refresh:
             self._close_interrupted_runs()
             raise
 
-    @deferred()
     def _close_interrupted_runs(self) -> None:
-        """A stopped refresh may leave its run begun for ever; the lock shows that nobody works on it."""
-        interrupted = self._instance.get_runs(
-            dg.RunsFilter(
-                job_name=self._job.name,
-                tags={REFRESH_TAG: self._selection.name},
-                statuses=[
-                    dg.DagsterRunStatus.NOT_STARTED,
-                    dg.DagsterRunStatus.STARTED,
-                    dg.DagsterRunStatus.STARTING,
-                    dg.DagsterRunStatus.CANCELING,
-                ],
-            )
+        """Close the runs of a stopped refresh, which would otherwise stay unfinished for ever.
+
+        The lock of this refresh shows that nobody works on them.
+        """
+        interrupted = dg.RunsFilter(
+            job_name=self._job.name,
+            tags={REFRESH_TAG: self._selection.name},
+            statuses=[
+                dg.DagsterRunStatus.NOT_STARTED,
+                dg.DagsterRunStatus.STARTED,
+                dg.DagsterRunStatus.STARTING,
+                dg.DagsterRunStatus.CANCELING,
+            ],
         )
-        for run in interrupted:
-            self._instance.report_run_failed(run, "The refresh that made this run was stopped.")
+        self._records.close_runs(interrupted, "The refresh that made this run was stopped.")
