@@ -24,6 +24,7 @@ from scalselect_assets.cli.printing import (
 from scalselect_assets.cli.run_options import (
     ChoiceOptions,
     ComputingOptions,
+    ImageOptions,
     ModelOptions,
     PoolOptions,
     RemovalOptions,
@@ -44,6 +45,7 @@ def run(
     ],
     pool: PoolOptions,
     model: ModelOptions,
+    images: ImageOptions,
     subspace: SubspaceOptions,
     choice: ChoiceOptions,
     removal: RemovalOptions,
@@ -59,7 +61,7 @@ def run(
     """
     with user_errors(verbose=verbose):
         settings: dict[str, Any] = {}
-        for group in (pool, model, subspace, choice, removal):
+        for group in (pool, model, images, subspace, choice, removal):
             settings |= group.settings()
         with declared_from_options(source, place.store, place.name, settings) as selection:
             refresh_and_report(
