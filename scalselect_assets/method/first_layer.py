@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from scalselect_assets.method.attention import AtAttention, attend, dominant_tokens, instruction_attention
 from scalselect_assets.method.families import UnsupportedModelError
+from scalselect_assets.method.kernels import without_costs_per_shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +130,7 @@ class FirstLayer:
         self._features_are_tensor = False
 
     @torch.inference_mode()
+    @without_costs_per_shape()
     def image_features(self, images: Sequence[VisionInput]) -> list[torch.Tensor]:
         """What the vision tower and the projector make of images, in one pass.
 
@@ -160,6 +162,7 @@ class FirstLayer:
         return list(torch.cat(flat).split_with_sizes(counts))
 
     @torch.inference_mode()
+    @without_costs_per_shape()
     def represent(
         self, samples: Sequence[ModelInput], features: Sequence[Sequence[torch.Tensor]], attention_mass: float
     ) -> list[FirstLayerState]:
