@@ -45,10 +45,11 @@ e2e: install  ## Run the test of a real Dagster deployment on loopback (seven mi
 faults: install  ## Run the tests that kill processes, fill disks and move clocks
 	$(BIN)/python -m pytest -m faults -n auto
 
-lint: install  ## Check style and types
+lint: install  ## Check style, types and the import contract
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: install  ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix

@@ -1,12 +1,13 @@
 """The Dagster code location: every declared selection, built by one function.
 
-Selections are declared in YAML (`scalselect_assets.selection`), by default one in each store under
-`./.scalselect`, where `scalselect run` writes it; SCALSELECT_SELECTIONS names other files or folders. The
-path that each becomes is the table in `scalselect_assets/__init__.py`.
+Selections are declared in YAML (`scalselect_assets.declaration.selection`), by default one in each store
+under `./.scalselect`, where `scalselect run` writes it; SCALSELECT_SELECTIONS names other files or folders.
+The path that each becomes is the table in `scalselect_assets/__init__.py`.
 """
 
 import dagster as dg
 
+from resources import RESOURCES
 from scalselect_assets.deployment import build_defs, declared_selections
 
-defs: dg.Definitions = build_defs(declared_selections())
+defs: dg.Definitions = build_defs(declared_selections(), RESOURCES)

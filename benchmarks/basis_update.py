@@ -31,16 +31,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from resources.artifacts import ArtifactStore
-from resources.embedding_store import EmbeddingTable
-from resources.identity import digest
-from resources.storage import StorageResource
-from scalselect_assets import attention_embeddings, embedding_moments, lineage, pool_moments, subspace_basis
-from scalselect_assets.method.drift import basis_drift
-from scalselect_assets.method.moments import Moments
-from scalselect_assets.method.rank import DEFAULT_RANK_RULE
-from scalselect_assets.method.subspace import Subspace, principal_axes
-from scalselect_assets.selection import Selection
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import receipts
+from scalselect_assets.method.subspace.basis import Subspace, principal_axes
+from scalselect_assets.method.subspace.drift import basis_drift
+from scalselect_assets.method.subspace.moments import Moments
+from scalselect_assets.method.subspace.rank import DEFAULT_RANK_RULE
+from scalselect_assets.recording import data_versions
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.embedding_store import EmbeddingTable
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.subspace import embedding_moments, pool_moments, subspace_basis
 
 FINGERPRINT = digest("synthetic")
 SELECTION = Selection(name="synthetic", source="pool", store="store", target_model="synthetic")
@@ -122,15 +124,13 @@ class Pool:
         embeddings_version = digest(shard, str(self._generator.bit_generator.random_raw()))
         version = digest(embeddings_version)
         table = EmbeddingTable(FINGERPRINT, shard, shard, 1, self._rows, self.d, embeddings_version)
-        header = lineage.header(embeddings_version, embeddings_version)
-        self.artifacts.write_json(
-            attention_embeddings.NAME, {"table": table.to_json(), "header": header}, shard
-        )
+        header = data_versions.header(embeddings_version, embeddings_version)
+        self.artifacts.write_json(receipts.NAME, {"table": table.to_json(), "header": header}, shard)
         pool_moments.retire(self.artifacts, shard, version)
         self.artifacts.write_arrays(
             embedding_moments.NAME,
             moments.to_arrays(),
-            lineage.header(
+            data_versions.header(
                 version,
                 embedding_moments.provenance(SELECTION, embeddings_version),
                 attention_embeddings=embeddings_version,

@@ -44,23 +44,26 @@ import dagster as dg
 import numpy as np
 
 from benchmarks import machine
-from resources.progress import LogProgress
-from resources.sample_source import SampleSource
-from resources.storage import StorageResource
-from resources.vlm import CARDS, VlmResource, model_signature
-from scalselect_assets import attention_embeddings, embedding_moments, raw_samples
-from scalselect_assets.demo.pool import write_demo_pool
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.demo.demo_pool import write_demo_pool
 from scalselect_assets.deployment import build_defs, open_instance
-from scalselect_assets.partitions import shard_check, shards_name
-from scalselect_assets.refresh import Refresh, RefreshReport, discover, report_discovery
-from scalselect_assets.selection import Selection
+from scalselect_assets.embedding import receipts
+from scalselect_assets.operations.refresh import Refresh, RefreshReport
+from scalselect_assets.pool import raw_samples
+from scalselect_assets.pool.discovery import discover, report_discovery
+from scalselect_assets.recording.partitions import shard_check, shards_name
+from scalselect_assets.resources.progress import LogProgress
+from scalselect_assets.resources.sample_source import SampleSource
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import CARDS, VlmResource, model_signature
+from scalselect_assets.subspace import embedding_moments
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.encoder import ChatSample, Outcome, VlmEncoder
-    from scalselect_assets.method.workers import ImageReader
+    from scalselect_assets.method.representation.encoder import ChatSample, Outcome, VlmEncoder
+    from scalselect_assets.method.representation.workers import ImageReader
 
 DIMENSION = 64
-BY_SHARD = (raw_samples.NAME, attention_embeddings.NAME, embedding_moments.NAME)
+BY_SHARD = (raw_samples.NAME, receipts.NAME, embedding_moments.NAME)
 NIGHTS = ("nothing new", "one shard more", "another energy threshold", "another budget")
 
 _VARIANTS = 6
@@ -127,8 +130,8 @@ class StandIn:
         self, samples: "Sequence[ChatSample]", read_image: "ImageReader", **_: Any
     ) -> "Iterator[tuple[int, Outcome]]":
         """One outcome after the other."""
-        from scalselect_assets.method.encoder import Representation
-        from scalselect_assets.method.rejection import Rejection, RejectionReason
+        from scalselect_assets.method.representation.encoder import Representation
+        from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 
         for place, sample in enumerate(samples):
             try:
@@ -148,7 +151,7 @@ class StandInVlm(VlmResource):
         """The stand-in; the store is told its card."""
         import torch
 
-        from scalselect_assets.method.model_card import ModelCard
+        from scalselect_assets.method.representation.model_card import ModelCard
 
         card = ModelCard(
             fingerprint=sha256(repr(target).encode()).hexdigest()[:32],
@@ -446,7 +449,9 @@ def write_night_pool(folder: Path, n_shards: int) -> None:
 def night(folder: Path, model: Path, what: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """One refresh, in a process of its own: what it cost, what it did, and what loading the model took."""
     start = time.perf_counter()
-    from scalselect_assets.method import loading  # imports torch and Transformers, as a night would, too
+    from scalselect_assets.method.representation import (
+        loading,  # imports torch and Transformers, as a night would, too
+    )
 
     importing = time.perf_counter() - start
     loads: list[Cost] = []
@@ -474,7 +479,7 @@ def night(folder: Path, model: Path, what: str, options: Mapping[str, Any]) -> d
 
 def nights(folder: Path, n_shards: int) -> list[dict[str, Any]]:
     """The first fill and the nights after it, one after the other, on one store."""
-    from scalselect_assets.demo.model import write_demo_vlm
+    from scalselect_assets.demo.demo_model import write_demo_vlm
 
     model = machine.fresh_process(write_demo_vlm, folder / "model")
     write_night_pool(folder / "pool", n_shards + 1)

@@ -58,9 +58,9 @@ from benchmarks.representation_print import describe, print_agreement, print_com
 from benchmarks.representation_results import Agreement, Breakdown, Comparison, Memory, Speed
 from benchmarks.representation_work import matmul_workloads, work_per_sample
 from benchmarks.two_ways import OURS, STRAIGHTFORWARD, How, Matrix, Straightforward
-from scalselect_assets.method.encoder import ChatSample, Representation, VlmEncoder
-from scalselect_assets.method.loading import resolve_device
-from scalselect_assets.method.processors import load_processor
+from scalselect_assets.method.representation.encoder import ChatSample, Representation, VlmEncoder
+from scalselect_assets.method.representation.loading import resolve_device
+from scalselect_assets.method.representation.processors import load_processor
 
 _TOLERANCE: Final = 1e-4  # float32, of a vector's largest component
 _BREAKDOWN_SAMPLES: Final = 256  # prepared by one thread in every round, which is slow beside a GPU
@@ -282,10 +282,10 @@ def leverage_scores(x: Matrix) -> tuple[int, NDArray[np.float64]]:
         u, s, _ = np.linalg.svd(centred, full_matrices=False)
         k = int(np.searchsorted(np.cumsum(s**2) / np.square(s).sum(), _SHARE_OF_ENERGY)) + 1
         return k, np.square(u[:, :k]).sum(axis=1)
-    from scalselect_assets.method.leverage import LeverageScorer
-    from scalselect_assets.method.moments import Moments
-    from scalselect_assets.method.rank import EnergyThreshold
-    from scalselect_assets.method.subspace import fit_subspace
+    from scalselect_assets.method.subspace.basis import fit_subspace
+    from scalselect_assets.method.subspace.leverage import LeverageScorer
+    from scalselect_assets.method.subspace.moments import Moments
+    from scalselect_assets.method.subspace.rank import EnergyThreshold
 
     subspace = fit_subspace(Moments.of(x), EnergyThreshold(_SHARE_OF_ENERGY))
     return subspace.k, LeverageScorer(subspace).scores(x)

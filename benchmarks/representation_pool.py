@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.representation_speech import TEXT_TOKENS, Speech
-from scalselect_assets.method.encoder import ChatSample
+from scalselect_assets.method.representation.encoder import ChatSample
 
 _TEXT_SHAPES: Final = 0.6180339887498949  # steps of the golden ratio spread evenly however many are taken
 _IMAGE_SIZES: Final = ((640, 480), (480, 640), (640, 427), (500, 375), (640, 640), (640, 360), (1024, 768))

@@ -12,7 +12,7 @@ import transformers
 from benchmarks.machine import GIB, MIB
 from benchmarks.representation_results import Agreement, Breakdown, Comparison, Memory
 from benchmarks.two_ways import OURS, STRAIGHTFORWARD, How
-from scalselect_assets.method.loading import DeviceName, resolve_device
+from scalselect_assets.method.representation.loading import DeviceName, resolve_device
 
 
 def describe(device: DeviceName) -> dict[str, str]:

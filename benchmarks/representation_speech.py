@@ -4,7 +4,7 @@ from typing import Final
 
 import numpy as np
 
-from scalselect_assets.method.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
 
 _N_WORDS: Final = 3000
 _SENTENCE_WORDS: Final = 12

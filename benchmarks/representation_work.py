@@ -9,8 +9,8 @@ import torch
 from benchmarks import machine
 from benchmarks.representation_pool import Pool
 from benchmarks.two_ways import How
-from scalselect_assets.method.encoder import Representation
-from scalselect_assets.method.loading import resolve_device
+from scalselect_assets.method.representation.encoder import Representation
+from scalselect_assets.method.representation.loading import resolve_device
 
 
 @dataclass(frozen=True, slots=True)

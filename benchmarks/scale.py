@@ -39,29 +39,23 @@ from numpy.typing import NDArray
 
 from benchmarks import machine
 from benchmarks.machine import MIB
-from resources.artifacts import ArtifactStore
-from resources.embedding_store import EmbeddingTable
-from resources.identity import digest
-from resources.storage import StorageResource
-from resources.vlm import CARDS, VlmResource, model_signature
-from scalselect_assets import (
-    attention_embeddings,
-    embedding_moments,
-    importance_scores,
-    lineage,
-    pool_moments,
-    raw_samples,
-    selected_subset,
-    subspace_basis,
-)
-from scalselect_assets.basis_history import ScorePlan
+from scalselect_assets.choice import selected_subset
+from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.deployment import build_defs, open_instance
-from scalselect_assets.method.leverage import LeverageScorer
-from scalselect_assets.method.moments import Moments, accumulate
-from scalselect_assets.method.selection import budget_size
-from scalselect_assets.method.subspace import Subspace, principal_axes
-from scalselect_assets.selection import Selection
-from scalselect_assets.tables import IMPORTANCE_SCORES, polars_schema
+from scalselect_assets.embedding import receipts
+from scalselect_assets.method.choice.budget import budget_size
+from scalselect_assets.method.subspace.basis import Subspace, principal_axes
+from scalselect_assets.method.subspace.leverage import LeverageScorer
+from scalselect_assets.method.subspace.moments import Moments, accumulate
+from scalselect_assets.pool import raw_samples
+from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.columns import IMPORTANCE_SCORES, polars_schema
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.embedding_store import EmbeddingTable
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import CARDS, VlmResource, model_signature
+from scalselect_assets.subspace import embedding_moments, importance_scores, pool_moments, subspace_basis
 
 FINGERPRINT = digest("synthetic")
 MEASURED = (embedding_moments.NAME, subspace_basis.NAME, importance_scores.NAME, selected_subset.NAME)
@@ -215,23 +209,21 @@ def generate(pool: Pool, shards: Sequence[str], generation: int) -> float:
                 vectors=vectors.rows(shard, generation, n),
                 attributes=_attributes(keys),
             )
-            header = lineage.header(
+            header = data_versions.header(
                 digest(FINGERPRINT, table.content_sha256),
                 digest("provenance", shard, generation),
                 raw_samples=digest("raw", shard, generation),
                 raw_rows=str(n),
                 container="lines",
             )
-            artifacts.write_json(
-                attention_embeddings.NAME, {"table": table.to_json(), "header": header}, shard
-            )
+            artifacts.write_json(receipts.NAME, {"table": table.to_json(), "header": header}, shard)
             # Dagster looks for the events of what an asset depends on; that has to cost what it does.
             instance.report_runless_asset_event(
                 dg.AssetMaterialization(
-                    selection.key(attention_embeddings.NAME),
+                    selection.key(receipts.NAME),
                     partition=shard,
-                    tags={lineage.DATA_VERSION_TAG: header["data_version"]},
-                    metadata=lineage.recorded_versions(header["data_version"], header["provenance"]),
+                    tags={data_versions.DATA_VERSION_TAG: header["data_version"]},
+                    metadata=data_versions.recorded_versions(header["data_version"], header["provenance"]),
                 )
             )
             print(".", end="", file=sys.stderr, flush=True)
@@ -358,12 +350,12 @@ def measure_selection(pool: Pool) -> Measurement:
     artifacts.write_arrays(
         subspace_basis.NAME,
         fitted.to_arrays(),
-        {
-            **lineage.header(
-                basis_version, basis_version, shards=json.dumps({shard: {} for shard in pool.sizes})
-            ),
-            **ScorePlan(basis_version, {}, {}).to_header(),
-        },
+        data_versions.header(
+            basis_version,
+            basis_version,
+            shards=json.dumps({shard: {} for shard in pool.sizes}),
+            drift=json.dumps({}),
+        ),
     )
     for number, (shard, n) in enumerate(pool.sizes.items()):
         normalised = np.random.default_rng([pool.seed, number]).exponential(size=n)
@@ -376,7 +368,7 @@ def measure_selection(pool: Pool) -> Measurement:
             "leverage": normalised / pool.rows,
             "normalised_leverage": normalised,
         }
-        header = lineage.header(basis_version, basis_version, subspace_basis=basis_version)
+        header = data_versions.header(basis_version, basis_version, subspace_basis=basis_version)
         frame = pl.DataFrame(columns, schema=polars_schema(IMPORTANCE_SCORES))
         artifacts.write_frame(importance_scores.NAME, frame, header, shard)
     with open_instance(selection) as instance:
@@ -433,7 +425,7 @@ def measure_parts(pool: Pool) -> dict[str, float]:
     artifacts, selection = pool.artifacts, pool.selection
     store = StorageResource().embeddings(selection.store)
     shards = list(pool.sizes)
-    table, _ = attention_embeddings.recorded_table(artifacts, shards[0])
+    table, _ = receipts.recorded_table(artifacts, shards[0])
     subspace, header = subspace_basis.read_basis(artifacts)
     n, d, k = table.n_rows, pool.dim, subspace.k
     batches = [batch.vector for batch in store.read(table)]
@@ -488,7 +480,7 @@ def _prepare_image() -> Callable[[], object]:
     from PIL import Image
     from transformers import CLIPImageProcessorPil
 
-    from scalselect_assets.method.images import DEFAULT_MAX_PIXELS, decode_image
+    from scalselect_assets.method.representation.images import DEFAULT_MAX_PIXELS, decode_image
 
     blocks = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -570,7 +562,7 @@ def _against_svd(pool: Pool, leverage: NDArray[np.float64]) -> dict[str, float]:
 
 def _vectors(pool: Pool, shard: str) -> NDArray[np.float32]:
     """All vectors of a shard, in row order."""
-    table: EmbeddingTable = attention_embeddings.recorded_table(pool.artifacts, shard)[0]
+    table: EmbeddingTable = receipts.recorded_table(pool.artifacts, shard)[0]
     x = np.empty((table.n_rows, table.dimension), np.float32)
     for batch in StorageResource().embeddings(pool.selection.store).read(table):
         x[batch.row] = batch.vector

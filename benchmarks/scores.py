@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks import machine
 from benchmarks.machine import GIB, MIB
-from scalselect_assets.method.selection import budget_size
+from scalselect_assets.method.choice.budget import budget_size
 
 BUDGET = 0.16  # arXiv 2602.11636 trains on 16 % of LLaVA-665K
 SHARE_OF_ENERGY = 0.9  # of the same paper
@@ -202,11 +202,11 @@ def ours_streamed(
     blocks: Callable[[], Iterator[Matrix]], n: int, d: int, task: Task, *, device: str = "cpu"
 ) -> Outcome:
     """The same in two passes over a stream of ``n`` rows, as the assets make them."""
-    from scalselect_assets.method.leverage import LeverageScorer
-    from scalselect_assets.method.moments import accumulate
-    from scalselect_assets.method.rank import EnergyThreshold
-    from scalselect_assets.method.subspace import fit_subspace
-    from scalselect_assets.method.top_n import nth_largest
+    from scalselect_assets.method.choice.top_n import nth_largest
+    from scalselect_assets.method.subspace.basis import fit_subspace
+    from scalselect_assets.method.subspace.leverage import LeverageScorer
+    from scalselect_assets.method.subspace.moments import accumulate
+    from scalselect_assets.method.subspace.rank import EnergyThreshold
 
     subspace = fit_subspace(accumulate(blocks(), d, device=device), EnergyThreshold(task.share_of_energy))
     scorer = LeverageScorer(subspace, device=device)
@@ -365,10 +365,10 @@ def _scores_by_gram(x: Matrix, share: float) -> tuple[NDArray[np.float64], int]:
 
 def loops_run(data: Path, task: Task, rounds: int, device: str) -> tuple[str, dict[str, machine.Rate]]:
     """The dtype of the projection, and the rates of the machine's limits and our two loops, in turns."""
-    from scalselect_assets.method.leverage import LeverageScorer, projection_dtype
-    from scalselect_assets.method.moments import accumulate
-    from scalselect_assets.method.rank import EnergyThreshold
-    from scalselect_assets.method.subspace import fit_subspace
+    from scalselect_assets.method.subspace.basis import fit_subspace
+    from scalselect_assets.method.subspace.leverage import LeverageScorer, projection_dtype
+    from scalselect_assets.method.subspace.moments import accumulate
+    from scalselect_assets.method.subspace.rank import EnergyThreshold
 
     x = np.load(data)
     n, d = x.shape

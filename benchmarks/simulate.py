@@ -225,7 +225,7 @@ def embedding_flops(tokens: float) -> float:
 def costs(whole: Pool, new: Pool, c: Constants, *, rebuild: bool) -> list[Cost]:
     """What a refresh costs in which ``new`` is the part of the ``whole`` pool that has to be embedded.
 
-    The basis moves with any new sample, so all scores are made again (`max_drift` = 0).
+    The basis moves with any new sample, so all scores are made again.
     """
     n, d, k = new.n, new.d, new.k
     sample = embedding_flops(c.tokens)
@@ -448,8 +448,7 @@ def print_nightly(pools: Sequence[Pool], c: Constants, share: float, machines: i
         "moments",
         "basis, totals updated",
         "basis, rebuilt",
-        "scores of all",
-        "scores of the new",
+        "scores",
         "selection",
         "Dagster's",
         "together",
@@ -459,7 +458,6 @@ def print_nightly(pools: Sequence[Pool], c: Constants, share: float, machines: i
         new = replace(pool, n=max(1, int(share * pool.n)))
         update = {cost.asset: cost for cost in costs(pool, new, c, rebuild=False)}
         again = {cost.asset: cost for cost in costs(pool, new, c, rebuild=True)}
-        alone = {cost.asset: cost for cost in everything(new, c)}
         dagster = [cost for name, cost in update.items() if name.startswith("Dagster")]
 
         def told(chosen: Iterable[Cost]) -> str:
@@ -476,7 +474,6 @@ def print_nightly(pools: Sequence[Pool], c: Constants, share: float, machines: i
                 told([update["subspace_basis"]]),
                 told([again["subspace_basis"]]),
                 told([update["importance_scores"]]),
-                told([alone["importance_scores"]]),
                 told([update["selected_subset"]]),
                 told(dagster),
                 told(update.values()),

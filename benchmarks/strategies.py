@@ -22,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import machine
-from scalselect_assets.method.candidates import Candidates, Labels
-from scalselect_assets.method.choice import Choice, choose
-from scalselect_assets.method.quotas import Budget, Quota, Terms, agree
-from scalselect_assets.method.strategies import STRATEGIES, strategy_named
-from scalselect_assets.method.subset_measures import label_coverage, span_measures
+from scalselect_assets.method.choice.agreement import agree
+from scalselect_assets.method.choice.candidates import Candidates, Labels
+from scalselect_assets.method.choice.choose import Choice, choose
+from scalselect_assets.method.choice.strategies import STRATEGIES, strategy_named
+from scalselect_assets.method.choice.subset_measures import label_coverage, span_measures
+from scalselect_assets.method.choice.terms import Budget, Quota, Terms
 
 _SOURCES = 12
 _NOISE = 0.3  # beside directions of length 1 in every coordinate
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pool, choice = pools[largest], measured[largest][1]
             rows = choice.rows
             span = span_measures(pool.blocks, rows, largest, np.ones(options.k))
-            covered = label_coverage(pool.candidates.labels["group"], rows).covered
+            covered = label_coverage(pool.candidates.labels["group"], rows)
             mib = peak_bytes(pool, name, terms_by_name(pool, options.share)[kind]) / machine.MIB
             print(
                 f"| {name} | {kind} | "

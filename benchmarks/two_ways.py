@@ -15,17 +15,17 @@ from PIL import Image
 
 from benchmarks.representation_model import PROMPTS
 from benchmarks.representation_pool import ImageFolder
-from scalselect_assets.method.conversation import IMAGE, Conversation
-from scalselect_assets.method.encoder import ChatSample, Representation, VlmEncoder
-from scalselect_assets.method.loading import (
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation
+from scalselect_assets.method.representation.encoder import ChatSample, Representation, VlmEncoder
+from scalselect_assets.method.representation.loading import (
     DEFAULT_ATTENTION_MASS,
     DeviceName,
     DtypeName,
     load_encoder,
     resolve_device,
 )
-from scalselect_assets.method.processors import load_processor
-from scalselect_assets.method.quiet import quiet_transformers
+from scalselect_assets.method.representation.processors import load_processor
+from scalselect_assets.method.representation.quiet import quiet_transformers
 
 Matrix = NDArray[np.float32]
 OURS: Final = "ours"

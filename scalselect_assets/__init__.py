@@ -22,15 +22,15 @@ shards and materializes exactly what is stale; `method` is the paper, without Da
 This package itself imports nothing, so that `scalselect_assets.method` runs where Dagster is not installed.
 """
 
-ASSET_MODULES = (
-    "raw_samples",
-    "attention_embeddings",
-    "embedding_moments",
-    "subspace_basis",
-    "importance_scores",
-    "removed_samples",
-    "selected_subset",
-    "training_dataset",
-    "selection_report",
-)
-"""The asset modules in path order; each bears the name of its asset. `Selection.assets` are those it has."""
+ASSET_MODULES = {
+    "raw_samples": "scalselect_assets.pool.raw_samples",
+    "attention_embeddings": "scalselect_assets.embedding.attention_embeddings",
+    "embedding_moments": "scalselect_assets.subspace.embedding_moments",
+    "subspace_basis": "scalselect_assets.subspace.subspace_basis",
+    "importance_scores": "scalselect_assets.subspace.importance_scores",
+    "removed_samples": "scalselect_assets.choice.removed_samples",
+    "selected_subset": "scalselect_assets.choice.selected_subset",
+    "training_dataset": "scalselect_assets.dataset.training_dataset",
+    "selection_report": "scalselect_assets.report.selection_report",
+}
+"""The asset modules by asset, in path order. A new asset is one more line here and its module."""

@@ -12,12 +12,13 @@ from typing import Any
 
 import dagster as dg
 
-from resources.progress import LogProgress
-from resources.sample_source import STORE_MARK
-from resources.storage import StorageResource
-from resources.vlm import VlmResource
-from scalselect_assets.attention_embeddings import limit_devices
-from scalselect_assets.selection import Selection, SelectionFileError, read_selection
+from scalselect_assets.declaration.selection import Selection, SelectionFileError, read_selection
+from scalselect_assets.embedding.device_pool import limit_devices
+from scalselect_assets.graph import selection_defs
+from scalselect_assets.resources.progress import LogProgress
+from scalselect_assets.resources.sample_source import STORE_MARK
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import VlmResource
 
 SELECTIONS_VARIABLE = "SCALSELECT_SELECTIONS"
 """Environment variable: declaration files or folders of them, separated as in PATH."""
@@ -71,15 +72,19 @@ def _declarations(entry: Path) -> list[Path]:
     return [entry]
 
 
+def default_resources() -> dict[str, Any]:
+    """The resources that assets ask for, by name, as a deployment has them that configures none."""
+    return {"storage": StorageResource(), "vlm": VlmResource(), "progress": LogProgress()}
+
+
 def build_defs(
     selections: Iterable[Selection], resource_overrides: Mapping[str, Any] | None = None
 ) -> dg.Definitions:
     """The graphs of all `selections` with one set of resources, any of which can be replaced."""
-    resources = {"storage": StorageResource(), "vlm": VlmResource(), "progress": LogProgress()}
     return dg.Definitions.merge(
-        *(dg.build_defs_for_component(selection) for selection in selections),
+        *(selection_defs(selection) for selection in selections),
         dg.Definitions(
-            resources={**resources, **(resource_overrides or {})},
+            resources={**default_resources(), **(resource_overrides or {})},
             # A process per step would import torch and load the model for each.
             executor=dg.in_process_executor,
         ),

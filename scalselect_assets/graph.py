@@ -1,29 +1,29 @@
 """One selection's graph: its sources, the assets of the path, their jobs and what drives them."""
 
 import warnings
-from importlib import import_module
+from collections.abc import Sequence
 
 import dagster as dg
 
-from scalselect_assets import subspace_basis
-from scalselect_assets.automation import automation_sensors, nightly_schedule
-from scalselect_assets.maintenance import maintenance_job
-from scalselect_assets.refresh import refresh_job, source_assets
-from scalselect_assets.selection import Selection
+from scalselect_assets.asset_path import path_of
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.operations.automation import automation_condition
+from scalselect_assets.operations.jobs import maintenance_job, nightly_schedule, refresh_job
+from scalselect_assets.operations.sensors import automation_sensors
+from scalselect_assets.pool.discovery import source_assets
+from scalselect_assets.subspace import verification
 
 
 def selection_defs(selection: Selection) -> dg.Definitions:
     """Everything that Dagster holds of one selection, except the resources, which a deployment shares."""
     with warnings.catch_warnings():
-        # Dagster calls backfills in one run a beta, and checks by partition a preview.
+        # Dagster calls backfills in one run and observed sources a beta, and checks by partition a preview.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        assets: list[dg.AssetsDefinition] = [
-            import_module(f"scalselect_assets.{name}").build(selection) for name in selection.assets
-        ]
+        sources, assets = source_assets(selection), _assets(selection)
     declarative = selection.is_declarative
     return dg.Definitions(
-        assets=[*source_assets(selection), *assets],
+        assets=[*sources, *assets],
         jobs=[
             dg.define_asset_job(
                 selection.job_name("assets"),
@@ -32,9 +32,21 @@ def selection_defs(selection: Selection) -> dg.Definitions:
                 executor_def=dg.in_process_executor,
             ),
             *([] if declarative else [refresh_job(selection)]),
-            subspace_basis.verify_job(selection),
+            verification.verify_job(selection),
             maintenance_job(selection),
         ],
         schedules=[] if declarative else [nightly_schedule(selection)],
         sensors=automation_sensors(selection) if declarative else [],
+    )
+
+
+def _assets(selection: Selection) -> Sequence[dg.AssetsDefinition]:
+    """The assets of the path, each with the condition on which Dagster requests it, if any."""
+    built: list[dg.AssetsDefinition] = [asset.build(selection) for asset in path_of(selection)]
+    # A condition is about the whole path, so an asset module does not know its own.
+    return dg.map_asset_specs(
+        lambda spec: spec.replace_attributes(
+            automation_condition=automation_condition(selection, spec.key.path[-1])
+        ),
+        built,
     )

@@ -82,7 +82,7 @@ def one_torch_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model: a real LLaVA architecture with its real processor, randomly initialised."""
-    from scalselect_assets.demo.model import write_demo_vlm
+    from scalselect_assets.demo.demo_model import write_demo_vlm
 
     return write_demo_vlm(tmp_path_factory.mktemp("models") / "demo-vlm")
 

@@ -1,6 +1,5 @@
 """The code location: it loads light, from declarations, and keeps the layers apart."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -11,10 +10,22 @@ import dagster as dg
 import pytest
 
 from scalselect_assets import ASSET_MODULES
+from scalselect_assets.component import SelectionComponent
+from scalselect_assets.dataset import training_manifest
+from scalselect_assets.declaration.selection import (
+    DECLARATION_TYPE,
+    Selection,
+    SelectionFileError,
+    read_selection,
+)
 from scalselect_assets.deployment import build_defs, declared_selections
-from scalselect_assets.selection import Selection, SelectionFileError, read_selection
+from scalselect_assets.operations.automation import automation_condition
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.subspace.subspace_basis import provenance, version
 
 ROOT = Path(__file__).parents[1]
+EARLIER_TYPE = "scalselect_assets.selection.Selection"
+"""Stands in stores of earlier releases, so it stays although the class has moved."""
 
 
 def selection(name: str = "pool", **more: object) -> Selection:
@@ -44,40 +55,10 @@ def test_definitions_load_without_torch_transformers_or_lancedb(tmp_path: Path) 
 
 def test_the_method_loads_without_dagster_polars_or_lancedb() -> None:
     modules = imported_in_a_fresh_process(
-        "import scalselect_assets.method.encoder, scalselect_assets.method.leverage, "
-        "scalselect_assets.method.selection"
+        "import scalselect_assets.method.representation.encoder, scalselect_assets.method.subspace.leverage, "
+        "scalselect_assets.method.choice.choose"
     )
-    assert not modules & {"dagster", "polars", "lancedb", "upath", "resources"}
-
-
-def imports_of(path: Path) -> set[str]:
-    """Top-level names and dotted modules that a file imports, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return found
-
-
-@pytest.mark.parametrize(
-    ("folder", "forbidden"),
-    [
-        ("scalselect_assets/method", ("dagster", "polars", "lancedb", "resources", "upath", "pyarrow")),
-        ("resources", ("scalselect_assets.",)),
-        ("scalselect_assets", ("definitions",)),
-    ],
-)
-def test_imports_point_down_only(folder: str, forbidden: tuple[str, ...]) -> None:
-    allowed = "scalselect_assets.method"
-    for path in (ROOT / folder).rglob("*.py"):
-        wrong = {
-            name
-            for name in imports_of(path)
-            if name.startswith(forbidden) and not name.startswith(allowed) and name != "scalselect_assets"
-        }
-        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+    assert not modules & {"dagster", "polars", "lancedb", "upath", "scalselect_assets.resources"}
 
 
 def test_the_graph_is_the_documented_path() -> None:
@@ -161,6 +142,37 @@ def test_a_declarative_selection_has_two_sensors_that_a_person_turns_on(automati
     assert dg.Definitions.validate_loadable(defs) is None
 
 
+@pytest.mark.parametrize("automation", ["refresh", "declarative", "declarative_nightly"])
+def test_assets_differ_between_the_ways_to_automate_in_their_conditions_only(automation: str) -> None:
+    declared = selection("pool", automation=automation, near_duplicates={})
+    assets = assets_by_name(declared)
+    refreshed = assets_by_name(selection("pool", near_duplicates={}))
+    assert set(assets) == set(ASSET_MODULES)
+    for name, asset in assets.items():
+        (spec,) = asset.specs
+        assert spec.automation_condition == automation_condition(declared, name)
+        (other,) = refreshed[name].specs
+        assert spec.replace_attributes(automation_condition=None) == other
+        for unchanged in (
+            "check_specs_by_output_name",
+            "backfill_policy",
+            "partitions_def",
+            "required_resource_keys",
+        ):
+            assert getattr(asset, unchanged) == getattr(refreshed[name], unchanged), f"{name}: {unchanged}"
+        assert (asset.op.name, asset.op.pool) == (refreshed[name].op.name, refreshed[name].op.pool)
+    # Dagster observes the sources and cannot request them.
+    graph = build_defs([declared]).resolve_asset_graph()
+    sources = graph.get_all_asset_keys() - graph.materializable_asset_keys
+    assert {key.path[-1] for key in sources} == {"shard_files", "shard_manifest"}
+    assert {graph.get(key).automation_condition for key in sources} == {None}
+
+
+def assets_by_name(declared: Selection) -> dict[str, dg.AssetsDefinition]:
+    assets = build_defs([declared]).get_repository_def().assets_defs_by_key
+    return {key.path[-1]: asset for key, asset in assets.items()}
+
+
 def drivers(defs: dg.Definitions) -> set[str]:
     """What could make a run by itself, and what such a run would be of."""
     repository = defs.get_repository_def()
@@ -201,7 +213,7 @@ def test_a_declaration_survives_its_file(tmp_path: Path) -> None:
 
 def test_relative_paths_of_a_declaration_start_at_its_file(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(
-        "type: scalselect_assets.selection.Selection\n"
+        "type: scalselect_assets.component.SelectionComponent\n"
         "attributes: {name: a, source: pool, store: ./store, target_model: ./vlm, image_root: s3://bucket/i}\n"
     )
     (tmp_path / "vlm").mkdir()
@@ -210,10 +222,38 @@ def test_relative_paths_of_a_declaration_start_at_its_file(tmp_path: Path) -> No
     assert (got.target_model, got.image_root) == (str(tmp_path / "vlm"), "s3://bucket/i")
 
 
+def test_a_retired_setting_is_read_where_it_changed_nothing_and_is_not_written_again(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    new.write_text(selection().to_yaml())
+    assert "max_drift" not in new.read_text()
+    old.write_text(f"{new.read_text()}  max_drift: 0.0\n")
+    assert read_selection(old) == read_selection(new)
+    assert read_selection(old).to_yaml() == new.read_text()
+    with pytest.raises(ValueError, match="Remove the line max_drift"):  # by Dagster's own loader, too
+        SelectionComponent.resolve_from_dict({**selection().model_dump(), "max_drift": 0.05})
+
+
+def test_a_retired_setting_stays_in_the_hashes_that_stores_hold() -> None:
+    declared = selection()
+    basis = digest("subspace_basis", "2", {"basis": version(declared, {"a": "1"}), "max_drift": 0.0})
+    assert provenance(declared, {"a": "1"}) == basis
+    settings = {**declared.result_settings(), "max_drift": 0.0}
+    del settings["exports"]
+    inputs = {
+        "settings": settings,
+        "selected_subset": ["p", "v"],
+        "subspace_basis": "b",
+        "left_out": [],
+    }
+    expected = digest("training_dataset", "1", inputs)
+    assert training_manifest.provenance(declared, "p", "v", "b", []) == expected
+
+
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
         ("{name: a, source: s, store: t}", "target_model"),
+        ("{name: a, source: s, store: t, target_model: m, max_drift: 0.05}", "Remove the line max_drift"),
         ("{name: a, source: s, store: t, target_model: m, energy: 1.5}", "energy"),
         ("{name: a, source: s, store: t, target_model: m, budget: 0}", "budget"),
         ("{name: a, source: s, store: t, target_model: m, budget: 1.5}", "budget"),
@@ -225,8 +265,56 @@ def test_a_wrong_declaration_names_the_file_and_the_attribute(
     tmp_path: Path, attributes: str, message: str
 ) -> None:
     path = tmp_path / "wrong.yaml"
-    path.write_text(f"type: scalselect_assets.selection.Selection\nattributes: {attributes}\n")
+    path.write_text(f"type: scalselect_assets.component.SelectionComponent\nattributes: {attributes}\n")
     with pytest.raises(SelectionFileError, match=message) as caught:
+        read_selection(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_declaration_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    declared = selection(budget=100, near_duplicates={})
+    written = declared.to_yaml()
+    path = tmp_path / "selection.yaml"
+    path.write_text(written.replace(DECLARATION_TYPE, EARLIER_TYPE))
+    assert EARLIER_TYPE in path.read_text()
+    assert read_selection(path) == declared
+    assert read_selection(path).to_yaml() == written  # the next run names the component
+
+
+@pytest.mark.parametrize(
+    ("written", "got"),
+    [
+        ("type: other.Component\nattributes: {}\n", "'other.Component'"),
+        (
+            "type: scalselect_assets.declaration.selection.SelectionComponent\n",
+            "'scalselect_assets.declaration.selection.Sel",
+        ),
+        ("type: [scalselect_assets.component.SelectionComponent]\n", r"\['scalselect_assets"),
+        ("attributes: {name: a, source: s, store: t, target_model: m}\n", "None"),
+    ],
+)
+def test_a_declaration_of_another_type_is_refused_by_name(tmp_path: Path, written: str, got: str) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text(written)
+    with pytest.raises(SelectionFileError, match=f"declares the type {got}") as caught:
+        read_selection(path)
+    assert all(text in str(caught.value) for text in (str(path), DECLARATION_TYPE, EARLIER_TYPE))
+
+
+@pytest.mark.parametrize("written", ["", "3\n", "- type\n"])
+def test_a_file_that_holds_no_mapping_is_no_declaration(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(written)
+    with pytest.raises(SelectionFileError, match="does not hold a mapping") as caught:
+        read_selection(path)
+    assert all(text in str(caught.value) for text in (str(path), DECLARATION_TYPE))
+
+
+@pytest.mark.parametrize("attributes", ["3", "[name]", "a"])
+def test_attributes_that_are_no_mapping_are_refused(tmp_path: Path, attributes: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"type: {DECLARATION_TYPE}\nattributes: {attributes}\n")
+    with pytest.raises(SelectionFileError, match="has the `attributes`") as caught:
         read_selection(path)
     assert str(path) in str(caught.value)
 

@@ -2,7 +2,7 @@
 
 The prompt is what the model's own chat template writes. Few templates mark their answers for Transformers
 (``{% generation %}``), so answers are found from the template's structure, as the selection finds them
-(`scalselect_assets.method.chat`), for every family alike; where a template does mark them, the labels agree
+(`method.representation.chat`), for every family alike; where a template does mark them, the labels agree
 with its marks. Beyond an answer's content, one thing is learnt: the token that ends the turn, so that the
 tuned model knows when to stop.
 """
@@ -17,11 +17,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from upath import UPath
 
-from resources.image_root import ImageRoot
-from resources.samples import parse_row, shorten
-from scalselect_assets.method.chat import ChatTemplateError, render_chat
-from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError, decode_image
-from scalselect_assets.method.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation.chat import ChatTemplateError, render_chat
+from scalselect_assets.method.representation.images import (
+    ImageTooLargeError,
+    UndecodableImageError,
+    decode_image,
+)
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.resources.image_root import ImageRoot
+from scalselect_assets.resources.samples import parse_row, shorten
 
 IGNORED = -100
 """The label of a token that carries no loss, as PyTorch's cross entropy has it."""

@@ -41,10 +41,10 @@ from transformers import (
     set_seed,
 )
 
-from resources.identity import digest
-from scalselect_assets.method.model_card import weights_sha256
-from scalselect_assets.method.processors import load_processor
-from scalselect_assets.method.quiet import quiet_transformers
+from scalselect_assets.method.representation.model_card import weights_sha256
+from scalselect_assets.method.representation.processors import load_processor
+from scalselect_assets.method.representation.quiet import quiet_transformers
+from scalselect_assets.resources.identity import digest
 from training.examples import Collator, LeftOut, Rows, judge
 from training.exports import Export
 from training.recipe import Recipe

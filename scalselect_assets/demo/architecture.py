@@ -1,6 +1,6 @@
 """The demo model's parts: a LLaVA-1.5 architecture, its weights, and its tokenizer and processor.
 
-Kept apart from `scalselect_assets.demo.model` because it imports torch, which a demo that is up to date does
+Kept apart from `demo_model` because it imports torch, which a demo that is up to date does
 not need.
 """
 
@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scalselect_assets.demo.pool import IMAGE_SIDE, demo_corpus
+from scalselect_assets.demo.demo_pool import demo_corpus
+from scalselect_assets.demo.scenes import IMAGE_SIDE
 
 PATCH_SIDE: Final = 14
 N_IMAGE_TOKENS: Final = (IMAGE_SIDE // PATCH_SIDE) ** 2

@@ -5,7 +5,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.report.content import LeverageBin
+from scalselect_assets.charts.chart_data import LeverageBin
 
 _PER_OCTAVE: Final = 64
 _PER_BIN: Final = _PER_OCTAVE // 4

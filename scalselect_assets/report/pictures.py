@@ -5,7 +5,7 @@ from typing import Final
 
 from PIL import Image
 
-from scalselect_assets.method.images import DEFAULT_MAX_PIXELS, decode_image
+from scalselect_assets.method.representation.images import DEFAULT_MAX_PIXELS, decode_image
 from scalselect_assets.report.content import Picture
 
 MAX_SIDE: Final = 256

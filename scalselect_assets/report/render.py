@@ -14,8 +14,9 @@ from typing import Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from scalselect_assets.report import charts, told
-from scalselect_assets.report.content import EnergyCurve, Picture, ReportContent
+from scalselect_assets.charts import captions, figures
+from scalselect_assets.charts.chart_data import EnergyCurve
+from scalselect_assets.report.content import Picture, ReportContent
 
 _TEMPLATE: Final = "report.html.jinja"
 _TABLE_ROWS = 40  # of a chart's numbers; the chart shows the rest
@@ -35,10 +36,10 @@ def render(content: ReportContent) -> str:
         energy_svg=_energy_svg(content.energy),
         leverage_svg=_leverage_svg(content),
         rank_svg=_rank_svg(content),
-        energy_told=told.energy(content.energy),
-        leverage_told=told.leverage(content.leverage, content.counts.selected),
-        rank_told=told.ranks(content.leverage),
-        churn_told=None if content.churn is None else told.churn(content.churn),
+        energy_told=captions.energy(content.energy),
+        leverage_told=captions.leverage(content.leverage, content.counts.selected),
+        rank_told=captions.ranks(content.leverage),
+        churn_told=None if content.churn is None else captions.churn(content.churn),
     )
 
 
@@ -102,22 +103,22 @@ def _thinned(rows: list[Any], keep: Any = None) -> list[Any]:
 def _energy_svg(curve: EnergyCurve) -> Markup | None:
     if not curve.rank:
         return None
-    return _chart(charts.energy_chart(curve), "energy", told.energy(curve))
+    return _chart(figures.energy_chart(curve), "energy", captions.energy(curve))
 
 
 def _leverage_svg(content: ReportContent) -> Markup | None:
     if not any(one.low for one in content.leverage.bins):
         return None
-    label = told.leverage(content.leverage, content.counts.selected)
-    return _chart(charts.leverage_chart(content.leverage), "leverage", label)
+    label = captions.leverage(content.leverage, content.counts.selected)
+    return _chart(figures.leverage_chart(content.leverage), "leverage", label)
 
 
 def _rank_svg(content: ReportContent) -> Markup | None:
     if not content.leverage.ranks:
         return None
-    draw = charts.rank_chart(content.leverage, content.counts.selected)
-    return _chart(draw, "rank", told.ranks(content.leverage))
+    draw = figures.rank_chart(content.leverage, content.counts.selected)
+    return _chart(draw, "rank", captions.ranks(content.leverage))
 
 
-def _chart(draw: charts.Draw, name: str, label: str) -> Markup:
-    return Markup(charts.themed_svg(draw, name, label))  # noqa: S704 - made of numbers, by us
+def _chart(draw: figures.Draw, name: str, label: str) -> Markup:
+    return Markup(figures.themed_svg(draw, name, label))  # noqa: S704 - made of numbers, by us

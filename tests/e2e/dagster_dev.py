@@ -19,7 +19,7 @@ from typing import Any
 
 import dagster as dg
 
-from scalselect_assets.selection import Selection
+from scalselect_assets.declaration.selection import Selection
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0  # seconds; a busy machine starts a run's process in tens of them

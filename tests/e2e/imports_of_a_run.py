@@ -10,5 +10,6 @@ from transformers import (  # noqa: F401 - the demo model's classes
     LlavaProcessor,
 )
 
-from scalselect_assets import deployment, graph, plots  # noqa: F401
+from scalselect_assets import deployment, graph  # noqa: F401
+from scalselect_assets.charts import in_dagster  # noqa: F401
 from tests import all_methods  # noqa: F401

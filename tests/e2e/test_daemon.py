@@ -14,7 +14,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from scalselect_assets.selection import Selection
+from scalselect_assets.declaration.selection import Selection
 from tests.conftest import write_lines, write_pool_shard
 from tests.e2e.dagster_dev import DagsterDev, overlap, shown
 

@@ -132,12 +132,16 @@ def _prepare() -> None:
     import lancedb.background_loop
     import scipy.integrate  # noqa: F401
 
-    from scalselect_assets import graph, plots  # noqa: F401
+    from scalselect_assets import graph  # noqa: F401
+    from scalselect_assets.charts import in_dagster
     from tests import all_methods  # noqa: F401
-    from tests.faults import bench, kills, standin  # noqa: F401
+    from tests.faults import (
+        known_pool,  # noqa: F401
+        standin,
+    )
 
     standin.install()
-    plots.energy_curve = lambda *_: dg.MetadataValue.md("")  # type: ignore[assignment]
+    in_dagster.energy_curve = lambda *_: dg.MetadataValue.md("")  # type: ignore[assignment]
     # The only thread so far; LanceDB starts another in each child, after the fork.
     loop = lancedb.background_loop.LOOP
     loop.loop.call_soon_threadsafe(loop.loop.stop)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.bench import Pool
 from tests.faults.children import Children
+from tests.faults.known_pool import Pool
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers

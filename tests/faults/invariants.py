@@ -14,9 +14,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from resources.artifacts import ArtifactMissingError
-from scalselect_assets import attention_embeddings, subspace_basis, training_dataset
-from tests.faults.bench import FaultBench, Pool
+from scalselect_assets.dataset import training_manifest
+from scalselect_assets.embedding import receipts
+from scalselect_assets.resources.artifacts import ArtifactMissingError
+from scalselect_assets.subspace import subspace_basis
+from tests.faults.known_pool import FaultBench, Pool
 
 Content: TypeAlias = dict[Any, Any]
 """Rows or parts of an artifact by name; numbers are compared within rounding."""
@@ -46,7 +48,7 @@ def contents(bench: FaultBench) -> dict[str, Content]:
         with artifact("raw_samples", shard) as raw:
             raw.update(artifacts.read_frame("raw_samples", shard)[0].select("row", "text").iter_rows())
         with artifact("attention_embeddings", shard) as embedded:
-            table, _ = attention_embeddings.recorded_table(artifacts, shard)
+            table, _ = receipts.recorded_table(artifacts, shard)
             rows = tables.read_all(table).select(["row", "text", "vector"]).to_pylist()
             embedded.update({row["row"]: row["text"] for row in rows})
             embedded.update({f"vector {row['row']}": np.array(row["vector"]) for row in rows})
@@ -73,7 +75,7 @@ def contents(bench: FaultBench) -> dict[str, Content]:
                 enumerate((bench.store / "training_dataset" / "train.jsonl").read_text().splitlines())
             )
     with artifact("manifest") as manifest:
-        told = training_dataset.read_manifest(artifacts)
+        told = training_manifest.read_manifest(artifacts)
         manifest.update({name: told[name] for name in ("rows", "embedded", "rejected", "selected")})
         manifest["shards"] = sorted(told["shards"])
     return found
@@ -173,7 +175,7 @@ def _table_versions(bench: FaultBench, basis_version: str) -> dict[str, int]:
             moments = json.loads(header["shards"])
             return {shard: int(moments[shard]["lance_version"]) for shard in moments}
     with suppress(ArtifactMissingError):
-        manifest = training_dataset.read_manifest(bench.artifacts)
+        manifest = training_manifest.read_manifest(bench.artifacts)
         if manifest["basis_version"] == basis_version:
             return {shard: lineage["lance_version"] for shard, lineage in manifest["shards"].items()}
     return {}
@@ -183,7 +185,7 @@ def _embedded(bench: FaultBench, shard: str, version: int | None) -> set[str]:
     """The samples in one version of a shard's table; in all of them, where which is not known."""
     import lancedb
 
-    table, _ = attention_embeddings.recorded_table(bench.artifacts, shard)
+    table, _ = receipts.recorded_table(bench.artifacts, shard)
     handle = lancedb.connect(str(bench.store / "lance")).open_table(table.table)
     keys: set[str] = set()
     for one in [version] if version is not None else [known["version"] for known in handle.list_versions()]:

@@ -18,11 +18,12 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
-from resources.artifacts import ArtifactStore
-from resources.embedding_store import EmbeddingStore
-from scalselect_assets import ASSET_MODULES, reuse
+from scalselect_assets import ASSET_MODULES
+from scalselect_assets.embedding import reuse
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.embedding_store import EmbeddingStore
 from tests.faults import standin
-from tests.faults.bench import FaultBench
+from tests.faults.known_pool import FaultBench
 
 TABLE = "commit of a table"
 DAGSTER = "Dagster's records"
@@ -32,7 +33,7 @@ KEPT = "(set aside)"
 RECEIPT = "receipt of a table"
 EMBEDDING = "attention_embeddings"
 ABSENT = {"removed_samples", "selection_report"}  # which the pool's selection does not declare
-_FIRST, _LATER = ASSET_MODULES[:2], [asset for asset in ASSET_MODULES[2:] if asset not in ABSENT]
+_FIRST, _LATER = list(ASSET_MODULES)[:2], [asset for asset in list(ASSET_MODULES)[2:] if asset not in ABSENT]
 STAGES = (DISCOVERY, *_FIRST, TABLE, RECEIPT, *_LATER, DAGSTER, BETWEEN)
 """In the order in which a refresh comes past them; Dagster's records are everywhere."""
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scalselect_assets.method import loading
-from scalselect_assets.method.encoder import ChatSample, Outcome, Representation
-from scalselect_assets.method.model_card import ModelCard
-from scalselect_assets.method.rejection import Rejection, RejectionReason
-from scalselect_assets.method.workers import ImageReader
+from scalselect_assets.method.representation import loading
+from scalselect_assets.method.representation.encoder import ChatSample, Outcome, Representation
+from scalselect_assets.method.representation.model_card import ModelCard
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation.workers import ImageReader
 
 MODEL = "stand-in/of-a-model"
 DIMENSION = 6

@@ -10,10 +10,10 @@ from pathlib import Path
 import dagster._time
 import pytest
 
-from scalselect_assets.refresh import RefreshReport
-from tests.faults.bench import FaultBench, Pool
+from scalselect_assets.operations.refresh import RefreshReport
 from tests.faults.children import Children
 from tests.faults.invariants import incomplete
+from tests.faults.known_pool import FaultBench, Pool
 
 DAY = 86_400.0
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from resources.artifacts import ArtifactStore
-from tests.faults.bench import FaultBench, Pool, problems
+from scalselect_assets.resources.artifacts import ArtifactStore
 from tests.faults.children import Children
 from tests.faults.invariants import contents, expected, incomplete, torn
+from tests.faults.known_pool import FaultBench, Pool, problems
 
 SEED = 9
 NOT_ARTIFACTS = {"dagster", "lance", ".locks"}

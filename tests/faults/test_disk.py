@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from scalselect_assets.refresh import summary
-from tests.faults.bench import FaultBench, Pool, problems
+from scalselect_assets.operations.summary import summary
 from tests.faults.children import Children
 from tests.faults.invariants import Content, contents, expected, incomplete, torn
+from tests.faults.known_pool import FaultBench, Pool, problems
 from tests.quick_dagster import closed_connections
 
 PAGE = 4096

@@ -15,9 +15,9 @@ from dagster._utils.interrupts import capture_interrupts
 from sqlalchemy import Engine, ExceptionContext, event
 
 from scalselect_assets.deployment import open_instance
-from tests.faults.bench import FaultBench, Pool, refresh
 from tests.faults.children import Children
 from tests.faults.invariants import contents, expected, same
+from tests.faults.known_pool import FaultBench, Pool, refresh
 from tests.faults.standin import load_real_encoder
 from tests.method.samples import question, read_image
 

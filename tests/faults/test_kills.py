@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.faults import kills
-from tests.faults.bench import FaultBench, Pool, refresh
 from tests.faults.children import Children, Ended
 from tests.faults.invariants import contents, expected, leftovers, same, torn, unembedded
 from tests.faults.kills import KEPT, STAGES, TABLE, Kill
+from tests.faults.known_pool import FaultBench, Pool, refresh
 
 SEED = 5
 N_KILLS = 54

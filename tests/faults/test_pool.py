@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from resources.sample_source import SampleSource
-from scalselect_assets import materialization
+from scalselect_assets.recording import materialization
+from scalselect_assets.resources.sample_source import SampleSource
 from tests.faults import standin
-from tests.faults.bench import FaultBench, Pool, problems
 from tests.faults.children import Children
 from tests.faults.invariants import contents, expected, incomplete, same, torn
+from tests.faults.known_pool import FaultBench, Pool, problems
 
 Replace = Callable[[Pool], None]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.locks import StoreBusyError
 from scalselect_assets.deployment import build_defs
-from scalselect_assets.partitions import shards_name
-from tests.faults.bench import FaultBench, Pool, refresh
+from scalselect_assets.recording.partitions import shards_name
+from scalselect_assets.resources.locks import StoreBusyError
 from tests.faults.children import Children
 from tests.faults.invariants import contents, expected, incomplete, same
+from tests.faults.known_pool import FaultBench, Pool, refresh
 from tests.faults.standin import StandIn
 
 SHARD = "a.jsonl"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.encoder import VlmEncoder
-    from scalselect_assets.method.preparation import Preparer
+    from scalselect_assets.method.representation.encoder import VlmEncoder
+    from scalselect_assets.method.representation.preparation import Preparer
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tiny_encoder(tiny_vlm: Callable[[str], Path]) -> Callable[[str], "VlmEncoder"]:
     """The loaded encoder of a family."""
-    from scalselect_assets.method.loading import load_encoder
+    from scalselect_assets.method.representation.loading import load_encoder
 
     return cache(lambda family: load_encoder(str(tiny_vlm(family)), device="cpu"))
 
@@ -34,9 +34,9 @@ def tiny_preparer(tiny_vlm: Callable[[str], Path]) -> Callable[..., "Preparer"]:
     """A preparer of a family's tiny model; options are those of ``Preparer``."""
     from transformers import AutoConfig
 
-    from scalselect_assets.method.families import image_token_id
-    from scalselect_assets.method.preparation import Preparer
-    from scalselect_assets.method.processors import load_processor
+    from scalselect_assets.method.representation.families import image_token_id
+    from scalselect_assets.method.representation.preparation import Preparer
+    from scalselect_assets.method.representation.processors import load_processor
 
     def make(family: str, **options: int) -> Preparer:
         path = str(tiny_vlm(family))

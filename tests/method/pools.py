@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.candidates import Candidates, Labels
+from scalselect_assets.method.choice.candidates import Candidates, Labels
 
 
 def candidates(

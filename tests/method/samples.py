@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scalselect_assets.method.conversation import IMAGE, Conversation, Turn
-from scalselect_assets.method.encoder import ChatSample, Outcome, Representation, VlmEncoder
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.encoder import ChatSample, Outcome, Representation, VlmEncoder
 from tests.conftest import png_bytes
 
 

@@ -1,5 +1,8 @@
 """Rows that the tests of several methods share."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,3 +19,26 @@ def with_outlier_dimensions(x: NDArray[np.float64]) -> NDArray[np.float64]:
     x[:, 1] = x[:, 1] * 1e3 + 1e4
     x[:, 2] += 1e6
     return x
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VectorsInMemory:
+    """The `near_duplicates.Vectors` of a matrix, compared exactly.
+
+    Attributes:
+        matrix: (n, d) float32 unit vectors.
+    """
+
+    matrix: NDArray[np.float32]
+
+    def take(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Vectors`."""
+        return self.matrix[positions]
+
+    def near(
+        self,
+        queries: NDArray[np.float32],  # noqa: ARG002 - all rows are candidates
+        cosine: float,  # noqa: ARG002
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """See `Vectors`."""
+        yield np.arange(len(self.matrix)), self.matrix

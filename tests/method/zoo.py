@@ -36,7 +36,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from scalselect_assets.method.conversation import IMAGE, Conversation
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation
 
 _HIDDEN: Final = 64
 _HEADS: Final = 4

@@ -7,15 +7,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from scalselect_assets.charts.chart_data import Churn, EnergyCurve, LeverageProfile
 from scalselect_assets.report.content import (
-    Churn,
     Comparison,
     Counts,
-    EnergyCurve,
     Fact,
     Gallery,
     GalleryItem,
-    LeverageProfile,
     Measure,
     Picture,
     RejectedReason,

@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from scalselect_assets.method.images import ImageTooLargeError, UndecodableImageError
+from scalselect_assets.method.representation.images import ImageTooLargeError, UndecodableImageError
 from scalselect_assets.report.pictures import MAX_SIDE, thumbnail
 from tests.conftest import png_bytes
 

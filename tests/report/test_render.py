@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scalselect_assets.report import charts
+from scalselect_assets.charts import figures
 from scalselect_assets.report.content import Picture
 from scalselect_assets.report.render import render
 from tests.report.page import Page
@@ -249,16 +249,16 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_charts_of_one_page_do_not_share_ids() -> None:
-    draw = charts.leverage_chart(full_content().leverage)
-    first, second = (set(re.findall(r'\bid="([^"]*)"', charts.themed_svg(draw, name, "x"))) for name in "ab")
+    draw = figures.leverage_chart(full_content().leverage)
+    first, second = (set(re.findall(r'\bid="([^"]*)"', figures.themed_svg(draw, name, "x"))) for name in "ab")
     assert first
     assert not first & second
 
 
 def test_a_chart_as_a_picture_is_the_same_every_time() -> None:
-    draw = charts.energy_chart(full_content().energy)
-    assert charts.png(draw) == charts.png(draw)
-    assert charts.png(draw).startswith(b"\x89PNG")
+    draw = figures.energy_chart(full_content().energy)
+    assert figures.png(draw) == figures.png(draw)
+    assert figures.png(draw).startswith(b"\x89PNG")
 
 
 def test_a_picture_without_data_needs_no_size() -> None:

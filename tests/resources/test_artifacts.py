@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 from upath import UPath
 
-from resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 
 HEADER = {"data_version": "1", "provenance": '{"shard": "한 / \\n"}', "empty": ""}
 FRAME = pl.DataFrame(

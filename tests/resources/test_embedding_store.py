@@ -19,7 +19,12 @@ import pyarrow as pa
 import pytest
 from upath import UPath
 
-from resources.embedding_store import EmbeddingStore, EmbeddingTable, EmbeddingTableError, table_name
+from scalselect_assets.resources.embedding_store import (
+    EmbeddingStore,
+    EmbeddingTable,
+    EmbeddingTableError,
+    table_name,
+)
 
 ROOT = Path(__file__).parents[2]
 DIMENSION = 4

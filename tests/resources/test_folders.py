@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from resources.folders import WrittenFile, remove_folder, replaced_folder
+from scalselect_assets.resources.folders import WrittenFile, remove_folder, replaced_folder
 
 
 @pytest.fixture(params=["local", "object store"])

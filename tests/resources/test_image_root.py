@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from resources.image_root import FileState, ImageRoot, file_state
-from scalselect_assets.method.rejection import Rejection
-from scalselect_assets.method.rejection import RejectionReason as Reason
+from scalselect_assets.method.representation.rejection import Rejection
+from scalselect_assets.method.representation.rejection import RejectionReason as Reason
+from scalselect_assets.resources.image_root import FileState, ImageRoot, file_state
 
 HOSTILE = [
     "a b.png",

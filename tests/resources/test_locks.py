@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.locks import StoreBusyError, StoreLocks
+from scalselect_assets.resources.locks import StoreBusyError, StoreLocks
 
 SPAWN = multiprocessing.get_context("spawn")
 

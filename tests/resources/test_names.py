@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from resources.names import decode_name, encode_name
+from scalselect_assets.resources.names import decode_name, encode_name
 
 LEGAL = re.compile(r"[A-Za-z0-9_.-]+")
 LONGEST = 180

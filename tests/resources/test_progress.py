@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from resources import progress
-from resources.progress import LogProgress
+from scalselect_assets.resources import progress
+from scalselect_assets.resources.progress import LogProgress
 
 LOG = logging.getLogger("scalselect.tests.progress")
 

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from upath import UPath
 
-from resources.sample_source import SampleSource, ShardIndex
-from resources.shard_reader import ShardFormatError
-from scalselect_assets.method.rejection import RejectionReason as Reason
+from scalselect_assets.method.representation.rejection import RejectionReason as Reason
+from scalselect_assets.resources.sample_source import SampleSource, ShardIndex
+from scalselect_assets.resources.shard_reader import ShardFormatError
 
 SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 FORBIDDEN_IN_KEYS = ["...", "\a", "\b", "\f", "\n", "\r", "\t", "\v", "\0"]

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resources.samples import (
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.rejection import RejectionReason as Reason
+from scalselect_assets.resources.samples import (
     content_key,
     conversation_of,
     occurrence_key,
@@ -15,8 +17,6 @@ from resources.samples import (
     with_image_paths,
     written_turns,
 )
-from scalselect_assets.method.conversation import IMAGE, Conversation, Turn
-from scalselect_assets.method.rejection import RejectionReason as Reason
 
 ASK = {"role": "user", "content": "<image>\nWhat is it?"}
 ANSWER = {"role": "assistant", "content": "A dog."}

@@ -8,10 +8,11 @@ import pytest
 from numpy.typing import NDArray
 from upath import UPath
 
-from resources.embedding_store import EmbeddingStore, table_name
-from resources.search_table import SEARCH_TABLE, search_table
-from scalselect_assets.method.near_duplicates import VectorsInMemory, near_duplicates, pairs_within
-from scalselect_assets.method.preprocessing import unit_rows
+from scalselect_assets.method.choice.near_duplicates import near_duplicates, pairs_within
+from scalselect_assets.method.subspace.preprocessing import unit_rows
+from scalselect_assets.resources.embedding_store import EmbeddingStore, table_name
+from scalselect_assets.resources.search_table import SEARCH_TABLE, search_table
+from tests.method.vectors import VectorsInMemory
 
 D = 32
 

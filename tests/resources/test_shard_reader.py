@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from resources import shard_reader
-from resources.shard_reader import RowText, ShardFormatError, container, iter_rows, rows_of, split_shard
+from scalselect_assets.resources import shard_reader
+from scalselect_assets.resources.shard_reader import (
+    RowText,
+    ShardFormatError,
+    container,
+    iter_rows,
+    rows_of,
+    split_shard,
+)
 
 ROW = {
     "messages": [{"role": "user", "content": "무엇? \u2028 “왜” 🙂"}, {"role": "assistant", "content": "네"}]

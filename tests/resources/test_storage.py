@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from resources.image_root import is_local
-from resources.storage import StorageResource
+from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.storage import StorageResource
 from tests.conftest import sharegpt_row, write_lines
 
 

@@ -13,11 +13,11 @@ import pytest
 from pydantic import ValidationError
 from upath import UPath
 
-from resources import vlm
-from resources.artifacts import ArtifactStore
-from resources.vlm import CARDS, VlmResource, model_signature
-from scalselect_assets.method import loading
-from scalselect_assets.method.loading import ModelLoadError
+from scalselect_assets.method.representation import loading
+from scalselect_assets.method.representation.loading import ModelLoadError
+from scalselect_assets.resources import vlm
+from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.vlm import CARDS, VlmResource, model_signature
 
 ROOT = Path(__file__).parents[2]
 CPU = VlmResource(device="cpu")
@@ -361,7 +361,7 @@ def test_the_same_folder_by_another_name_is_the_same_model(
 
 def test_importing_the_resources_imports_nothing_heavy() -> None:
     code = (
-        "import sys, resources.vlm, resources.embedding_store, resources.storage; "
+        "import sys; from scalselect_assets.resources import vlm, embedding_store, storage; "
         "print([name for name in ('torch', 'transformers', 'lancedb') if name in sys.modules])"
     )
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from upath import UPath
 
-from scalselect_assets.selection import Selection
+from scalselect_assets.declaration.selection import Selection
+from tests.bench import Bench
 from tests.conftest import png_bytes, sharegpt_row, write_lines
 from tests.quick_dagster import quick_storage
-from tests.test_refresh import Bench
 from training.exports import Export, read_export
 
 ROWS = [

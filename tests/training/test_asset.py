@@ -12,8 +12,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from tests.bench import Bench
 from tests.conftest import sharegpt_row
-from tests.test_refresh import Bench
 from tests.training.conftest import ROWS, Outputs
 from training.asset import EXTRA, TrainingRuns, build
 

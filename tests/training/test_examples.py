@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from scalselect_assets.method.processors import load_processor
-from scalselect_assets.method.quiet import quiet_transformers
-from scalselect_assets.method.rejection import Rejection
+from scalselect_assets.method.representation.processors import load_processor
+from scalselect_assets.method.representation.quiet import quiet_transformers
+from scalselect_assets.method.representation.rejection import Rejection
 from tests.conftest import png_bytes, sharegpt_row
 from tests.training.conftest import ROWS
 from training.examples import IGNORED, Collator, Prompt, Rows, judge

@@ -5,9 +5,9 @@ import json
 import pytest
 from upath import UPath
 
-from resources.samples import parse_row
+from scalselect_assets.resources.samples import parse_row
+from tests.bench import Bench
 from tests.conftest import sharegpt_row, write_lines
-from tests.test_refresh import Bench
 from tests.training.conftest import ROWS, Outputs
 from training.exports import ExportError, read_export
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from scalselect_assets.method.quiet import quiet_transformers
+from scalselect_assets.method.representation.quiet import quiet_transformers
 from tests.conftest import sharegpt_row
 from tests.training.conftest import ROWS, Outputs
 from training.fine_tuning import Result, TrainingError, fine_tune

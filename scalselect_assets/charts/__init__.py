@@ -1,0 +1,1 @@
+"""Charts and their captions, for the report and for the UI."""

@@ -1,0 +1,1 @@
+"""The `scalselect` command: options, what each subcommand does, and what it prints."""

@@ -1,0 +1,105 @@
+"""`scalselect clean`, `split` and `ui`."""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from scalselect_assets import deployment
+from scalselect_assets.cli.options import JsonOption, VerboseOption, declaration_path
+from scalselect_assets.cli.printing import ERR, OUT, PLAIN, print_json, user_errors
+from scalselect_assets.declaration.selection import read_selection
+from scalselect_assets.operations.cleaning import clean as clean_store
+from scalselect_assets.operations.leftovers import DEFAULT_RETENTION_DAYS
+from scalselect_assets.resources.shard_reader import split_shard
+from scalselect_assets.resources.storage import StorageResource
+
+
+def clean(
+    store: Annotated[str, typer.Option(help="The store to clean.")],
+    retention_days: Annotated[
+        float, typer.Option(min=0, help="How long a thing must have been unneeded.")
+    ] = DEFAULT_RETENTION_DAYS,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Remove what nothing needs any more: leftovers, old versions, shards that left, other models' tables.
+
+    What left the pool, and tables of another model, go at the second cleaning that finds them unneeded.
+    """
+    with user_errors(verbose=verbose):
+        selection = read_selection(declaration_path(store))
+        with deployment.open_instance(selection) as instance:
+            report = clean_store(
+                selection,
+                StorageResource(),
+                instance,
+                retention=timedelta(days=retention_days),
+                dry_run=dry_run,
+            )
+        if as_json:
+            print_json(report.to_json())
+            return
+        went = "would go" if dry_run else "removed"
+        for verdict, groups in ((went, report.removed_by_kind()), ("kept", report.kept_by_reason())):
+            for group in groups:
+                told = f"{group['count']:,} {group['kind'].replace('_', ' ')}, {group['bytes']:,} bytes"
+                OUT.print(f"{verdict:<24}{told}: {escape(group['why'])}", **PLAIN)
+        OUT.print(f"{report.bytes_freed:,} bytes {'would be ' if dry_run else ''}freed.", **PLAIN)
+
+
+def split(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A JSON array or JSON Lines file.", exists=True, dir_okay=False),
+    ],
+    rows: Annotated[int, typer.Option(min=1, help="Rows in each shard.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    verbose: VerboseOption = False,
+) -> None:
+    """Split one large file into shards, row by row, without loading it whole."""
+    with user_errors(verbose=verbose):
+        from upath import UPath
+
+        if out.resolve() == file.parent.resolve():
+            raise typer.BadParameter(
+                f"--out {out} is the file's own folder, where its rows would count twice; name another one"
+            )
+        result = split_shard(UPath(file.absolute()), rows, out)
+        OUT.print(f"{result.n_rows:,} rows in {len(result.files)} shards in {out}")
+        OUT.print(
+            "Image paths are relative to the file that they were in: run with "
+            f"[bold]--image-root {file.parent}[/bold]"
+        )
+
+
+def ui(
+    store: Annotated[str, typer.Option(help="The store whose runs to show.")],
+    port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 3000,
+    host: Annotated[str, typer.Option(help="Interface; the UI has no login.")] = "127.0.0.1",
+    verbose: VerboseOption = False,
+) -> None:
+    """Open the Dagster UI on a store: its graph, runs, lineage and checks."""
+    with user_errors(verbose=verbose):
+        declaration = declaration_path(store)
+        selection = read_selection(declaration)
+        deployment.open_instance(selection).dispose()
+        environment = {
+            **os.environ,
+            "DAGSTER_HOME": str(deployment.instance_folder(selection)),
+            deployment.SELECTIONS_VARIABLE: str(declaration.absolute()),
+        }
+        environment.setdefault(deployment.TICK_SETTLE_VARIABLE, "0.1")
+        ERR.print(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)")
+        # Python must not look in the current folder first, which may have a `scalselect_assets` of its own.
+        environment["PYTHONSAFEPATH"] = "1"
+        command = [sys.executable, "-m", "dagster", "dev", "-m", "scalselect_assets.code_location"]
+        # In this process' place, so that a signal reaches Dagster, which stops what it has started.
+        os.execve(sys.executable, [*command, "-h", host, "-p", str(port)], environment)  # noqa: S606

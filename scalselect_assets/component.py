@@ -1,0 +1,19 @@
+"""A selection as a component of Dagster, for projects that load their definitions with ``dg``.
+
+The settings are those of `scalselect_assets.selection.Selection`, and their files have the same form. The
+component does not bring the resources, of which a deployment has one set: merge the definitions with those of
+``scalselect_assets.deployment.build_defs([])``.
+"""
+
+import dagster as dg
+
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.graph import selection_defs
+
+
+class SelectionComponent(dg.Component, dg.Resolvable, Selection):
+    """Choose training samples from one pool for one target VLM."""
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
+        """The graph of this selection; see `scalselect_assets.graph`."""
+        return selection_defs(self)

@@ -1,0 +1,1 @@
+"""Step 7: the chosen rows as trainers read them."""

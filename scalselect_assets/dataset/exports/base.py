@@ -1,0 +1,368 @@
+"""What every export format has in common: what it is given, what it says of its files, and shared rules.
+
+A format refuses rows that its trainer cannot express, writes the others, and then reads its own files back by
+the trainer's rules (the preflight). It does not choose, order or place images; `publish` does.
+"""
+
+import enum
+import json
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+from upath import UPath
+
+from scalselect_assets.dataset.exports.rows import ExportRow
+from scalselect_assets.declaration.export_specs import ExportSpec
+from scalselect_assets.method.representation.conversation import Role
+from scalselect_assets.resources.folders import HashedStream, NewFolder
+from scalselect_assets.resources.samples import IMAGE_MARK
+from scalselect_assets.resources.shard_reader import ShardFormatError, iter_rows
+
+HF_CHUNK_BYTES = 10 << 20
+"""What the JSON reader of Hugging Face ``datasets`` takes the columns' types from: its first 10 MiB
+(``JsonConfig.chunksize``). A type that only later rows show is an error to it, so a row with an image has to
+begin before."""
+
+_PROBLEMS_TOLD = 20
+
+
+class RefusalReason(enum.StrEnum):
+    """Why a format does not take a chosen row: the typed reason in its ``rejected.jsonl``."""
+
+    TURN_ORDER = "turn_order"
+    SYSTEM_TURN = "system_turn"
+    SEVERAL_IMAGES = "several_images"
+    IMAGE_PLACE = "image_place"
+    RESERVED_TEXT = "reserved_text"
+    EMPTY_TEXT = "empty_text"
+    IMAGE_CHANGED = "image_changed"
+    IMAGE_MISSING = "image_missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why one row is not in an export: the typed reason, and what the trainer would do with it."""
+
+    reason: RefusalReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedImage:
+    """An image as an export refers to it.
+
+    Attributes:
+        reference: How the trainer's file names it, relative to `Setting.images_base`.
+        sha256: Of its bytes.
+        data: The bytes, for formats that hold them.
+    """
+
+    reference: str
+    sha256: str
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRow:
+    """A row that is to be written, with its images in order."""
+
+    row: ExportRow
+    images: tuple[PlacedImage, ...]
+
+    @property
+    def references(self) -> list[str]:
+        """The images as the trainer's file names them."""
+        return [image.reference for image in self.images]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What an export is made for.
+
+    Attributes:
+        spec: The declaration.
+        name: What the dataset is called in companion files: letters, digits, underscores.
+        images_base: The folder that image references start at, as an absolute path or a URI.
+        image_is_there: Whether a reference leads to a file, for the preflight.
+    """
+
+    spec: ExportSpec
+    name: str
+    images_base: str
+    image_is_there: Callable[[str], bool]
+
+    def absolute(self, reference: str) -> str:
+        """A reference that needs no base."""
+        return posixpath.join(self.images_base, reference)
+
+    def relative(self, reference: str) -> str:
+        """Inverse of ``absolute``; a reference that does not start at the base stays as it is."""
+        return reference.removeprefix(posixpath.join(self.images_base, ""))
+
+
+@dataclass(slots=True)
+class Preflight:
+    """What reading the written files by the trainer's rules came to.
+
+    Attributes:
+        rows: Rows that the trainer would see.
+        images: Images in them, repeated ones counted each time.
+        text_only: Rows without an image.
+        n_problems: Rules that are broken, counted each time.
+        problems: The first of them.
+    """
+
+    rows: int = 0
+    images: int = 0
+    text_only: int = 0
+    n_problems: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no rule is broken."""
+        return not self.n_problems
+
+    def row(self, n_images: int) -> None:
+        """Count a row."""
+        self.rows += 1
+        self.images += n_images
+        self.text_only += not n_images
+
+    def problem(self, text: str) -> None:
+        """Count a broken rule."""
+        self.n_problems += 1
+        if len(self.problems) < _PROBLEMS_TOLD:
+            self.problems.append(text)
+
+    def require(self, holds: object, text: str) -> bool:
+        """Count a broken rule unless it holds; returns whether it does."""
+        if not holds:
+            self.problem(text)
+        return bool(holds)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "passed": self.passed,
+            "rows": self.rows,
+            "images": self.images,
+            "text_only": self.text_only,
+            "n_problems": self.n_problems,
+            "problems": self.problems,
+        }
+
+
+class Export(Protocol):
+    """One trainer's format."""
+
+    name: str
+    """As it is declared; also the folder."""
+    embeds_images: bool
+    """Whether its files hold the images' bytes."""
+    image_row_first: bool
+    """Whether its reader takes the columns' types from the first rows, so that one with an image leads."""
+
+    def refuses(self, row: ExportRow) -> Refusal | None:
+        """Why the trainer cannot express a row, by its own source; None where it can."""
+
+    def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
+        """Write the rows and the companion file; memory of some rows.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+
+    def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
+        """Read the written files as the trainer does, by the trainer's rules.
+
+        Raises:
+            OSError: They cannot be read.
+        """
+
+
+# Refusals
+
+
+def refuse_turn_order(turns: Sequence[tuple[Role, str]]) -> Refusal | None:
+    """For trainers that want user and assistant in turn, beginning with the user, ending with an answer."""
+    if fault := unpaired([role for role, _ in turns], "user", "assistant"):
+        return Refusal(RefusalReason.TURN_ORDER, f"{fault}; the trainer skips or alters such rows")
+    return None
+
+
+def refuse_system(row: ExportRow) -> Refusal | None:
+    """For trainers that know no system turn."""
+    if any(role == "system" for role, _ in row.turns):
+        detail = "it has a system turn, which the trainer has no role for"
+        return Refusal(RefusalReason.SYSTEM_TURN, detail)
+    return None
+
+
+def refuse_images_of(row: ExportRow, *roles: Role) -> Refusal | None:
+    """For trainers that show images in some roles' turns only."""
+    for role, text in row.turns:
+        if role in roles and IMAGE_MARK in text:
+            detail = f"a turn of role {role} has an image, which the trainer does not show there"
+            return Refusal(RefusalReason.IMAGE_PLACE, detail)
+    return None
+
+
+def refuse_reserved(texts: Iterable[str], marks: Sequence[str]) -> Refusal | None:
+    """For texts that the trainer takes for marks of its own."""
+    for text in texts:
+        for mark in marks:
+            if mark in text:
+                detail = f"its text holds {mark!r}, which the trainer takes for a mark of its own"
+                return Refusal(RefusalReason.RESERVED_TEXT, detail)
+    return None
+
+
+def refuse_wordless(row: ExportRow) -> Refusal | None:
+    """For trainers that stop at a row of length 0, counted in words."""
+    if not any(text.split() for _, text in row.turns):
+        return Refusal(
+            RefusalReason.EMPTY_TEXT, "none of its turns has a word; the trainer stops at length 0"
+        )
+    return None
+
+
+def unpaired(roles: Sequence[str], user: str, assistant: str) -> str | None:
+    """What is wrong with roles that are to alternate from ``user`` on and to end with ``assistant``."""
+    for place, role in enumerate(roles):
+        if role != (wanted := (user, assistant)[place % 2]):
+            return f"turn {place} is of role {role!r} where {wanted!r} is expected"
+    return "the last turn has no answer" if len(roles) % 2 or not roles else None
+
+
+# Writing
+
+_LLAVA_ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+def llava_turns(row: ExportRow) -> list[dict[str, str]]:
+    """The turns with ``from`` and ``value``, as LLaVA has them."""
+    return [{"from": _LLAVA_ROLES[role], "value": text} for role, text in row.turns]
+
+
+def llava_row(placed: PlacedRow) -> dict[str, Any]:
+    """A row for trainers that take one ``image`` or a list of them; without any, the key is left out."""
+    references = placed.references
+    images: dict[str, Any] = (
+        {"image": references if len(references) > 1 else references[0]} if references else {}
+    )
+    return {
+        "id": placed.row.id,
+        "sample_key": placed.row.sample_key,
+        **images,
+        "conversations": llava_turns(placed.row),
+    }
+
+
+def openai_turns(row: ExportRow) -> list[dict[str, str]]:
+    """The turns with ``role`` and ``content``, marks in the text."""
+    return [{"role": role, "content": text} for role, text in row.turns]
+
+
+def write_json_lines(
+    rows: Iterable[dict[str, Any]], folder: NewFolder, name: str, *, escaped: bool = False
+) -> None:
+    """One row a line; ``escaped`` to ASCII for trainers that open files in the locale's encoding."""
+    with folder.stream(name) as file:
+        for row in rows:
+            write_line(file, row, escaped=escaped)
+
+
+def write_line(file: HashedStream, row: dict[str, Any], *, escaped: bool = False) -> None:
+    """Append a row as a line."""
+    file.write(json.dumps(row, ensure_ascii=escaped).encode() + b"\n")
+    file.rows = (file.rows or 0) + 1
+
+
+def write_json_array(rows: Iterable[dict[str, Any]], folder: NewFolder, name: str) -> None:
+    """A JSON array with a row a line, in ASCII, for trainers that load it whole in the locale's encoding."""
+    with folder.stream(name) as file:
+        file.write(b"[")
+        file.rows = 0
+        for row in rows:
+            file.write((b",\n" if file.rows else b"\n") + json.dumps(row).encode())
+            file.rows += 1
+        file.write(b"\n]\n")
+
+
+def write_companion(folder: NewFolder, name: str, text: str) -> None:
+    """A companion file, in ASCII."""
+    folder.write(name, text.encode("ascii"))
+
+
+def ascii_json(value: Any) -> str:
+    """A value as readable JSON that needs no encoding."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+# Reading back
+
+
+def read_json_rows(path: UPath, verdict: Preflight) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON array or JSON Lines file, one in memory; what is no row is a problem."""
+    try:
+        for row in iter_rows(path):
+            value: Any = None if row.error else json.loads(row.text)
+            if verdict.require(isinstance(value, dict), f"{path.name} line {row.line} is no JSON object"):
+                yield value
+    except (ShardFormatError, json.JSONDecodeError) as error:
+        verdict.problem(f"{path.name} cannot be read: {error}")
+
+
+def require_image_soon(path: UPath, has_image: Callable[[bytes], bool], verdict: Preflight) -> None:
+    """The rule of `HF_CHUNK_BYTES`, on a JSON Lines file whose rows were found to be in order."""
+    if not verdict.passed:
+        return
+    position = 0
+    with path.open("rb") as file:
+        for line in file:
+            if has_image(line):
+                verdict.require(
+                    position < HF_CHUNK_BYTES,
+                    f"{path.name}: the first row with an image begins at byte {position}; `datasets` takes "
+                    f"the columns' types from the first {HF_CHUNK_BYTES} bytes and then fails",
+                )
+                return
+            position += len(line)
+
+
+def require_ascii(path: UPath, verdict: Preflight) -> None:
+    """For files that trainers open in the locale's encoding."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            if not block.isascii():
+                verdict.problem(f"{path.name} is not ASCII; the trainer opens it in the locale's encoding")
+                return
+
+
+def require_images(references: Sequence[str], where: str, setting: Setting, verdict: Preflight) -> None:
+    """Every reference leads to a file from the images' base."""
+    for reference in references:
+        verdict.require(
+            setting.image_is_there(reference), f"{where}: image {reference!r} is not at {setting.images_base}"
+        )
+
+
+def require_marks(texts: Iterable[str], n_images: int, where: str, verdict: Preflight) -> None:
+    """As many marks as images."""
+    n_marks = sum(text.count(IMAGE_MARK) for text in texts)
+    verdict.require(n_marks == n_images, f"{where}: {n_marks} image marks for {n_images} images")
+
+
+def is_text_list(value: object) -> bool:
+    """Whether a JSON value is a list of strings that say something."""
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def safe_suffix(path: str) -> str:
+    """The suffix of an image's file name, where it is an ordinary one."""
+    suffix = PurePosixPath(path).suffix.lower()
+    return suffix if suffix[1:].isascii() and suffix[1:].isalnum() and len(suffix) <= 6 else ""

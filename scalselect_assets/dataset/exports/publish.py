@@ -1,0 +1,424 @@
+"""Writes the declared exports: order, images, refusals, records and the preflight, the same for every format.
+
+Each export is a folder that replaces the last one whole: the format's own files and companion,
+``selected_ids.jsonl`` (a line for each written row, in the order of the rows), ``rejected.jsonl`` (every row
+that is not in it without being merely unchosen: what the pool rejected and what the format refused, with the
+typed reason) and, where images lie beside, ``images.jsonl``. Costs: per export one pass over the spooled
+texts, one over the written files for the preflight, one file status per image, and its bytes where they are
+copied, linked or embedded; in memory some tens of bytes a row, a few hundred for each distinct image beside
+the files, and one row.
+"""
+
+import errno
+import hashlib
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from scalselect_assets.dataset.exports.axolotl import Axolotl
+from scalselect_assets.dataset.exports.base import (
+    Export,
+    PlacedImage,
+    PlacedRow,
+    Preflight,
+    Refusal,
+    RefusalReason,
+    Setting,
+    safe_suffix,
+    write_line,
+)
+from scalselect_assets.dataset.exports.internvl import InternVl
+from scalselect_assets.dataset.exports.llama_factory import LlamaFactory
+from scalselect_assets.dataset.exports.llava import Llava
+from scalselect_assets.dataset.exports.llava_next import LlavaNext
+from scalselect_assets.dataset.exports.ms_swift import MsSwift
+from scalselect_assets.dataset.exports.qwen_vl import QwenVl
+from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
+from scalselect_assets.dataset.exports.trl_parquet import TrlParquet
+from scalselect_assets.dataset.exports.web_dataset import WebDataset
+from scalselect_assets.declaration.export_specs import ExportSpec
+from scalselect_assets.method.representation.rejection import Rejection
+from scalselect_assets.resources.folders import (
+    HashedStream,
+    NewFolder,
+    WrittenFile,
+    forget_folder,
+    remove_folder,
+    replaced_folder,
+)
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.image_root import ImageRoot, is_local
+from scalselect_assets.resources.sample_source import SampleSource
+
+FOLDER = "exports"
+CODE_VERSION = "1"
+"""Of all formats: another one writes declared exports again."""
+SELECTED, REJECTED, IMAGES = "selected_ids.jsonl", "rejected.jsonl", "images.jsonl"
+_IMAGE_FOLDER = "images"
+
+_EXPORTS: tuple[Export, ...] = (
+    LlamaFactory(),
+    Llava(),
+    LlavaNext(),
+    QwenVl(),
+    MsSwift(),
+    Axolotl(),
+    TrlParquet(),
+    InternVl(),
+    WebDataset(),
+)
+EXPORTS: dict[str, Export] = {export.name: export for export in _EXPORTS}
+"""Every format by its name."""
+
+
+class ExportError(RuntimeError):
+    """An export cannot be made as declared; the message says what to change."""
+
+
+def write_exports(
+    specs: Sequence[ExportSpec], spool: RowSpool, source: SampleSource, folder: UPath, name: str
+) -> "dict[str, Report]":
+    """Replace the declared exports.
+
+    Args:
+        specs: The declarations, one of a format at most.
+        spool: The chosen rows.
+        source: The pool, for its images.
+        folder: Holds a folder for each export.
+        name: What the datasets are called in companion files.
+
+    Returns:
+        For each format what was written.
+
+    Raises:
+        ExportError: Images cannot be linked.
+        OSError: Something cannot be read or written; the last exports are still there.
+    """
+    return {
+        spec.format: write_export(EXPORTS[spec.format], spec, spool, source, folder / spec.format, name)
+        for spec in specs
+    }
+
+
+def remove_others(folder: UPath, kept: Sequence[str]) -> None:
+    """Remove exports that are no longer declared.
+
+    Raises:
+        OSError: One cannot be removed.
+    """
+    for format_name in EXPORTS:
+        if format_name not in kept:
+            forget_folder(folder / format_name)
+    if not kept:
+        remove_folder(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of one export.
+
+    Attributes:
+        spec: Its declaration.
+        folder: Where it lies.
+        images_base: The folder that its image references start at; None where the images are embedded.
+        chosen: Rows that were to be written.
+        refused: Rows that the format does not take, by reason.
+        leading: Key of the row that was put first for its image; None where the order is as declared.
+        preflight: The verdict on the files.
+        files: Every file but the images.
+        image_files: Images beside the files.
+        image_bytes: Their size.
+    """
+
+    spec: ExportSpec
+    folder: str
+    images_base: str | None
+    chosen: int
+    refused: dict[str, int]
+    leading: str | None
+    preflight: Preflight
+    files: dict[str, WrittenFile]
+    image_files: int
+    image_bytes: int
+
+    @property
+    def written(self) -> int:
+        """Rows that are in the files."""
+        return self.chosen - sum(self.refused.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest, which tells the files themselves beside."""
+        return {
+            **self.spec.model_dump(),
+            "folder": self.folder,
+            "images_base": self.images_base,
+            "chosen": self.chosen,
+            "written": self.written,
+            "refused": self.refused,
+            "leading_row": self.leading,
+            "preflight": self.preflight.to_json(),
+            "files": sorted(self.files),
+            "image_files": self.image_files,
+            "image_bytes": self.image_bytes,
+        }
+
+
+def write_export(
+    export: Export, spec: ExportSpec, spool: RowSpool, source: SampleSource, target: UPath, name: str
+) -> Report:
+    """Replace one export; arguments and errors as in `write_exports`."""
+    with replaced_folder(target) as folder:
+        images = _images(export, spec, source, folder)
+        setting = Setting(spec, name, images.base, images.is_there)
+        writing = _Writing(export, spec, spool, images)
+        with ExitStack() as streams:
+            selected = streams.enter_context(folder.stream(SELECTED))
+            rejected = streams.enter_context(folder.stream(REJECTED))
+            selected.rows = rejected.rows = 0
+            for record in spool.rejections():
+                rejected.write(record)
+                rejected.rows += 1
+            export.write(writing.rows(selected, rejected), folder, setting)
+        images.write_list(folder)
+        verdict = export.preflight(folder, setting)
+        expected = len(spool) - sum(writing.refused.values())
+        verdict.require(
+            verdict.rows == expected, f"{verdict.rows} rows are read, {expected} were to be written"
+        )
+        verdict.require(writing.written == expected, f"{writing.written} rows were written, not {expected}")
+        verdict.require(expected, "no row is left to train on")
+        beside = [file for path, file in folder.files.items() if path.startswith(f"{_IMAGE_FOLDER}/")]
+        return Report(
+            spec,
+            str(target),
+            None if export.embeds_images else images.base,
+            len(spool),
+            dict(sorted(writing.refused.items())),
+            writing.leading,
+            verdict,
+            {path: file for path, file in folder.files.items() if not path.startswith(f"{_IMAGE_FOLDER}/")},
+            len(beside),
+            sum(file.bytes for file in beside),
+        )
+
+
+class _Writing:
+    """The rows of one export in its order, each written or refused, and told as one or the other."""
+
+    def __init__(self, export: Export, spec: ExportSpec, spool: RowSpool, images: "_Images") -> None:
+        self._export, self._spool, self._images = export, spool, images
+        self._order = spool.order(spec.order, spec.seed)
+        self.refused = Counter[str]()
+        self.written = 0
+        self.leading: str | None = None
+
+    def rows(self, selected: HashedStream, rejected: HashedStream) -> Iterator[PlacedRow]:
+        for place in self._places():
+            row = self._spool[place]
+            placed = self._place(row)
+            if isinstance(placed, Refusal):
+                self.refused[placed.reason.value] += 1
+                record = {"by": self._export.name, "reason": placed.reason.value, "detail": placed.detail}
+                write_line(rejected, {**row.identity(), **record})
+                continue
+            scores = {name: getattr(row, name) for name in ("rank", "leverage", "normalised_leverage")}
+            write_line(selected, {**row.identity(), **scores, "images": list(row.images)})
+            self.written += 1
+            yield placed
+
+    def _places(self) -> Iterator[int]:
+        """The order, a row with an image in front of it where the format's reader needs one there."""
+        leading = self._first_with_image() if self._export.image_row_first else None
+        if leading is not None and leading != self._order[0]:
+            self.leading = self._spool[leading].sample_key
+            yield leading
+        else:
+            leading = None
+        for place in map(int, self._order):
+            if place != leading:
+                yield place
+
+    def _first_with_image(self) -> int | None:
+        """The first row with an image that can be written."""
+        for place in map(int, self._order):
+            if self._spool.has_image(place) and isinstance(self._place(self._spool[place]), PlacedRow):
+                return place
+        return None
+
+    def _place(self, row: ExportRow) -> PlacedRow | Refusal:
+        refusal = self._export.refuses(row)
+        if refusal is not None:
+            return refusal
+        images = self._images.place(row)
+        return images if isinstance(images, Refusal) else PlacedRow(row, images)
+
+
+class _Images:
+    """Images that stay where they lie."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self._folder = source.images_folder()
+        self._root = ImageRoot(self._folder, self._folder)
+        self.base = str(self._folder)
+
+    def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
+        """The row's images, or why the row cannot have them."""
+        for path in row.images:
+            if isinstance(rejection := self._root.state(path), Rejection):
+                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {rejection.detail}")
+        return tuple(
+            PlacedImage(path, sha256) for path, sha256 in zip(row.images, row.image_sha256, strict=True)
+        )
+
+    def is_there(self, reference: str) -> bool:
+        """Whether a reference leads to an image."""
+        return not isinstance(self._root.state(reference), Rejection)
+
+    def write_list(self, folder: NewFolder) -> None:
+        """Tell which images lie beside the files, if any do."""
+
+    def _read(self, row: ExportRow) -> list[bytes] | Refusal:
+        """The images' bytes, known to be those that were embedded."""
+        contents = []
+        for path, sha256 in zip(row.images, row.image_sha256, strict=True):
+            try:
+                contents.append(self._root.read(path))
+            except (FileNotFoundError, PermissionError) as error:
+                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
+            if (found := hashlib.sha256(contents[-1]).hexdigest()) != sha256:
+                detail = (
+                    f"{row.where()}: image {path!r} has changed since the row was embedded (SHA-256 "
+                    f"{found[:12]}..., then {sha256[:12]}...); run the refresh again"
+                )
+                return Refusal(RefusalReason.IMAGE_CHANGED, detail)
+        return contents
+
+
+class _EmbeddedImages(_Images):
+    """Images whose bytes go into the format's own files."""
+
+    def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
+        contents = self._read(row)
+        if isinstance(contents, Refusal):
+            return contents
+        return tuple(
+            PlacedImage(path, sha256, data)
+            for path, sha256, data in zip(row.images, row.image_sha256, contents, strict=True)
+        )
+
+
+class _ImagesBeside(_Images):
+    """Images copied or linked beside the files, by content: one file for equal ones, whatever their names."""
+
+    def __init__(self, source: SampleSource, folder: NewFolder, *, linked: bool) -> None:
+        super().__init__(source)
+        self._new, self._linked = folder, linked
+        self._placed: dict[tuple[str, str], str] = {}
+        self.base = str(folder.target)
+        if linked and not (is_local(self._folder) and is_local(folder.target)):
+            raise ExportError(
+                f"images of {self._folder} cannot be hard-linked into {folder.target}: both have to be on a "
+                "local disk; declare `images: copied`"
+            )
+
+    def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
+        named = list(zip(row.images, row.image_sha256, strict=True))
+        if not all(image in self._placed for image in named):
+            contents = self._read(row)
+            if isinstance(contents, Refusal):
+                return contents
+            for image, data in zip(named, contents, strict=True):
+                self._placed.setdefault(image, self._put(*image, data))
+        return tuple(PlacedImage(self._placed[image], image[1]) for image in named)
+
+    def is_there(self, reference: str) -> bool:
+        return reference in self._new.files and self._new.path(reference).exists()
+
+    def write_list(self, folder: NewFolder) -> None:
+        with folder.stream(IMAGES) as file:
+            file.rows = 0
+            for (path, sha256), name in sorted(self._placed.items()):
+                size = folder.files[name].bytes
+                write_line(file, {"image": path, "file": name, "sha256": sha256, "bytes": size})
+
+    def _put(self, path: str, sha256: str, data: bytes) -> str:
+        name = f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{safe_suffix(path)}"
+        if name in self._new.files:
+            return name
+        if not self._linked:
+            self._new.write(name, data)
+            return name
+        # Its bytes were just read from there, so that no link leads out of the image root.
+        location = Path(os.path.realpath(posixpath.join(self._folder.path, path)))
+        try:
+            self._new.hard_link(name, location, WrittenFile(sha256, len(data)))
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+            raise ExportError(
+                f"image {path!r} cannot be hard-linked into {self._new.target} ({error.strerror}); declare "
+                "`images: copied`, or put pool and store on one file system"
+            ) from error
+        return name
+
+
+def _images(export: Export, spec: ExportSpec, source: SampleSource, folder: NewFolder) -> _Images:
+    if export.embeds_images:
+        return _EmbeddedImages(source)
+    if spec.images == "referenced":
+        return _Images(source)
+    return _ImagesBeside(source, folder, linked=spec.images == "hardlinked")
+
+
+def pool_record(shard: str, rejected: dict[str, Any]) -> dict[str, Any]:
+    """What ``rejected.jsonl`` says of a row that the pool rejected (a row of `tables.REJECTED_ROWS`)."""
+    return {
+        "sample_key": rejected["sample_key"],
+        "id": rejected["source_id"],
+        "shard": shard,
+        "row": rejected["row"],
+        "line": rejected["line"],
+        "by": "pool",
+        "reason": rejected["reason"],
+        "detail": rejected["detail"],
+    }
+
+
+def files(reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
+    """Hash, size and rows of every file of the exports but images, by path from the dataset's folder."""
+    return {
+        f"{FOLDER}/{format_name}/{name}": asdict(file)
+        for format_name, report in reports.items()
+        for name, file in sorted(report.files.items())
+    }
+
+
+def failed(reports: Mapping[str, Report]) -> dict[str, str]:
+    """The formats whose preflight did not pass, each with its first problem."""
+    return {
+        format_name: report.preflight.problems[0]
+        for format_name, report in reports.items()
+        if not report.preflight.passed
+    }
+
+
+def metadata(reports: Mapping[str, Report]) -> dict[str, Any]:
+    """For the UI: rows written and refused, and the folder, by format."""
+    told: dict[str, Any] = {}
+    for format_name, report in reports.items():
+        told[f"export_{format_name}"] = report.folder
+        told[f"export_{format_name}_rows"] = report.written
+        told[f"export_{format_name}_refused"] = sum(report.refused.values())
+    return told
+
+
+def provenance(specs: Sequence[ExportSpec]) -> str:
+    """What declared exports add to the training dataset's provenance, beside the declarations."""
+    return digest(CODE_VERSION, [spec.model_dump() for spec in specs])

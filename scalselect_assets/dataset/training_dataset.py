@@ -1,0 +1,313 @@
+"""Step 7, all shards: the chosen rows as a trainer reads them, with a manifest of where they come from.
+
+Holds: one JSON or JSON Lines file, in pool order, each row's text as it stood in its shard when it was
+embedded, and `manifest.json`; where the selection declares exports, a folder for each in `exports`, in the
+trainers' own formats (`dataset.exports`). Costs: one pass over the texts of the shards, one shard's
+in memory; exports add a temporary file of the chosen texts and what `exports.publish` says.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version as package_version
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+import polars as pl
+from upath import UPath
+
+from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState, path_of
+from scalselect_assets.choice import selected_subset
+from scalselect_assets.dataset.exports import publish
+from scalselect_assets.dataset.exports.rows import RowSpool
+from scalselect_assets.dataset.training_manifest import is_complete, read_manifest
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.columns import TRAINING_ROWS, column_schema
+from scalselect_assets.recording.materialization import Output, at_work
+from scalselect_assets.recording.partitions import pool_shards
+from scalselect_assets.resources.artifacts import FRAME, ArtifactStore
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.sample_source import SampleSource
+from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.vlm import VlmResource
+from scalselect_assets.subspace import subspace_basis
+from scalselect_assets.subspace.basis_header import BasisHeader, parse_basis_header
+
+if TYPE_CHECKING:
+    from scalselect_assets.method.subspace.basis import Subspace
+
+from scalselect_assets.dataset.training_manifest import (
+    CODE_VERSION,
+    MANIFEST,
+    NAME,
+    provenance,
+    result_settings,
+)
+from scalselect_assets.dataset.writer import DatasetWriter, text_only_rows
+from scalselect_assets.embedding import receipts
+
+EXPORTS_CHECK = "exports_pass_their_preflight"
+
+
+def build(selection: Selection) -> dg.AssetsDefinition:
+    """The asset for one selection."""
+
+    @dg.asset(
+        **selection.asset_options(NAME, by_shard=False),
+        deps=[selection.key(name) for name in (selected_subset.NAME, subspace_basis.NAME, receipts.NAME)],
+        kinds={"json"},
+        code_version=data_versions.shown_code_version(CODE_VERSION, settings=result_settings(selection)),
+        metadata={"dagster/column_schema": column_schema(TRAINING_ROWS)},
+        check_specs=[
+            dg.AssetCheckSpec(
+                "every_selected_row_is_written",
+                asset=selection.key(NAME),
+                description="The file holds each selected row once, and the text-only rows if they are kept.",
+            ),
+            *_export_checks(selection),
+        ],
+    )
+    def training_dataset(
+        context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
+    ) -> dg.MaterializeResult:
+        """The selected rows in the pool's own format, with a manifest that leads back to every input."""
+        with at_work(context, storage.locks(selection.store)):
+            shards = pool_shards(context, selection.partitions)
+            return write_dataset(selection, storage, vlm, shards).result()
+
+    return training_dataset
+
+
+def write_dataset(
+    selection: Selection, storage: StorageResource, vlm: VlmResource, shards: Sequence[str]
+) -> Output:
+    """Write the training file, the exports and the manifest.
+
+    Args:
+        selection: Whose dataset.
+        storage: Opens pool and store.
+        vlm: Describes the target model.
+        shards: All shards of the pool; the manifest names those that were left out.
+
+    Raises:
+        dg.Failure: The files cannot be written as declared.
+    """
+    start = time.monotonic()
+    artifacts = storage.artifacts(selection.store)
+    source = storage.samples(selection.source, selection.image_root, selection.store)
+    subset, subset_header = artifacts.read_frame(selected_subset.NAME)
+    subspace, basis = subspace_basis.read_basis(artifacts)
+    in_basis = sorted(basis.shards)
+    with ExitStack() as spools:
+        spool = spools.enter_context(RowSpool()) if selection.exports else None
+        writer = DatasetWriter(
+            artifacts,
+            storage.embeddings(selection.store),
+            source,
+            in_basis,
+            text_only=text_only_rows(artifacts, selection, in_basis),
+            spool=spool,
+        )
+        path, n_bytes = writer.write(subset)
+        exports = _write_exports(selection, artifacts, spool, source)
+    left_out = [shard for shard in shards if shard not in basis.shards]
+    data_version = _data_version(writer.sha256, exports)
+    made_from = provenance(
+        selection,
+        subset_header["provenance"],
+        subset_header["data_version"],
+        basis.data_version,
+        left_out,
+    )
+    manifest = {
+        **data_versions.header(data_version, made_from),
+        "shards_left_out": left_out,
+        "model": vlm.card(artifacts, **selection.target),
+        "basis_version": basis.data_version,
+        "basis_drift": basis.drift,
+        "images_relative_to": str(source.images_folder()),
+        "training_file": path.name,
+        **_settings(selection),
+        **_counts(subspace, subset, writer),
+        "shards": {shard: _shard_lineage(writer, shard, basis) for shard in basis.shards},
+        "files": {**_files(artifacts, subset, writer, path, n_bytes), **publish.files(exports)},
+        **({"exports": {name: report.to_json() for name, report in exports.items()}} if exports else {}),
+    }
+    manifest_path, _ = artifacts.write_json(NAME, manifest, MANIFEST)
+    publish.remove_others(artifacts.root / NAME / publish.FOLDER, list(exports))
+    return Output(
+        data_version,
+        made_from,
+        {
+            "dagster/row_count": writer.n_rows,
+            "selected_rows": subset.height,
+            "text_only_rows": writer.n_text_only,
+            "seconds": time.monotonic() - start,
+            "bytes": n_bytes,
+            "dagster/uri": str(path),
+            "manifest": dg.MetadataValue.path(str(manifest_path)),
+            "sha256": writer.sha256,
+            **publish.metadata(exports),
+        },
+        (_every_row_check(writer, subset), *_export_results(exports)),
+    )
+
+
+def _every_row_check(writer: DatasetWriter, subset: pl.DataFrame) -> dg.AssetCheckResult:
+    """Whether the file holds each selected row once, and nothing else but text-only rows."""
+    return dg.AssetCheckResult(
+        check_name="every_selected_row_is_written",
+        passed=writer.n_selected == subset.height and writer.n_rows == writer.n_selected + writer.n_text_only,
+        metadata={"written": writer.n_rows, "selected": subset.height},
+    )
+
+
+def _export_checks(selection: Selection) -> list[dg.AssetCheckSpec]:
+    """The check that a selection with exports has beside."""
+    if not selection.exports:
+        return []
+    return [
+        dg.AssetCheckSpec(
+            EXPORTS_CHECK,
+            asset=selection.key(NAME),
+            description="Each export, read by its trainer's rules, holds every row that it does not refuse.",
+        )
+    ]
+
+
+def _export_results(exports: Mapping[str, publish.Report]) -> list[dg.AssetCheckResult]:
+    if not exports:
+        return []
+    failed = publish.failed(exports)
+    refused = {name: report.refused for name, report in exports.items() if report.refused}
+    return [
+        dg.AssetCheckResult(
+            check_name=EXPORTS_CHECK,
+            passed=not failed,
+            severity=dg.AssetCheckSeverity.ERROR,
+            metadata={
+                "exports": list(exports),
+                "failed": failed,
+                "refused": refused,
+                "written": {name: report.written for name, report in exports.items()},
+            },
+        )
+    ]
+
+
+def _write_exports(
+    selection: Selection, artifacts: ArtifactStore, spool: RowSpool | None, source: SampleSource
+) -> dict[str, publish.Report]:
+    """The declared exports, each in its folder; none where none are declared.
+
+    Raises:
+        dg.Failure: One cannot be made as declared.
+    """
+    if spool is None:
+        return {}
+    folder = artifacts.root / NAME / publish.FOLDER
+    try:
+        return publish.write_exports(selection.exports, spool, source, folder, selection.name)
+    except publish.ExportError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def _data_version(sha256: str, exports: Mapping[str, publish.Report]) -> str:
+    """Of the training file alone where nothing else is made of it."""
+    if not exports:
+        return sha256
+    return digest(sha256, {name: file["sha256"] for name, file in publish.files(exports).items()})
+
+
+def _settings(selection: Selection) -> dict[str, Any]:
+    """What was asked for, and the code that answered."""
+    return {
+        "selection": selection.name,
+        "source": selection.source,
+        **selection.choice_settings(),
+        "attention_mass": selection.attention_mass,
+        "rank_rule": selection.rank_rule.describe(),
+        "preprocessing": {
+            "centred": True,
+            "standardise": selection.standardise,
+            "unit_rows": selection.unit_rows,
+        },
+        "code": {
+            "scalselect-dagster": package_version("scalselect-dagster"),
+            **{asset.name: asset.code_version for asset in path_of(selection)},
+        },
+    }
+
+
+def _counts(subspace: "Subspace", subset: pl.DataFrame, writer: DatasetWriter) -> dict[str, Any]:
+    """Where every row of the pool went, and what the choice rests on."""
+    by_reason = Counter[str]()
+    for counts in writer.rejected.values():
+        by_reason.update(counts)
+    return {
+        "rows": sum(int(header["raw_rows"]) for header in writer.headers.values()),
+        "embedded": subspace.n,
+        "rejected": dict(sorted(by_reason.items())),
+        "selected": subset.height,
+        "text_only_kept": writer.n_text_only,
+        "written": writer.n_rows,
+        "row_formats": writer.row_formats,
+        "rank": subspace.k,
+        "energy": subspace.energy,
+        "leverage_threshold": float(subset["leverage"][-1]),
+    }
+
+
+def _shard_lineage(writer: DatasetWriter, shard: str, basis: BasisHeader) -> dict[str, Any]:
+    """The versions that one shard went in with."""
+    moments = basis.shards[shard]
+    return {
+        "raw_samples": writer.headers[shard]["raw_samples"],
+        "attention_embeddings": moments.attention_embeddings,
+        "embedding_moments": moments.data_version,
+        "scored_with_basis": basis.data_version,
+        "lance_table": writer.tables[shard].table,
+        "lance_version": writer.tables[shard].version,
+        "rejected": sum(writer.rejected[shard].values()),
+    }
+
+
+def _files(
+    artifacts: ArtifactStore, subset: pl.DataFrame, writer: DatasetWriter, path: UPath, n_bytes: int
+) -> dict[str, Any]:
+    """Hash, rows and size of each file, by its path from the manifest."""
+    subset_path = artifacts.path(selected_subset.NAME, suffix=FRAME)
+    subset_bytes = subset_path.read_bytes()
+    return {
+        path.name: {"sha256": writer.sha256, "rows": writer.n_rows, "bytes": n_bytes},
+        f"../{selected_subset.NAME}/{subset_path.name}": {
+            "sha256": hashlib.sha256(subset_bytes).hexdigest(),
+            "rows": subset.height,
+            "bytes": len(subset_bytes),
+        },
+    }
+
+
+def expected(state: StoreState) -> str:
+    """The provenance that the files would have now."""
+    subset = state.header(selected_subset.ASSET)
+    basis = state.header(subspace_basis.ASSET)
+    in_basis = parse_basis_header(state.artifacts, basis).shards if basis else {}
+    return provenance(
+        state.selection,
+        subset.get("provenance", ""),
+        subset.get("data_version", ""),
+        state.version(subspace_basis.ASSET),
+        sorted(set(state.shards) - set(in_basis)),
+    )
+
+
+def header(state: StoreState) -> OutputHeader:
+    """The manifest; empty where it or a file that it names is missing or damaged."""
+    return read_manifest(state.artifacts) if is_complete(state.artifacts) else {}
+
+
+ASSET = PoolAsset(name=NAME, code_version=CODE_VERSION, build=build, expected=expected, header=header)

@@ -1,0 +1,81 @@
+"""The manifest of a training dataset, and when the dataset counts as complete."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import AfterValidator
+
+from scalselect_assets.dataset.exports import publish
+from scalselect_assets.declaration.selection import RETIRED_SETTINGS, Selection
+from scalselect_assets.recording import data_versions
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+
+NAME = "training_dataset"
+MANIFEST = "manifest"
+CODE_VERSION = "1"
+
+
+def provenance(
+    selection: Selection,
+    subset_provenance: str,
+    subset_version: str,
+    basis_version: str,
+    left_out: Sequence[str],
+) -> str:
+    """What the files are computed from; the basis version covers the vectors, and with them the texts."""
+    return data_versions.provenance(
+        NAME,
+        CODE_VERSION,
+        settings=result_settings(selection),
+        selected_subset=[subset_provenance, subset_version],
+        subspace_basis=basis_version,
+        left_out=list(left_out),
+        **({"exports": publish.provenance(selection.exports)} if selection.exports else {}),
+    )
+
+
+def result_settings(selection: Selection) -> dict[str, Any]:
+    """The selection's settings; one that declares no exports is what it was before there were any."""
+    settings = {**selection.result_settings(), **RETIRED_SETTINGS}
+    return settings if selection.exports else {key: settings[key] for key in settings if key != "exports"}
+
+
+def read_manifest(artifacts: ArtifactStore) -> dict[str, Any]:
+    """The manifest of the last training dataset.
+
+    Raises:
+        ArtifactMissingError: There is none yet.
+        ArtifactCorruptError: It is damaged.
+    """
+    manifest: dict[str, Any] = artifacts.read_json(NAME, MANIFEST, shape=_Manifest)
+    return manifest
+
+
+def _whole(manifest: dict[str, Any]) -> dict[str, Any]:
+    versions = {"data_version", "provenance", "basis_version", "shards", "training_file", "files"}
+    counts = {"rows", "embedded", "rejected", "selected", "rank", "energy", "basis_drift"}
+    if missing := (versions | counts) - set(manifest):
+        raise ValueError(f"the manifest lacks {', '.join(sorted(missing))}")
+    if manifest["training_file"] not in manifest["files"]:
+        raise ValueError(f"the manifest does not describe its {manifest['training_file']}")
+    return manifest
+
+
+_Manifest: TypeAlias = Annotated[dict[str, Any], AfterValidator(_whole)]
+
+
+def is_complete(artifacts: ArtifactStore) -> bool:
+    """Whether the manifest is there, and the training file and those of the exports are of the stated size.
+
+    Images that exports copied or linked are not looked at.
+    """
+    try:
+        manifest = read_manifest(artifacts)
+        for name, file in manifest["files"].items():
+            if name == manifest["training_file"] or name.startswith(f"{publish.FOLDER}/"):
+                size = (artifacts.root / NAME / name).stat().st_size
+                if size != file["bytes"]:
+                    return False
+    except (ArtifactMissingError, ArtifactCorruptError, FileNotFoundError):
+        return False
+    return True

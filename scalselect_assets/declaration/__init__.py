@@ -1,0 +1,1 @@
+"""What a person declares of one selection."""

@@ -1,0 +1,1 @@
+"""Why one sample was chosen or not, and everything that it came from."""

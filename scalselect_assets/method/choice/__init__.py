@@ -1,0 +1,1 @@
+"""The choice: budgets, terms and strategies."""

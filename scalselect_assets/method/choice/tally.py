@@ -1,0 +1,45 @@
+"""Counting rows and tokens by label."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalselect_assets.method.choice.terms import Terms
+
+
+class Tally:
+    """What is still allowed while rows are taken one by one, quick to ask.
+
+    With a budget of rows and quotas on at most one column, exactly the rows with which the terms can still be
+    met. Otherwise each column is judged alone and no tokens are reserved for floors, so that more may be
+    admitted than `Terms.take` keeps. A row that is not admitted never is again.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        """Begin with the held rows."""
+        self._terms = terms
+        self._counts = [column.counts(terms.held) for column in terms.columns]
+        self._costs = terms.costs if terms.costs is not None else np.ones(terms.n, dtype=np.int64)
+        budget = terms.tokens if terms.size is None else terms.size
+        self._left = (budget or 0) - int(self._costs[terms.held].sum())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing can be spent any more; with tokens, rows without cost may still be admitted."""
+        return self._left <= 0
+
+    def admits(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of ``rows`` could be the next one, (m,) bool."""
+        allowed = self._costs[rows] <= self._left
+        for column, counts in zip(self._terms.columns, self._counts, strict=True):
+            labels = counts < column.ceilings
+            if self._terms.size is not None:
+                missing = np.maximum(column.floors - counts, 0)
+                labels &= (missing > 0) | (self._left > missing.sum())
+            allowed &= labels[column.codes[rows]]
+        return allowed
+
+    def take(self, row: int) -> None:
+        """Count ``row`` as chosen."""
+        self._left -= int(self._costs[row])
+        for column, counts in zip(self._terms.columns, self._counts, strict=True):
+            counts[column.codes[row]] += 1

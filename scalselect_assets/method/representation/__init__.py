@@ -1,0 +1,1 @@
+"""The representation: from a conversation with images to one vector."""

@@ -1,0 +1,378 @@
+"""The representation of a sample: what the target VLM's first layer makes of the image tokens that matter.
+
+Paper (arXiv 2602.11636), section 3, for vision tokens V and instruction tokens U of one sample:
+
+1. p_j = attention of the first language-model layer, averaged over heads and over u in U, for j in V,
+   normalised to sum to one;
+2. V' = the fewest tokens of V whose share of p exceeds τ (the token that crosses is kept);
+3. x = mean over V' of the first layer's output: ``hidden_states[1]`` of the full model, before any norm.
+
+This module decides what is computed together: samples about the same images come one after the other, an
+image passes the vision tower once, and batches are filled by tokens, not by samples. What is computed stands
+in ``method.first_layer``. Rows that cannot be represented come back as typed rejections, in place.
+"""
+
+import gc
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.method.representation.conversation import Conversation
+from scalselect_assets.method.representation.first_layer import (
+    FeatureCountError,
+    FirstLayer,
+    FirstLayerState,
+    VisionInput,
+)
+from scalselect_assets.method.representation.model_card import ModelCard
+from scalselect_assets.method.representation.preparation import Prepared, Preparer
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.method.representation.workers import ImageReader, Preparation
+
+_GROUP_SIZE = 64  # samples about the same images that are prepared together
+_GROUPS_AHEAD = 4  # prepared while the model works; large images are 100 MB each
+_FEATURE_BYTES = 512 * 2**20  # image features kept for samples that share them
+_VALUES_PER_TOKEN = 14 * 14 * 3  # of an image, for a vision token, in the most common tower
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSample:
+    """One row to represent: its conversation and, per image mark, a reference to the image."""
+
+    conversation: Conversation
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Representation:
+    """The representation of one sample and what it was made from.
+
+    Attributes:
+        vector: (d,) float32.
+        n_tokens: Length of the model's input.
+        n_vision_tokens: Image tokens in it.
+        n_dominant_tokens: Vision tokens kept, whose mean the vector is.
+        n_instruction_tokens: Tokens that are neither vision nor content of an answer.
+        vision_attention: Share of the instruction's attention that falls on vision tokens, in [0, 1].
+        image_sha256: SHA-256 of each image's bytes, in order.
+    """
+
+    vector: NDArray[np.float32]
+    n_tokens: int
+    n_vision_tokens: int
+    n_dominant_tokens: int
+    n_instruction_tokens: int
+    vision_attention: float
+    image_sha256: tuple[str, ...]
+
+
+Outcome: TypeAlias = Representation | Rejection
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examined:
+    """One sample's representation, and the state of the first layer that it was made from."""
+
+    state: FirstLayerState
+    representation: Representation
+
+
+class VlmEncoder:
+    """A target model cut down to its first language-model layer. Made by ``loading.load_encoder``.
+
+    Attributes:
+        card: What the model is.
+        preparer: What turns samples into their input.
+    """
+
+    def __init__(self, card: ModelCard, first_layer: FirstLayer, preparer: Preparer) -> None:
+        """Put the parts together."""
+        self.card = card
+        self._first_layer, self.preparer = first_layer, preparer
+        self._preparation = Preparation(preparer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._first_layer.device
+
+    @property
+    def base_model(self) -> Any:
+        """The Transformers model without its decoder layers: its configuration and its vision part."""
+        return self._first_layer.model
+
+    def encode(
+        self,
+        samples: Sequence[ChatSample],
+        read_image: ImageReader,
+        *,
+        batch_tokens: int = 4096,
+        workers: int = 0,
+    ) -> list[Outcome]:
+        """Represent samples: one outcome per sample, in input order. See ``encode_as_done``."""
+        done = dict(self.encode_as_done(samples, read_image, batch_tokens=batch_tokens, workers=workers))
+        return [done[place] for place in range(len(samples))]
+
+    def encode_as_done(
+        self,
+        samples: Sequence[ChatSample],
+        read_image: ImageReader,
+        *,
+        batch_tokens: int = 4096,
+        workers: int = 0,
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Represent samples in the order that saves most work.
+
+        An outcome depends on ``batch_tokens``, ``workers`` and the other samples by float rounding only.
+
+        Args:
+            samples: What to represent.
+            read_image: From a reference to the bytes of an image; raises ``FileNotFoundError`` or
+                ``PermissionError`` for images that the row cannot have. Picklable if there are ``workers``.
+            batch_tokens: Tokens that are computed together. A longer sample is computed alone, and a batch
+                that does not fit the memory in halves; memory grows in proportion.
+            workers: Processes that read, decode and tokenize ahead; 0 for a thread.
+
+        Yields:
+            The sample's place in the input, and its outcome; each place once.
+
+        Raises:
+            OSError: An image cannot be read for reasons other than that it is not there.
+        """
+        cache = _FeatureCache(_FEATURE_BYTES)
+        with closing(self._prepared(samples, read_image, workers)) as prepared:
+            for batch in _batches(prepared, batch_tokens):
+                ready = [(place, item) for place, item in batch if isinstance(item, Prepared)]
+                yield from ((place, item) for place, item in batch if isinstance(item, Rejection))
+                outcomes = self._represent([item for _, item in ready], cache, batch_tokens)
+                yield from zip((place for place, _ in ready), outcomes, strict=True)
+
+    def examine(
+        self, sample: ChatSample, read_image: ImageReader, *, batch_tokens: int = 4096
+    ) -> Examined | Rejection:
+        """Represent one sample by the same code as many, and keep what the vector was made from.
+
+        Args:
+            sample: What to represent.
+            read_image: As in ``encode_as_done``.
+            batch_tokens: Likewise; it bounds how many images pass the vision tower together.
+
+        Returns:
+            All about it, or the rejection that ``encode`` gives.
+
+        Raises:
+            OSError: An image cannot be read for reasons other than that it is not there.
+        """
+        (prepared,) = self.preparer.prepare(sample.images, [sample.conversation], read_image)
+        if isinstance(prepared, Rejection):
+            return prepared
+        (state,) = self._states_or_rejections([prepared], _FeatureCache(_FEATURE_BYTES), batch_tokens)
+        if isinstance(state, Rejection):
+            return state
+        outcome = _outcome(prepared, state)
+        return outcome if isinstance(outcome, Rejection) else Examined(state, outcome)
+
+    def _prepared(
+        self, samples: Sequence[ChatSample], read_image: ImageReader, workers: int
+    ) -> Generator[tuple[int, Prepared | Rejection], None, None]:
+        """Every sample prepared, some groups ahead of their use."""
+        groups = deque(_groups(samples))
+        pending: deque[tuple[list[int], Future[list[Prepared | Rejection]]]] = deque()
+        with self._preparation.by(workers) as submit:
+            try:
+                while groups or pending:
+                    while groups and len(pending) < max(_GROUPS_AHEAD, 4 * workers):
+                        images, places = groups.popleft()
+                        conversations = [samples[place].conversation for place in places]
+                        with deferred():
+                            pending.append((places, submit(images, conversations, read_image)))
+                    places, future = pending.popleft()
+                    with deferred():
+                        prepared = future.result()
+                    for place, item in zip(places, prepared, strict=True):
+                        yield place, item.as_tensors() if workers and isinstance(item, Prepared) else item
+            finally:
+                for _, future in pending:
+                    future.cancel()
+
+    def _represent(self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int) -> Iterator[Outcome]:
+        """The outcomes of a batch."""
+        for item, state in zip(batch, self._states_or_rejections(batch, cache, budget), strict=True):
+            yield state if isinstance(state, Rejection) else _outcome(item, state)
+
+    def _states_or_rejections(
+        self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int
+    ) -> Iterator[FirstLayerState | Rejection]:
+        """The states of a batch; in halves where it cannot be computed at once, down to single images."""
+        if not batch:
+            return
+        states = self._try(batch, cache, budget)
+        if not isinstance(states, Rejection):
+            yield from states
+        elif len(batch) > 1:
+            half = len(batch) // 2
+            yield from self._states_or_rejections(batch[:half], cache, budget // 2)
+            yield from self._states_or_rejections(batch[half:], cache, budget // 2)
+        elif budget and states.reason is RejectionReason.TOO_LARGE:
+            # Once more with nothing else in memory and its images one by one.
+            yield from self._states_or_rejections(batch, cache, 0)
+        else:
+            yield states
+
+    def _try(
+        self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int
+    ) -> list[FirstLayerState] | Rejection:
+        """The states of a batch, or what a sample is rejected with if this happens to it alone."""
+        try:
+            return self._states(batch, cache, budget)
+        except FeatureCountError as error:
+            return Rejection(RejectionReason.PROCESSOR_REFUSED, f"{error}: resize the image")
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, whose exception holds on to the tensors.
+        cache.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        n_tokens = max(len(item.model_input) for item in batch)
+        return Rejection(
+            RejectionReason.TOO_LARGE,
+            f"{n_tokens:,} tokens with {len(batch[0].image_sha256)} image(s) do not fit the memory of "
+            f"{self.device}, even alone; use fewer or smaller images, or a device with more memory",
+        )
+
+    def _states(
+        self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int
+    ) -> list[FirstLayerState]:
+        features = self._features([item.model_input.images for item in batch], cache, budget)
+        return self._first_layer.represent(
+            [item.model_input for item in batch], features, self.card.attention_mass
+        )
+
+    def _features(
+        self, images: Sequence[tuple[VisionInput, ...]], cache: "_FeatureCache", budget: int
+    ) -> list[list[torch.Tensor]]:
+        """Per sample the features of its images, from the vision tower for those that it has not seen."""
+        wanted = {image.key: image for image in chain.from_iterable(images)}
+        features = {key: known for key in wanted if (known := cache.get(key)) is not None}
+        for chunk in _chunks([image for key, image in wanted.items() if key not in features], budget):
+            for image, feature in zip(chunk, self._first_layer.image_features(chunk), strict=True):
+                features[image.key] = feature
+        for key, feature in features.items():
+            cache.put(key, feature)
+        return [[features[image.key] for image in row] for row in images]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch says that memory did not suffice, for which it has no single type."""
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in signs
+    )
+
+
+class _FeatureCache:
+    """The image features used last, up to some bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._bytes, self._max_bytes = 0, max_bytes
+
+    def get(self, key: str) -> torch.Tensor | None:
+        if key in self._features:
+            self._features.move_to_end(key)
+        return self._features.get(key)
+
+    def put(self, key: str, feature: torch.Tensor) -> None:
+        if key in self._features:
+            return
+        # A copy: a slice would keep the features of all images that were computed with it.
+        self._features[key] = feature.clone()
+        self._bytes += feature.nbytes
+        while self._bytes > self._max_bytes:
+            _, dropped = self._features.popitem(last=False)
+            self._bytes -= dropped.nbytes
+
+    def clear(self) -> None:
+        self._features.clear()
+        self._bytes = 0
+
+
+def _groups(samples: Sequence[ChatSample]) -> list[tuple[tuple[str, ...], list[int]]]:
+    """The places of samples that share their images, groups of like length next to each other."""
+    by_images: dict[tuple[str, ...], list[int]] = {}
+    for place, sample in enumerate(samples):
+        by_images.setdefault(sample.images, []).append(place)
+    lengths = [sum(map(len, sample.conversation.texts("system", "user", "assistant"))) for sample in samples]
+    # Rows with several images may have some of them in common, which are then close to each other.
+    ordered = sorted(
+        by_images.items(),
+        key=lambda group: (
+            len(group[0]),
+            group[0] if len(group[0]) > 1 else (),
+            max(lengths[place] for place in group[1]),
+        ),
+    )
+    return [
+        (images, places[start : start + _GROUP_SIZE])
+        for images, places in ordered
+        for start in range(0, len(places), _GROUP_SIZE)
+    ]
+
+
+def _batches(
+    prepared: Iterator[tuple[int, Prepared | Rejection]], batch_tokens: int
+) -> Iterator[list[tuple[int, Prepared | Rejection]]]:
+    """Runs of samples with at most ``batch_tokens`` tokens, and at most twice that with padding."""
+    batch: list[tuple[int, Prepared | Rejection]] = []
+    total = longest = count = 0
+    for place, item in prepared:
+        if isinstance(item, Prepared):
+            length = len(item.model_input)
+            padded = (count + 1) * max(longest, length)
+            if count and (total + length > batch_tokens or padded > 2 * batch_tokens):
+                yield batch
+                batch, total, longest, count = [], 0, 0, 0
+            total, longest, count = total + length, max(longest, length), count + 1
+        batch.append((place, item))
+    if batch:
+        yield batch
+
+
+def _chunks(images: Sequence[VisionInput], budget: int) -> Iterator[list[VisionInput]]:
+    """Runs of images with at most as many values as ``budget`` vision tokens usually have."""
+    chunk: list[VisionInput] = []
+    held = 0
+    for image in images:
+        n_values = image.inputs["pixel_values"].numel()
+        if chunk and held + n_values > budget * _VALUES_PER_TOKEN:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(image)
+        held += n_values
+    if chunk:
+        yield chunk
+
+
+def _outcome(item: Prepared, state: FirstLayerState) -> Outcome:
+    if not (np.isfinite(state.vector).all() and np.isfinite(state.vision_attention)):
+        return Rejection(RejectionReason.NON_FINITE, "the first layer's attention or output is not finite")
+    return Representation(
+        vector=state.vector,
+        n_tokens=len(item.model_input),
+        n_vision_tokens=len(item.model_input.vision),
+        n_dominant_tokens=state.n_dominant_tokens,
+        n_instruction_tokens=len(item.model_input.instruction),
+        vision_attention=state.vision_attention,
+        image_sha256=item.image_sha256,
+    )

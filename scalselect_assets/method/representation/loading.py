@@ -1,0 +1,289 @@
+"""From a model folder or hub id to an encoder: which parts are read, and the proof that they suffice.
+
+The configuration is cut to what the first decoder layer's output depends on *before* the weights are read,
+and the base model without its language-modelling head is built, so that no other tensor is ever read. Then
+one synthetic sample is represented twice, by the encoder and by the definition in a plain forward pass with
+eager attention; a model for which the two differ is refused.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from scalselect_assets.method.representation.attention import dominant_tokens, register_rows_attention
+from scalselect_assets.method.representation.chat import ChatTemplateError, render_chat
+from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.encoder import VlmEncoder
+from scalselect_assets.method.representation.families import (
+    TESTED_FAMILIES,
+    UnsupportedModelError,
+    image_token_id,
+    keep_what_the_first_layer_reads,
+)
+from scalselect_assets.method.representation.first_layer import FirstLayer, decoder_of
+from scalselect_assets.method.representation.images import DEFAULT_MAX_PIXELS
+from scalselect_assets.method.representation.model_card import model_card
+from scalselect_assets.method.representation.preparation import Prepared, Preparer
+from scalselect_assets.method.representation.processors import load_processor
+from scalselect_assets.method.representation.quiet import quiet_transformers
+
+DEFAULT_ATTENTION_MASS = 0.9
+"""τ of the paper: the share of the instruction's attention that the kept vision tokens must exceed."""
+
+DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+DeviceName: TypeAlias = Literal["auto", "cpu", "cuda"]
+
+# Of the largest component. Half precision rounds the two computations differently: by up to 0.4 % in bfloat16
+# and 0.03 % in float16 on the tested families.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
+
+
+class ModelLoadError(RuntimeError):
+    """The target model cannot be loaded as asked; the message says what to change."""
+
+
+def load_encoder(
+    model: str,
+    *,
+    revision: str | None = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "float32",
+    attention_mass: float = DEFAULT_ATTENTION_MASS,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> VlmEncoder:
+    """Load the parts of a VLM that the representation needs.
+
+    Args:
+        model: Local folder or Hugging Face hub id of an image-text-to-text model.
+        revision: Branch, tag or commit of a hub id.
+        device: Where to run.
+        dtype: Of weights and activations. It is part of the fingerprint, so it never depends on the machine.
+        attention_mass: τ in (0, 1].
+        max_pixels: Images with more pixels are rejected.
+
+    Raises:
+        ModelLoadError: Not found, not readable, incomplete weights, or the device is missing.
+        UnsupportedModelError: Readable, but not a model that this package can represent samples with.
+    """
+    if not 0 < attention_mass <= 1:
+        raise ValueError(f"attention mass {attention_mass} is not in (0, 1]; the paper uses 0.9")
+    torch_device = resolve_device(device)
+    folder = Path(model).expanduser()
+    source = str(folder) if folder.is_dir() else model
+    config = _supported_config(source, revision)
+    token_id = image_token_id(config)
+    # Transformers reports the weights that stay unread; leaving them out is the point.
+    with quiet_transformers(keep_bars=not folder.is_dir()), _cannot_load(model):
+        processor = load_processor(source, revision, config)
+        base_model = _load_base_model(source, revision, config, dtype)
+        card = model_card(model, revision, config, base_model, processor, dtype, attention_mass)
+        preparer = Preparer(
+            processor, image_token_id=token_id, max_tokens=card.max_tokens, max_pixels=DEFAULT_MAX_PIXELS
+        )
+        base_model = base_model.to(torch_device)
+    with quiet_transformers(), _cannot_represent(model):
+        check = _SelfCheck(processor, preparer, attention_mass)
+        expected = check.expected(base_model)
+        first_layer = FirstLayer(base_model, preparer.pad_token_id)
+        check.compare(expected, first_layer, _TOLERANCE[dtype])
+    preparer.max_pixels = max_pixels
+    return VlmEncoder(card, first_layer, preparer)
+
+
+def resolve_device(device: DeviceName) -> torch.device:
+    """The torch device asked for; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ModelLoadError: CUDA was asked for and is not available.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError("device 'cuda' was asked for but torch sees no CUDA device; use 'cpu' or 'auto'")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+@contextmanager
+def _cannot_load(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (ModelLoadError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # On a damaged folder Transformers, safetensors and tokenizers raise whatever they stumble over.
+    except Exception as error:
+        raise ModelLoadError(f"cannot load {model!r}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _cannot_represent(model: str) -> Iterator[None]:
+    """Names the model in what its self-check says."""
+    tested = f"tested families: {', '.join(TESTED_FAMILIES.values())}"
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{model!r} cannot be the target model: {error}; {tested}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    # Here runs the code of any model that Transformers has, on parts that it may not expect.
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{model!r} cannot be the target model: on a test sample, {type(error).__name__}: {error}; "
+            f"{tested}"
+        ) from error
+
+
+def _supported_config(model: str, revision: str | None) -> Any:
+    """The configuration of ``model``, if it is of a kind that can be a target model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ModelLoadError(f"no folder {model!r}; name a local model folder or a hub id such as 'org/name'")
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except OSError as error:
+        raise ModelLoadError(f"cannot read the configuration of {model!r}: {error}") from error
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{model!r} is not a model that Transformers itself knows: {error}"
+        ) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise UnsupportedModelError(
+            f"{model!r} is of type {config.model_type!r}, which is not an image-text-to-text model"
+        )
+    if getattr(config, "vision_config", None) is None:
+        raise UnsupportedModelError(
+            f"{model!r} is of type {config.model_type!r}, which has no vision tower of its own; tested "
+            f"families: {', '.join(TESTED_FAMILIES.values())}"
+        )
+    return config
+
+
+def _load_base_model(model: str, revision: str | None, config: Any, dtype: DtypeName) -> Any:
+    """The weights that the first layer's output depends on, on the CPU."""
+    from transformers import AutoModel
+
+    keep_what_the_first_layer_reads(config)
+    base_model, report = AutoModel.from_pretrained(
+        model,
+        config=config,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        attn_implementation={"text_config": register_rows_attention()},
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelLoadError(
+            f"{model!r} lacks {len(missing)} weights that are needed, among them {missing[0]}; "
+            "is the checkpoint complete?"
+        )
+    return base_model.eval().requires_grad_(False)
+
+
+class _SelfCheck:
+    """One synthetic sample, represented by the definition and by the encoder's parts."""
+
+    def __init__(self, processor: Any, preparer: Preparer, attention_mass: float) -> None:
+        """Prepare the sample.
+
+        Raises:
+            UnsupportedModelError: The model's own processor or template cannot take a plain sample, or what
+                is made of it leaves open which tokens are the answer's.
+        """
+        self._attention_mass = attention_mass
+        question, answer = "What is in the image?", "A pattern."
+        conversation = Conversation((Turn("user", (IMAGE, question)), Turn("assistant", (answer,))))
+        try:
+            chat = render_chat(processor, conversation)
+        except ChatTemplateError as error:
+            raise UnsupportedModelError(
+                f"its chat template refuses one image and one question ({error})"
+            ) from error
+        picture = _pattern()
+        _, texts, *_ = processor.prepare_inputs_layout(text=[chat.text], images=[[picture]])
+        if texts != [chat.text]:
+            raise UnsupportedModelError(
+                "its processor rewrites the prompt after its chat template, so that the answers cannot be "
+                "told from the instruction"
+            )
+        (prepared,) = preparer.prepare(["pattern"], [conversation], lambda _: _png(picture))
+        if not isinstance(prepared, Prepared):
+            raise UnsupportedModelError(f"it cannot take a plain sample ({prepared.detail})")
+        self._sample = prepared.model_input
+        other = torch.ones_like(self._sample.input_ids, dtype=torch.bool)
+        other[self._sample.vision] = other[self._sample.instruction] = False
+        found = processor.tokenizer.decode(self._sample.input_ids[other])
+        if found.strip() != answer:
+            raise UnsupportedModelError(f"of the answer {answer!r}, {found!r} is found in its prompt")
+        self._inputs = {
+            name: value
+            for name, value in preparer.model_inputs(chat, [picture]).items()
+            if isinstance(value, torch.Tensor) and name not in ("offset_mapping", "labels")
+        }
+
+    @torch.inference_mode()
+    def expected(self, model: Any) -> NDArray[np.float32]:
+        """The representation by its definition, in a plain forward pass over two layers with eager attention.
+
+        The first layer stands in for the second, whose weights are not there and do not matter.
+        """
+        decoder = decoder_of(model)
+        layers, implementation = decoder.layers, decoder.config._attn_implementation
+        parameter = next(model.parameters())
+        try:
+            decoder.layers = torch.nn.ModuleList([layers[0], layers[0]])
+            decoder.config.num_hidden_layers = 2
+            decoder.config._attn_implementation = "eager"
+            output = model(
+                **{
+                    name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+                    for name, value in self._inputs.items()
+                },
+                use_cache=False,
+                output_hidden_states=True,
+                output_attentions=True,
+            )
+        finally:
+            decoder.layers = layers
+            decoder.config.num_hidden_layers = 1
+            decoder.config._attn_implementation = implementation
+        attention = output.attentions[0][0].float().mean(0)[self._sample.instruction][:, self._sample.vision]
+        dominant = dominant_tokens(attention.mean(0), self._attention_mass)
+        states = output.hidden_states[1][0][self._sample.vision].float()
+        return np.asarray(states[dominant].mean(0).cpu().numpy())
+
+    def compare(self, expected: NDArray[np.float32], first_layer: FirstLayer, tolerance: float) -> None:
+        """Hold the encoder's parts against the definition.
+
+        Raises:
+            UnsupportedModelError: They differ by more than ``tolerance`` of the largest component.
+        """
+        features = first_layer.image_features(self._sample.images)
+        (state,) = first_layer.represent([self._sample], [features], self._attention_mass)
+        error = float(np.abs(state.vector - expected).max() / np.abs(expected).max())
+        if not error <= tolerance:
+            raise UnsupportedModelError(
+                "it cannot be represented from its first layer alone in the way that holds for other models: "
+                f"on a test sample the result is off by {error:.1%} (rounding is at most {tolerance:.1%})"
+            )
+
+
+def _pattern() -> Image.Image:
+    """Something to look at: no two parts of it are the same."""
+    ramp = np.arange(56, dtype=np.float64) / 56
+    waves = [np.sin(7 * (phase + 1) * np.outer(ramp, 1 + ramp) + phase) for phase in range(3)]
+    return Image.fromarray((127.5 * (1 + np.stack(waves, axis=-1))).astype(np.uint8))
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,355 @@
+"""From a conversation and its images to what a model reads, with the role of every token.
+
+An instruction token is every token that is neither vision nor content of an assistant turn: questions, system
+text, role words, separators, BOS and the tokens around and between images all count, as in the published
+method. Everything here is plain data and runs as well in a worker process.
+"""
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scalselect_assets.method.representation.chat import ChatTemplateError, RenderedChat, render_chat
+from scalselect_assets.method.representation.conversation import Conversation
+from scalselect_assets.method.representation.first_layer import ModelInput, VisionInput
+from scalselect_assets.method.representation.images import (
+    ImageTooLargeError,
+    UndecodableImageError,
+    decode_image,
+)
+from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """One sample ready for the model."""
+
+    model_input: ModelInput
+    image_sha256: tuple[str, ...]
+
+    def as_tensors(self) -> "Prepared":
+        """Inverse of ``for_transport``."""
+        return dataclasses.replace(
+            self, model_input=_mapped(self.model_input, np.ndarray, torch.from_numpy, {})
+        )
+
+
+class Preparer:
+    """Prepares samples for one model. Picklable; not for several threads at once."""
+
+    def __init__(self, processor: Any, *, image_token_id: int, max_tokens: int, max_pixels: int) -> None:
+        """Take over ``processor``.
+
+        Args:
+            processor: A Transformers processor with a chat template and a fast tokenizer.
+            image_token_id: Of the tokens that carry image features.
+            max_tokens: Longer samples are rejected.
+            max_pixels: Images with more pixels are rejected, not decoded.
+        """
+        self.pad_token_id: int = processor.tokenizer.pad_token_id or 0
+        self._processor = processor
+        self._image_processor = processor.image_processor
+        self._processor.image_processor = _OncePerGroup(processor.image_processor)
+        self.max_pixels = max_pixels
+        self._image_token_id, self._max_tokens = image_token_id, max_tokens
+
+    @property
+    def image_processor(self) -> Any:
+        """The Transformers image processor within."""
+        return self._image_processor
+
+    @property
+    def modules(self) -> list[str]:
+        """What a process has to import for preparing."""
+        parts = (self._processor, self._processor.tokenizer, self._image_processor)
+        return sorted({type(part).__module__ for part in parts})
+
+    def prepare(
+        self,
+        images: Sequence[str],
+        conversations: Sequence[Conversation],
+        read_image: Callable[[str], bytes],
+    ) -> list[Prepared | Rejection]:
+        """Prepare samples that share their images, which are read, decoded and processed once.
+
+        Args:
+            images: References, in the order of the image marks.
+            conversations: One per sample.
+            read_image: From a reference to the bytes of the image.
+
+        Raises:
+            OSError: An image cannot be read for reasons other than that it is not there.
+        """
+        if not images:
+            text_only = Rejection(RejectionReason.TEXT_ONLY, "it has no image; add one or leave the row out")
+            return [text_only] * len(conversations)
+        found = self._decode(images, read_image)
+        if isinstance(found, Rejection):
+            return [found] * len(conversations)
+        decoded, digests = found
+        prepared: list[Prepared | Rejection] = []
+        shared: tuple[VisionInput, ...] | None = None
+        for conversation in conversations:
+            item = self._prepare(conversation, decoded, digests, shared)
+            if shared is None and isinstance(item, Prepared):
+                shared = item.model_input.images
+            prepared.append(item)
+        return prepared
+
+    def _decode(
+        self, images: Sequence[str], read_image: Callable[[str], bytes]
+    ) -> tuple[list[Image.Image], tuple[str, ...]] | Rejection:
+        """The pixels and the SHA-256 of each image."""
+        decoded, digests = [], []
+        for position, reference in enumerate(images, start=1):
+            try:
+                data = read_image(reference)
+                decoded.append(decode_image(data, self.max_pixels))
+            except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+                return Rejection(RejectionReason.MISSING_IMAGE, f"image {position}: {error}")
+            except ImageTooLargeError as error:
+                return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {position}: {error}")
+            except UndecodableImageError as error:
+                return Rejection(RejectionReason.UNDECODABLE_IMAGE, f"image {position}: {error}")
+            digests.append(hashlib.sha256(data).hexdigest())
+        return decoded, tuple(digests)
+
+    def _prepare(
+        self,
+        conversation: Conversation,
+        images: list[Image.Image],
+        digests: tuple[str, ...],
+        shared: tuple[VisionInput, ...] | None,
+    ) -> Prepared | Rejection:
+        """One sample; ``shared`` is what the processor made of the same images for another one."""
+        try:
+            chat = render_chat(self._processor, conversation)
+        except ChatTemplateError as error:
+            return Rejection(RejectionReason.TEMPLATE_REFUSED, str(error))
+        try:
+            inputs = self.model_inputs(chat, images)
+        # The tokenizer's own complaint about a lone surrogate is a TypeError.
+        except (ValueError, TypeError) as error:
+            return Rejection(RejectionReason.PROCESSOR_REFUSED, f"the model's processor refuses it: {error}")
+        except MemoryError:
+            return Rejection(
+                RejectionReason.TOO_LARGE,
+                f"its {len(images)} image(s) do not fit the memory while they are processed; use fewer or "
+                "smaller ones",
+            )
+        return self._with_roles(chat, inputs, digests, shared)
+
+    def model_inputs(self, chat: RenderedChat, images: list[Image.Image]) -> dict[str, Any]:
+        """The processor's outputs for one sample as tensors, with the character offsets of every token."""
+        bos = self._processor.tokenizer.bos_token
+        outputs = dict(
+            self._processor(
+                text=[chat.text],
+                images=[images],
+                # Not for the text: converting its lists would take longer than everything else.
+                images_kwargs={"return_tensors": "pt"},
+                # A template that writes the BOS token itself must not get a second one.
+                add_special_tokens=not (bos and chat.text.startswith(bos)),
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                # Rows beyond the model's length are rejected with their counts, never cut, whatever the
+                # tokenizer's own settings say.
+                truncation=False,
+                padding=False,
+                verbose=False,
+            )
+        )
+        return {
+            name: value
+            if isinstance(value, torch.Tensor) or name == "text_replacement_offsets"
+            else torch.from_numpy(np.asarray(value))
+            for name, value in outputs.items()
+        }
+
+    def stand_in(
+        self, conversation: Conversation, images: list[Image.Image]
+    ) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """What the processor makes of other images in the places of a conversation's own.
+
+        Args:
+            conversation: A whole sample that can be prepared.
+            images: One per image mark, of the sizes of the sample's own.
+
+        Returns:
+            The processor's vision inputs by name, and the vision tokens that each image fills.
+
+        Raises:
+            ChatTemplateError: The template refuses the conversation.
+            ValueError: The processor refuses it.
+        """
+        inputs = self.model_inputs(render_chat(self._processor, conversation), images)
+        return self._vision_inputs(inputs), self._tokens_by_image(inputs)
+
+    def _vision_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: inputs[name] for name in self._image_processor.model_input_names if name in inputs}
+
+    def _tokens_by_image(self, inputs: dict[str, Any]) -> list[int]:
+        """How many image tokens stand in the text that the processor has put in each image's place."""
+        vision = inputs["input_ids"][0] == self._image_token_id
+        starts, ends = inputs["offset_mapping"][0].unbind(-1)
+        (replacements,) = inputs["text_replacement_offsets"]
+        return [
+            int(vision[(starts < end) & (ends > begin)].sum())
+            for begin, end in (replacement["new_span"] for replacement in replacements)
+        ]
+
+    def _with_roles(
+        self,
+        chat: RenderedChat,
+        inputs: dict[str, Any],
+        digests: tuple[str, ...],
+        shared: tuple[VisionInput, ...] | None,
+    ) -> Prepared | Rejection:
+        """Tell vision, instruction and answer tokens apart."""
+        input_ids = inputs["input_ids"][0]
+        if len(input_ids) > self._max_tokens:
+            return Rejection(
+                RejectionReason.TOO_LONG,
+                f"{len(input_ids):,} tokens; the model takes {self._max_tokens:,}, and cutting would "
+                "lose image tokens: shorten or split the conversation",
+            )
+        starts, ends = inputs["offset_mapping"][0].unbind(-1)
+        (replacements,) = inputs["text_replacement_offsets"]
+        answer = torch.zeros_like(input_ids, dtype=torch.bool)
+        for begin, end in _expanded_spans(chat.answer_spans, replacements):
+            if begin == end:
+                continue  # an empty answer has no content that a token around it could carry
+            # A token that spans the border belongs to the answer: it carries part of its content. One without
+            # width is white space, which some tokenizers leave out of their offsets.
+            answer |= (starts < end) & (ends > begin) | (starts == ends) & (begin < starts) & (starts <= end)
+        vision = input_ids == self._image_token_id
+        n_tokens = self._tokens_by_image(inputs)
+        if sum(n_tokens) != (n_vision := int(vision.sum())):
+            return Rejection(
+                RejectionReason.PROCESSOR_REFUSED,
+                f"{n_vision} image tokens, of which the images fill {sum(n_tokens)}: the text contains the "
+                "model's own image token; remove it",
+            )
+        model_input = ModelInput(
+            input_ids=input_ids,
+            token_inputs={name: inputs[name][0] for name in inputs if name.endswith("token_type_ids")},
+            vision=vision.nonzero().squeeze(1),
+            instruction=(~vision & ~answer).nonzero().squeeze(1),
+            images=shared or _by_image(self._vision_inputs(inputs), digests, n_tokens),
+        )
+        return Prepared(model_input, digests)
+
+
+class _OncePerGroup:
+    """An image processor that remembers what it made of the images that it was given last.
+
+    The processor classes call it for every conversation; conversations about the same images come together.
+    """
+
+    def __init__(self, image_processor: Any) -> None:
+        self._image_processor = image_processor
+        self._images: list[Any] = []
+        self._processed: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_image_processor":
+            raise AttributeError(name)  # before it is set up, as in unpickling
+        return getattr(self._image_processor, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_image_processor": self._image_processor, "_images": [], "_processed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __call__(self, images: Any, **options: Any) -> Any:
+        from transformers.image_utils import make_flat_list_of_images
+
+        flat = make_flat_list_of_images(images)
+        if len(flat) != len(self._images) or any(a is not b for a, b in zip(flat, self._images, strict=True)):
+            self._processed = self._image_processor(images, **options)
+            self._images = flat
+        # A copy of the container: some processors take out what they have used.
+        return copy.copy(self._processed)
+
+
+def _expanded_spans(
+    spans: Iterable[tuple[int, int]], replacements: Sequence[dict[str, Any]]
+) -> Iterator[tuple[int, int]]:
+    """Move character spans past the image tokens that the processor multiplied before them."""
+    for begin, end in spans:
+        gained = 0
+        for replacement in replacements:
+            if replacement["span"][1] <= begin:
+                gained = replacement["new_span"][1] - replacement["span"][1]
+        yield begin + gained, end + gained
+
+
+def _by_image(
+    inputs: dict[str, torch.Tensor], digests: tuple[str, ...], n_tokens: Sequence[int]
+) -> tuple[VisionInput, ...]:
+    """Take the processor's vision inputs of one sample apart by image, where that can be done.
+
+    An input has either one entry per image, or entries in proportion to the image's tokens (patches, crops).
+    Inputs by sample (padded together, or counts) keep the sample's images together.
+    """
+    sizes: dict[str, list[int]] = {}
+    for name, value in inputs.items():
+        if len(digests) == 1:
+            sizes[name] = [len(value)]
+        elif len(value) == len(digests):
+            sizes[name] = [1] * len(digests)
+        elif all(len(value) * count % sum(n_tokens) == 0 for count in n_tokens):
+            sizes[name] = [len(value) * count // sum(n_tokens) for count in n_tokens]
+        else:
+            return (VisionInput("|".join(digests), inputs, sum(n_tokens)),)
+    pieces = {name: value.split_with_sizes(sizes[name]) for name, value in inputs.items()}
+    return tuple(
+        VisionInput(digest, {name: pieces[name][place] for name in inputs}, count)
+        for place, (digest, count) in enumerate(zip(digests, n_tokens, strict=True))
+    )
+
+
+def for_transport(prepared: Sequence[Prepared | Rejection]) -> list[Prepared | Rejection]:
+    """A group with NumPy arrays, which pass between processes several times as fast as tensors.
+
+    What its samples share, the pixels above all, is passed once.
+    """
+    seen: dict[int, Any] = {}
+    return [
+        dataclasses.replace(
+            item, model_input=_mapped(item.model_input, torch.Tensor, torch.Tensor.numpy, seen)
+        )
+        if isinstance(item, Prepared)
+        else item
+        for item in prepared
+    ]
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
+    """The same structure of dataclasses, dictionaries and tuples with every ``kind`` in it changed.
+
+    ``seen`` holds what images became, by their identity, so that shared ones stay shared.
+    """
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(item, kind, change, seen) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, kind, change, seen) for item in value)
+    if isinstance(value, ModelInput | VisionInput):
+        parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        changed = dataclasses.replace(value, **_mapped(parts, kind, change, seen))
+        if isinstance(value, VisionInput):
+            seen[id(value)] = changed
+        return changed
+    return value

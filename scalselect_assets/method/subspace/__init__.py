@@ -1,0 +1,1 @@
+"""The subspace: moments, rank, basis and leverage scores."""

@@ -1,0 +1,1 @@
+"""What keeps a selection up to date: staleness, the refresh, automation, cleaning."""

@@ -1,0 +1,23 @@
+"""Errors of a run: the cause below what Dagster wraps around it, as one message."""
+
+
+class RefreshError(RuntimeError):
+    """The refresh cannot go on; the message says what to do."""
+
+
+def error_cause(error: BaseException) -> BaseException:
+    """The exception that Dagster has wrapped: the first of ours, else the one at the bottom."""
+    while error.__cause__ is not None and not _is_ours(error):
+        error = error.__cause__
+    return error
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.startswith(("resources.", "scalselect_assets."))
+
+
+def error_message(error: BaseException) -> str:
+    """The message of the cause; an error that is not of this project is named with its type."""
+    cause = error_cause(error)
+    told = _is_ours(cause) or isinstance(cause, ValueError)
+    return str(cause) if told else f"{type(cause).__name__}: {cause}"

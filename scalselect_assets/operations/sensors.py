@@ -1,0 +1,73 @@
+"""The two sensors of a declarative selection: discovery of shards, and evaluation of conditions."""
+
+from typing import Final
+
+import dagster as dg
+
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import reuse
+from scalselect_assets.embedding.device_pool import limit_devices
+from scalselect_assets.operations.automation import AUTOMATION_TAG
+from scalselect_assets.pool.discovery import discover, report_discovery
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.storage import StorageResource
+
+UNFINISHED: Final = {
+    dg.DagsterRunStatus.QUEUED: "queued",
+    dg.DagsterRunStatus.NOT_STARTED: "about to start",
+    dg.DagsterRunStatus.STARTING: "about to start",
+    dg.DagsterRunStatus.STARTED: "in progress",
+    dg.DagsterRunStatus.CANCELING: "being canceled",
+}
+STARTING_SECONDS = 600.0  # importing everything on a busy machine takes less
+
+
+# Sensors and the schedule
+
+
+def automation_sensors(selection: Selection) -> list[dg.SensorDefinition]:
+    """What drives a declarative selection: one sensor finds shards, the other evaluates the conditions."""
+    return [
+        discovery_sensor(selection),
+        dg.AutomationConditionSensorDefinition(
+            selection.job_name("automation"),
+            target=dg.AssetSelection.groups(selection.name),
+            run_tags={AUTOMATION_TAG: selection.name},
+            default_status=dg.DefaultSensorStatus.STOPPED,
+            minimum_interval_seconds=selection.automation_seconds,
+            description="Materialize what has changed and what follows from it, each in its turn.",
+            # A backfill starts up to half a minute later and is seen to end as much later.
+            emit_backfills=False,
+        ),
+    ]
+
+
+def discovery_sensor(selection: Selection) -> dg.SensorDefinition:
+    """Finds new, changed and removed shards and tells Dagster; requests nothing."""
+
+    @dg.sensor(
+        name=selection.job_name("discovery"),
+        minimum_interval_seconds=selection.automation_seconds,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="Find new, changed and removed shards.",
+    )
+    def discovery(context: dg.SensorEvaluationContext, storage: StorageResource) -> dg.SkipReason:
+        limit_devices(context.instance)  # before the first shard's run is asked for
+        artifacts = storage.artifacts(selection.store)
+        source = storage.samples(selection.source, selection.image_root, selection.store)
+        found = discover(source, artifacts, selection.settle_seconds)
+        if not found.versions:
+            # A file system that is not mounted looks like a pool without shards.
+            return dg.SkipReason(f"no shard in {selection.source} can be read now; Dagster's shards stay")
+        # Events that a sensor returns would be stored before the partitions that they are about.
+        added, removed = report_discovery(selection, context.instance, found)
+        for shard in removed:
+            reuse.forget(artifacts, shard)
+        state = digest(dict(found.versions))
+        told = f"{len(found.versions)} shards, {len(found.unsettled)} still being written"
+        if state == context.cursor and not added and not removed:
+            return dg.SkipReason(f"nothing has changed: {told}")
+        context.update_cursor(state)
+        return dg.SkipReason(f"reported {len(added)} new and {len(removed)} removed shards: {told}")
+
+    return discovery

@@ -1,0 +1,28 @@
+"""The last result in a few numbers, with the places of its files."""
+
+from typing import Any
+
+from scalselect_assets.choice import selected_subset
+from scalselect_assets.dataset import training_manifest
+from scalselect_assets.dataset.exports import publish
+from scalselect_assets.report import page_receipt
+from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactStore
+
+
+def summary(artifacts: ArtifactStore) -> dict[str, Any]:
+    """The last result as the manifest tells it, with the files' places.
+
+    Raises:
+        ArtifactMissingError: There is no result yet.
+    """
+    manifest = training_manifest.read_manifest(artifacts)
+    folder = artifacts.root / training_manifest.NAME
+    return {
+        **{name: manifest[name] for name in ("rows", "embedded", "rejected", "rank", "energy", "selected")},
+        "basis_drift": manifest["basis_drift"],
+        "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=FRAME)),
+        "training_dataset": str(folder / manifest["training_file"]),
+        "manifest": str(artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)),
+        **{f"export_{name}": str(folder / publish.FOLDER / name) for name in manifest.get("exports", {})},
+        **({"report": str(page_receipt.page_path(artifacts))} if page_receipt.is_complete(artifacts) else {}),
+    }

@@ -1,0 +1,139 @@
+"""Step 1, by shard: every row of the shard file, read and judged.
+
+Holds: all rows, rejected ones too, each with its verbatim text. Decides what can be told from the row and the
+presence of its images; pixels are looked at in step 2. Costs: the file is read for its rows and hashed before
+and after, so that a change meanwhile shows; one stat per image; memory of one shard.
+"""
+
+import hashlib
+import time
+
+import dagster as dg
+import polars as pl
+
+from scalselect_assets.asset_path import OutputHeader, ShardAsset, StoreState
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.columns import RAW_SAMPLES, column_schema, polars_schema
+from scalselect_assets.recording.materialization import Output, materialize_shards, retry_or_fail
+from scalselect_assets.resources.artifacts import FRAME
+from scalselect_assets.resources.identity import digest
+from scalselect_assets.resources.sample_source import PoolRow, SampleSource
+from scalselect_assets.resources.shard_reader import ShardFormatError
+from scalselect_assets.resources.storage import StorageResource
+
+NAME = "raw_samples"
+CODE_VERSION = "1"
+SHARD_INDEXES = "shard_index-"
+"""Followed by the version of the code that reads shards, as whose rows an index knows the images."""
+SHARD_INDEX = f"{SHARD_INDEXES}{CODE_VERSION}"
+
+
+def provenance(selection: Selection, shard_version: str) -> str:
+    """What the rows of one shard are computed from."""
+    return data_versions.provenance(NAME, CODE_VERSION, image_root=selection.image_root, shard=shard_version)
+
+
+def build(selection: Selection) -> dg.AssetsDefinition:
+    """The asset for one selection."""
+
+    @dg.asset(
+        **selection.asset_options(NAME, by_shard=True),
+        deps=[selection.key("shard_files")],
+        kinds={"polars", "parquet"},
+        code_version=data_versions.shown_code_version(CODE_VERSION, image_root=selection.image_root),
+        metadata={"dagster/column_schema": column_schema(RAW_SAMPLES)},
+    )
+    def raw_samples(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
+        """Every row of the shard, read, validated and given its content key, with what speaks against it."""
+        artifacts = storage.artifacts(selection.store)
+        source = storage.samples(selection.source, selection.image_root, selection.store)
+
+        def read(shard: str) -> Output:
+            start = time.monotonic()
+            version = source.shard_fingerprint(shard, source.index_shard(shard))
+            frame = read_rows(source, shard)
+            if source.shard_fingerprint(shard, source.index_shard(shard)) != version:
+                retry_or_fail(context, f"shard {shard!r} or one of its images changed while it was read")
+            data_version = digest(version, hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
+            made_from = provenance(selection, version)
+            stated = data_versions.header(data_version, made_from, container=source.container(shard))
+            path, size = artifacts.write_frame(NAME, frame, stated, shard)
+            rejected = frame.filter(pl.col("reason").is_not_null())
+            return Output(
+                data_version,
+                made_from,
+                {
+                    "dagster/partition_row_count": frame.height,
+                    "rejected_rows": rejected.height,
+                    "rejected_by_reason": reason_counts(rejected),
+                    "seconds": time.monotonic() - start,
+                    "bytes": size,
+                    "dagster/uri": str(path),
+                    "shard_file": dg.MetadataValue.path(str(source.shard_path(shard))),
+                    "shard_version": version,
+                },
+            )
+
+        return materialize_shards(context, storage.locks(selection.store), read)
+
+    return raw_samples
+
+
+def read_rows(source: SampleSource, shard: str) -> pl.DataFrame:
+    """One shard as a frame of `RAW_SAMPLES`.
+
+    Raises:
+        dg.Failure: The file is not a shard at all; not retried, since only another file helps.
+    """
+    try:
+        return pl.DataFrame(
+            [_record(row) for row in source.read_shard(shard)],
+            schema=polars_schema(RAW_SAMPLES),
+            orient="row",
+        )
+    except ShardFormatError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def reason_counts(rejected: pl.DataFrame) -> dict[str, int]:
+    """Rows by rejection reason, sorted by reason."""
+    counts = rejected.group_by("reason").len().sort("reason")
+    return dict(zip(counts["reason"].to_list(), counts["len"].to_list(), strict=True))
+
+
+def _record(row: PoolRow) -> tuple[object, ...]:
+    sample, rejection = row.sample, row.rejection
+    return (
+        row.row,
+        row.line,
+        row.sample_key,
+        row.source_id,
+        row.text,
+        sample.row_format if sample else None,
+        sample.conversation.to_json() if sample else None,
+        list(row.image_paths),
+        rejection.reason.value if rejection else None,
+        rejection.detail if rejection else None,
+    )
+
+
+def expected(state: StoreState, shard: str) -> str | None:
+    """The provenance that a shard's rows would have now; none where discovery did not read the shard."""
+    version = state.shard_versions.get(shard)
+    return None if version is None else provenance(state.selection, version)
+
+
+def header(state: StoreState, shard: str) -> OutputHeader:
+    """The header of a shard's rows; empty where they are missing or damaged."""
+    return state.frame_header(NAME, shard)
+
+
+ASSET = ShardAsset(
+    name=NAME,
+    code_version=CODE_VERSION,
+    build=build,
+    expected=expected,
+    header=header,
+    shard_files=((NAME, FRAME),),
+)

@@ -1,0 +1,1 @@
+"""What Dagster records of an asset: versions, columns, partitions, materializations."""

@@ -1,0 +1,73 @@
+"""The receipt that commits a report, and when the report counts as complete."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import AfterValidator
+from upath import UPath
+
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.recording import data_versions
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.identity import digest
+
+NAME = "selection_report"
+PAGE = "report"
+RECEIPT = "receipt"
+CODE_VERSION = "1"
+
+
+def provenance(selection: Selection, dataset: Mapping[str, Any]) -> str:
+    """The hash of what the report is made from.
+
+    Args:
+        selection: The selection.
+        dataset: The training dataset's manifest, or the versions in it: its provenance covers the settings,
+            the selection and the basis, and with it the vectors, the rows and their images.
+    """
+    return data_versions.provenance(
+        NAME,
+        CODE_VERSION,
+        training_dataset=[dataset.get("provenance", ""), dataset.get("data_version", "")],
+        additions=labels_version(selection),
+    )
+
+
+def labels_version(selection: Selection) -> str:
+    """The version of the labels by which the report counts rows."""
+    return digest(selection.source_label)
+
+
+def _whole(receipt: dict[str, Any]) -> dict[str, Any]:
+    if missing := {"data_version", "provenance", "bytes"} - set(receipt):
+        raise ValueError(f"the receipt lacks {', '.join(sorted(missing))}")
+    return receipt
+
+
+_Receipt: TypeAlias = Annotated[dict[str, Any], AfterValidator(_whole)]
+
+
+def read_receipt(artifacts: ArtifactStore) -> dict[str, Any]:
+    """What the last report says of itself: ``data_version``, ``provenance`` and its size in ``bytes``.
+
+    Raises:
+        ArtifactMissingError: There is no report yet.
+        ArtifactCorruptError: The receipt is damaged.
+    """
+    receipt: dict[str, Any] = artifacts.read_json(NAME, RECEIPT, shape=_Receipt)
+    return receipt
+
+
+def is_complete(artifacts: ArtifactStore) -> bool:
+    """Whether the receipt is there and the page has the size that it states."""
+    try:
+        receipt = read_receipt(artifacts)
+        size = page_path(artifacts).stat().st_size
+    except (ArtifactMissingError, ArtifactCorruptError, FileNotFoundError):
+        return False
+    return bool(size == receipt["bytes"])
+
+
+def page_path(artifacts: ArtifactStore) -> UPath:
+    """Where the page lies, whether or not it exists."""
+    return artifacts.path(NAME, PAGE, suffix=".html")

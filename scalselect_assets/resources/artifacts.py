@@ -1,0 +1,259 @@
+"""Everything that the assets write apart from vectors: Parquet frames, safetensors arrays and JSON.
+
+One file per asset and shard, always replaced whole and atomically, so that a reader sees the old or the new
+content and a rerun changes nothing. Each file carries its own header (data version, provenance, what it was
+computed from), so that what is recorded is what was read. Costs: one file in memory at a time.
+"""
+
+import io
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import polars as pl
+import safetensors
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+from upath import UPath
+
+from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.names import encode_name
+
+Header = Mapping[str, str]
+FRAME, ARRAYS, RECORD = ".parquet", ".safetensors", ".json"
+"""Suffixes of the three kinds of files: Parquet frames, safetensors arrays and JSON."""
+
+_MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
+
+
+class ArtifactMissingError(FileNotFoundError):
+    """An asset's output is not in the store; the message names the asset, the shard and the remedy."""
+
+
+class ArtifactCorruptError(RuntimeError):
+    """An asset's output is there but cannot be read; the message names the file and the remedy.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, message: str, path: UPath) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+@dataclass(frozen=True)
+class ArtifactStore:
+    """The files of one selection below ``root`` (local or remote)."""
+
+    root: UPath
+
+    def path(self, asset: str, shard: str | None = None, *, suffix: str) -> UPath:
+        """Where the output of ``asset`` (for ``shard``) lies, whether or not it exists."""
+        name = asset if shard is None else encode_name(shard)
+        return self.root / f"{asset}/{name}{suffix}"
+
+    def write_frame(
+        self, asset: str, frame: pl.DataFrame, header: Header, shard: str | None = None
+    ) -> tuple[UPath, int]:
+        """Replace a Parquet file; returns its path and size in bytes."""
+        buffer = io.BytesIO()
+        frame.write_parquet(buffer, metadata=dict(header))
+        return self._replace(self.path(asset, shard, suffix=FRAME), buffer.getvalue())
+
+    def read_frame(
+        self, asset: str, shard: str | None = None, *, columns: list[str] | None = None
+    ) -> tuple[pl.DataFrame, dict[str, str]]:
+        """A Parquet file, or some of its columns, and its header.
+
+        Raises:
+            ArtifactMissingError: Not materialized.
+            ArtifactCorruptError: Truncated or damaged.
+        """
+        path = self.path(asset, shard, suffix=FRAME)
+        with (
+            self._present(asset, shard, path),
+            self._readable(asset, shard, path),
+            path.open("rb") as file,
+        ):
+            header = pl.read_parquet_metadata(file)
+            file.seek(0)
+            return pl.read_parquet(file, columns=columns), header
+
+    def read_header(self, asset: str, shard: str | None = None, *, suffix: str = FRAME) -> dict[str, str]:
+        """The header of a Parquet or safetensors file without its content; raises as ``read_frame``."""
+        path = self.path(asset, shard, suffix=suffix)
+        with (
+            self._present(asset, shard, path),
+            self._readable(asset, shard, path),
+            path.open("rb") as file,
+        ):
+            return pl.read_parquet_metadata(file) if suffix == FRAME else _safetensors_header(file)
+
+    def write_arrays(
+        self, asset: str, arrays: Mapping[str, NDArray[Any]], header: Header, shard: str | None = None
+    ) -> tuple[UPath, int]:
+        """Replace a safetensors file; returns its path and size in bytes."""
+        contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        data = save_safetensors(contiguous, metadata=dict(header))
+        return self._replace(self.path(asset, shard, suffix=ARRAYS), data)
+
+    def read_arrays(
+        self, asset: str, shard: str | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+        """A safetensors file and its header; raises as ``read_frame``."""
+        path = self.path(asset, shard, suffix=ARRAYS)
+        data = self._read(asset, shard, path)
+        with self._readable(asset, shard, path):
+            return load_safetensors(data), _safetensors_header(io.BytesIO(data))
+
+    def write_json(
+        self, asset: str, value: Any, shard: str | None = None, *, durable: bool = True
+    ) -> tuple[UPath, int]:
+        """Replace a JSON file; returns its path and size in bytes.
+
+        One that is only a memory need not be ``durable``: it is written without waiting for the disk, and a
+        power cut may leave it damaged, which reading it tells.
+        """
+        data = json.dumps(value, ensure_ascii=False, indent=1).encode()
+        return self._replace(self.path(asset, shard, suffix=RECORD), data, durable=durable)
+
+    def read_json(self, asset: str, shard: str | None = None, *, shape: Any = Any) -> Any:
+        """A JSON file of a given shape (a type that pydantic validates); raises as ``read_frame``."""
+        path = self.path(asset, shard, suffix=RECORD)
+        data = self._read(asset, shard, path)
+        with self._readable(asset, shard, path):
+            try:
+                return TypeAdapter(shape).validate_json(data)
+            except ValidationError as error:
+                told = (": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
+                raise ValueError("; ".join(told)) from error
+
+    def write_bytes(self, path: UPath, data: bytes) -> None:
+        """Replace a file that is only a memory, without waiting for the disk."""
+        self._replace(path, data, durable=False)
+
+    def write_text(self, path: UPath, pieces: Iterable[str]) -> int:
+        """Replace a text file from a stream of pieces, in constant memory; returns its size in bytes."""
+        with self._atomic(path) as target:
+            for piece in pieces:
+                target.write(piece.encode())
+            return int(target.tell())
+
+    def rename(self, asset: str, shard: str, to_asset: str, to_shard: str, *, suffix: str) -> None:
+        """Give an output another name, replacing what has it; atomic on a local disk."""
+        source, target = self.path(asset, shard, suffix=suffix), self.path(to_asset, to_shard, suffix=suffix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_local(source):
+            Path(source.path).replace(target.path)
+        else:
+            source.fs.mv(source.path, target.path)
+
+    def paths(self, asset: str, *, suffix: str) -> list[UPath]:
+        """The files of all shards of ``asset``, in no promised order."""
+        folder = self.root / asset
+        return [path for path in folder.iterdir() if path.suffix == suffix] if folder.exists() else []
+
+    def exists(self, asset: str, shard: str | None = None, *, suffix: str) -> bool:
+        """Whether the output is there."""
+        return bool(self.path(asset, shard, suffix=suffix).exists())
+
+    def _read(self, asset: str, shard: str | None, path: UPath) -> bytes:
+        with self._present(asset, shard, path):
+            return bytes(path.read_bytes())
+
+    @contextmanager
+    def _present(self, asset: str, shard: str | None, path: UPath) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ArtifactMissingError(
+                f"{_what(asset, shard)} is not in the store ({path}); materialize it first"
+            ) from error
+
+    @contextmanager
+    def _readable(self, asset: str, shard: str | None, path: UPath) -> Iterator[None]:
+        try:
+            yield
+        # Polars panics on some damaged files, and a panic is not an Exception.
+        except (
+            pl.exceptions.PolarsError,
+            pl.exceptions.PanicException,
+            safetensors.SafetensorError,
+            ValueError,
+        ) as error:
+            raise ArtifactCorruptError(
+                f"{_what(asset, shard)} cannot be read ({path}: {error}); materialize it again", path
+            ) from error
+
+    def _replace(self, path: UPath, data: bytes, *, durable: bool = True) -> tuple[UPath, int]:
+        with self._atomic(path, durable=durable) as target:
+            target.write(data)
+        return path, len(data)
+
+    @contextmanager
+    def _atomic(self, path: UPath, *, durable: bool = True) -> Iterator[Any]:
+        """Open ``path`` for writing such that it appears complete or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_local(path):
+            # An object store shows an object once its upload is complete; a failed block uploads nothing.
+            with tempfile.NamedTemporaryFile() as upload:
+                yield upload
+                upload.flush()
+                path.fs.put_file(upload.name, path.path)
+            return
+        target_path = Path(path.path)
+        # Opened by its name, as files of tempfile could be read by their owner only.
+        writing = target_path.with_name(f".writing-{uuid.uuid4().hex}")
+        try:
+            # Around closing, too, which writes again what could not be written.
+            with named(path), writing.open("xb") as file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            writing.replace(target_path)
+        except BaseException:
+            writing.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def named(path: UPath) -> Iterator[None]:
+    """Let errors of writing and closing say where, as those of opening do by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _safetensors_header(file: BinaryIO) -> dict[str, str]:
+    """The header of an open safetensors file, known to be as long as it says.
+
+    Raises:
+        ValueError: Truncated or damaged.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_SAFETENSORS_HEADER:
+        raise ValueError(f"a header of {length} bytes")
+    described = json.loads(file.read(length))
+    header: dict[str, str] = described.pop("__metadata__", {})
+    size = 8 + length + max((array["data_offsets"][1] for array in described.values()), default=0)
+    if file.seek(0, os.SEEK_END) != size:
+        raise ValueError(f"{file.tell()} bytes where the header says {size}")
+    return header
+
+
+def _what(asset: str, shard: str | None) -> str:
+    return asset if shard is None else f"{asset}[{shard}]"

@@ -1,0 +1,171 @@
+"""The target VLM as a Dagster resource: how it runs here. Which model it is, each selection says.
+
+A loaded model is kept for the life of the process, so a refresh of many shards loads it once. Memory: the
+vision tower, the projector, the token embeddings and one decoder layer. Importing this module imports no
+torch.
+"""
+
+import os
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+
+import dagster as dg
+from pydantic import Field
+
+from scalselect_assets.method import REPRESENTATION_VERSION
+from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.identity import digest
+
+if TYPE_CHECKING:
+    from scalselect_assets.method.representation.encoder import VlmEncoder
+
+CARDS = "model_cards"
+_LOADED: dict[tuple[str, str, int], "VlmEncoder"] = {}
+
+
+class TargetModel(TypedDict):
+    """What a selection says of its model; see `method.representation.loading.load_encoder`."""
+
+    model: str
+    revision: str | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    attention_mass: float
+
+
+class Speed(TypedDict):
+    """Options of ``scalselect_assets.method.representation.encoder.VlmEncoder.encode_as_done``."""
+
+    batch_tokens: int
+    workers: int
+
+
+class VlmResource(dg.ConfigurableResource):
+    """Device and batching for the target models of this deployment."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where models run; auto is CUDA where torch sees a device."
+    )
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that are computed together: memory grows in proportion. By default 4,096 on a "
+        "CPU and 32,768 on a GPU; a batch that does not fit the memory is halved until it does.",
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that read, decode and tokenize ahead of the model; 0 for a thread. By default "
+        "a thread on a CPU, and on a GPU as many as there are cores, up to 16, but one.",
+    )
+    set_aside_seconds: float = Field(
+        default=300,
+        ge=0,
+        description="How often the finished part of a shard is set aside: a run that is killed loses at most "
+        "so much work.",
+    )
+    max_image_pixels: int = Field(
+        default=50_000_000, ge=1, description="Images with more pixels are rejected, not decoded."
+    )
+
+    def array_device(self) -> str:
+        """Where the large matrix products run: ``cuda`` or ``cpu``."""
+        if self.device != "auto":
+            return self.device
+        if version("torch").endswith("+cpu"):
+            return "cpu"  # and spares a process without a model the seconds that importing torch takes
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def speed(self, encoder: "VlmEncoder") -> "Speed":
+        """How the encoder is to work through samples here; nothing of it changes a representation."""
+        on_gpu = encoder.device.type == "cuda"
+        return {
+            "batch_tokens": self.batch_tokens or (32_768 if on_gpu else 4_096),
+            "workers": self.workers
+            if self.workers is not None
+            else (min(16, _usable_cores() - 1) if on_gpu else 0),
+        }
+
+    def encoder(self, artifacts: ArtifactStore, **target: Unpack[TargetModel]) -> "VlmEncoder":
+        """The loaded model; its card is kept in the store.
+
+        Raises:
+            ModelLoadError: See `method.representation.loading.load_encoder`.
+            UnsupportedModelError: Likewise.
+        """
+        # Threads that wait by spinning take the processor from those that compute; read when torch is
+        # first imported, so what the environment says, or a process that has imported torch, prevails.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from scalselect_assets.method.representation.loading import ModelLoadError, load_encoder
+
+        signature = model_signature(**target)
+        key = (signature, self.device, self.max_image_pixels)
+        known = _known_card(artifacts, signature)
+        if key not in _LOADED:
+            _LOADED.clear()  # one model at a time: two would not fit where one just does
+            _LOADED[key] = load_encoder(
+                target["model"],
+                # A branch moves; a store stays with the commit that it began with.
+                revision=(known or {}).get("commit") or target["revision"],
+                device=self.device,
+                dtype=target["dtype"],
+                attention_mass=target["attention_mass"],
+                max_pixels=self.max_image_pixels,
+            )
+        encoder = _LOADED[key]
+        if known is None:
+            artifacts.write_json(CARDS, encoder.card.to_json(), signature)
+        elif known["fingerprint"] != encoder.card.fingerprint:
+            raise ModelLoadError(
+                f"{target['model']!r} has fingerprint {encoder.card.fingerprint}, the store knows it as "
+                f"{known['fingerprint']}; name another --revision, or delete {CARDS} in the store to embed "
+                "everything again"
+            )
+        return encoder
+
+    def card(self, artifacts: ArtifactStore, **target: Unpack[TargetModel]) -> dict[str, Any]:
+        """The model's card, with its fingerprint: from the store if its files have not changed since.
+
+        Loads the model, and raises as ``encoder``, only where the store does not know it yet.
+        """
+        known = _known_card(artifacts, model_signature(**target))
+        return known if known is not None else self.encoder(artifacts, **target).card.to_json()
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _known_card(artifacts: ArtifactStore, signature: str) -> dict[str, Any] | None:
+    """The card that the store remembers; none where it is missing or damaged, since it is only a memory."""
+    try:
+        card: dict[str, Any] = artifacts.read_json(CARDS, signature, shape=dict[str, Any])
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return None
+    return card if "fingerprint" in card else None
+
+
+def model_signature(model: str, revision: str | None, dtype: str, attention_mass: float) -> str:
+    """A cheap stand-in for the fingerprint: it changes whenever the fingerprint could.
+
+    For a local folder: size and modification time of each file. A hub id keeps the commit of its first use.
+    """
+    folder = Path(model).expanduser()
+    files = (
+        sorted(
+            (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+            for path in folder.rglob("*")
+            if path.is_file()
+        )
+        if folder.is_dir()
+        else []
+    )
+    identity = str(folder.resolve()) if folder.is_dir() else model
+    libraries: dict[str, str | None] = {name: version(name) for name in ("transformers", "tokenizers")}
+    # With it, image processors are of another class, whose pixels differ by rounding.
+    libraries["torchvision"] = version("torchvision") if find_spec("torchvision") else None
+    return digest(identity, revision, dtype, attention_mass, files, libraries, REPRESENTATION_VERSION)

@@ -1,0 +1,1 @@
+"""Steps 3 to 5: moments, basis and scores."""
