@@ -112,12 +112,14 @@ class PoolRows:
 
 def candidates(rows: pl.DataFrame, labels: Sequence[str]) -> "Candidates":
     """The rows as the method takes them, in their order."""
-    from scalselect_assets.method.choice.candidates import Candidates, Labels
+    from scalselect_assets.method.choice.candidates import Candidates, Labels, levelled
 
+    # Samples of one key are copies in several shards, as long as their images are the same.
+    copies = rows.select(pl.col("sample_key").rank("dense").cast(pl.Int64) - 1).to_series().to_numpy()
     order = np.empty(rows.height, np.int64)
     order[rows.select(pl.arg_sort_by("sample_key", "shard")).to_series().to_numpy()] = np.arange(rows.height)
     return Candidates(
-        rows["normalised_leverage"].to_numpy(),
+        levelled(rows["normalised_leverage"].to_numpy(), copies),
         order,
         rows["n_text_tokens"].to_numpy(),
         rows["n_image_tokens"].to_numpy(),

@@ -25,6 +25,8 @@ from scalselect_assets.declaration.curation import Decontamination, NearDuplicat
 from scalselect_assets.declaration.export_specs import ExportSpecs
 from scalselect_assets.method.choice.budget import budget_size
 from scalselect_assets.method.choice.terms import Budget
+from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PLACE
+from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
 from scalselect_assets.resources.vlm import TargetModel
@@ -100,6 +102,33 @@ class Selection(dg.Model):
     )
     attention_mass: float = Field(
         default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."
+    )
+    image_place: Literal["first", "as_written"] = Field(
+        default=DEFAULT_IMAGE_PLACE,
+        description="Where a row's images stand in the prompt: in front of the first user turn if all its "
+        "marks are in that turn (the published code), or where the marks are written. It should be what the "
+        "training will do.",
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels that the longest side of an image is scaled to at most, for models whose "
+        "processor knows it (Idefics3, SmolVLM); by default the processor's own.",
+    )
+    min_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels that a smaller image is scaled up to (Qwen-VL); by default the processor's own.",
+    )
+    max_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels that a larger image is scaled down to (Qwen-VL); by default the processor's own.",
+    )
+    max_tiles: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tiles that an image is cut into at most (InternVL); by default the processor's own.",
     )
     energy: float = Field(
         default=DEFAULT_ENERGY_THRESHOLD,
@@ -223,6 +252,11 @@ class Selection(dg.Model):
         return rank
 
     @model_validator(mode="after")
+    def _image_size_is_possible(self) -> Self:
+        ImageSize(self.image_size, self.min_pixels, self.max_pixels, self.max_tiles)
+        return self
+
+    @model_validator(mode="after")
     def _schedule_is_possible(self) -> Self:
         try:
             dg.ScheduleDefinition(
@@ -283,6 +317,11 @@ class Selection(dg.Model):
             "revision": self.model_revision,
             "dtype": self.dtype,
             "attention_mass": self.attention_mass,
+            "image_place": self.image_place,
+            "image_size": self.image_size,
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "max_tiles": self.max_tiles,
         }
 
     def result_settings(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import subspace_basis
 
 NAME = "importance_scores"
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
 def provenance(basis_version: str) -> str:
@@ -128,6 +128,7 @@ class _Scoring:
 
     def _scores(self, shard: str) -> pl.DataFrame:
         """The scores of one shard, in row order."""
+        from scalselect_assets.method.subspace.leverage import ranked
         from scalselect_assets.method.subspace.preprocessing import prepared_rows
 
         table, _ = receipts.fitted_table(self._artifacts, shard, self._basis.vectors_of(shard))
@@ -141,7 +142,7 @@ class _Scoring:
                 "sample_key": batch.sample_key,
                 "source_id": batch.source_id,
                 "leverage": leverage,
-                "normalised_leverage": leverage * self._scorer.normalisation,
+                "normalised_leverage": ranked(leverage * self._scorer.normalisation),
             }
             frames.append(pl.DataFrame(columns, schema=schema))
         return pl.concat(frames).sort("row")

@@ -27,9 +27,9 @@ from scalselect_assets.method.representation.attention import (
     RowMask,
     Rows,
     attend,
-    dominant,
     instruction_attention,
 )
+from scalselect_assets.method.representation.dominance import dominant
 from scalselect_assets.method.representation.families import UnsupportedModelError
 from scalselect_assets.method.representation.kernels import without_costs_per_shape
 from scalselect_assets.method.representation.layer_tail import AfterAttention

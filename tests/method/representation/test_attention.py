@@ -28,8 +28,6 @@ from scalselect_assets.method.representation.attention import (
     RowMask,
     Rows,
     attend,
-    dominant,
-    dominant_tokens,
     instruction_attention,
     register_rows_attention,
 )
@@ -355,38 +353,3 @@ def test_attention_with_more_to_it_than_softmax_is_refused(name: str) -> None:
         attention._stop_at_attention(module, query, key, value, None, **{name: 50.0})
     with pytest.raises(AtAttention):
         attention._stop_at_attention(module, query, key, value, None, **{name: None})
-
-
-# Dominant tokens
-
-
-def test_the_token_that_crosses_the_threshold_is_kept() -> None:
-    assert dominant_tokens(torch.tensor([0.1, 0.5, 0.25, 0.15]), 0.7).tolist() == [1, 2]
-    # A share that reaches the threshold without exceeding it does not end the choice.
-    assert dominant_tokens(torch.tensor([0.25, 0.5, 0.25]), 0.75).tolist() == [1, 0, 2]
-
-
-def test_samples_are_judged_together_as_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    n = torch.tensor([12, 1, 7, 5, 9])
-    received = torch.rand(5, 12, generator=generator) ** 4
-    received[3] = 0
-    received[4, ::2] = received[4, 0].clone()  # ties
-    for mass in (0.3, 0.9, 1.0):
-        together = dominant(received.masked_fill(torch.arange(12) >= n[:, None], torch.nan), n, mass)
-        for row, (places, kept) in enumerate(zip(together.places, together.n, strict=True)):
-            alone = dominant_tokens(received[row, : n[row]], mass)
-            assert places[:kept].tolist() == alone.tolist()
-
-
-def test_only_shares_matter_and_ties_keep_token_order() -> None:
-    shares = torch.tensor([2.0, 1.0, 2.0, 1.0])
-    assert dominant_tokens(shares, 0.5).tolist() == dominant_tokens(shares / 7, 0.5).tolist() == [0, 2]
-
-
-def test_attention_that_is_zero_everywhere_is_taken_as_uniform() -> None:
-    assert dominant_tokens(torch.zeros(4), 0.6).tolist() == [0, 1, 2]
-
-
-def test_a_threshold_of_one_keeps_every_token() -> None:
-    assert sorted(dominant_tokens(torch.rand(50), 1.0).tolist()) == list(range(50))
