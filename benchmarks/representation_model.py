@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.machine import GIB
 from benchmarks.representation_speech import Speech
-from scalselect_assets.method.representation.loading import DtypeName
+from scalselect_assets.method.representation.dtypes import DtypeName
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,11 @@ from PIL import Image
 from benchmarks.representation_model import PROMPTS
 from benchmarks.representation_pool import ImageFolder
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation
+from scalselect_assets.method.representation.dtypes import DtypeName
 from scalselect_assets.method.representation.encoder import ChatSample, Representation, VlmEncoder
 from scalselect_assets.method.representation.loading import (
     DEFAULT_ATTENTION_MASS,
     DeviceName,
-    DtypeName,
     load_encoder,
     resolve_device,
 )

@@ -35,6 +35,7 @@ class Device(StrEnum):
 class Dtype(StrEnum):
     """Numbers of the model's weights and activations."""
 
+    AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"

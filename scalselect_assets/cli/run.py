@@ -58,7 +58,8 @@ def run(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and activations. (default: float32)")
+        Dtype | None,
+        typer.Option(help="Of weights and activations. (default: auto, the checkpoint's precision)"),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Fraction (0.16, 16%) or number of samples. (default: 0.16)")
@@ -174,7 +175,7 @@ def run(
     device: DeviceOption = Device.AUTO,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens computed together. (default: 4096, on a GPU 32768)"),
+        typer.Option(min=1, help="Tokens computed together. (default: 4096, on a GPU 16384)"),
     ] = None,
     workers: Annotated[
         int | None,

@@ -11,6 +11,7 @@ returns at once, and the host waits only for what an earlier step has asked for 
 """
 
 import inspect
+import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -141,6 +142,10 @@ class FirstLayer:
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
         self._transfers = Transfers(self.device)
+        if self.device.type == "cuda":
+            # Transformers' checks of a model's input wait for the device. What they compare is compared on the
+            # host already (the processor's tokens with the tower's features), and in the self-check by them.
+            os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
         self._features_are_tensor = False
 
     @torch.inference_mode()
