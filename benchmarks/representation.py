@@ -5,14 +5,16 @@ random weights, sharded as on the hub, and its real processor on a small tokeniz
 runs the whole model on one sample at a time, with all attentions and hidden states, and applies the
 definition to them. Both are clocked from image files (in the page cache) to vectors, in one process and in
 turns, so that a busy machine slows both; the rate of the machine's matrix products is measured in the same
-turns. Memory and seconds to load are of a process of its own for each way.
+turns. Each round has samples of its own, so every round is a first pass over samples that were never seen: no
+two samples of a real pool have the same shape, and what is planned, compiled or tuned for a shape would cost
+nothing on the second pass. Memory and seconds to load are of a process of its own for each way.
 
 It needs numpy, torch, Transformers, Pillow and Jinja alone, so that a bare GPU machine can run it, as
 ``python -m benchmarks.representation`` or by its path from the root of the repository. The tables of
 ``docs/benchmarks.md`` are
 
 * throughput, limit and breakdown on two cores: without options;
-* the same on a GPU: ``--model llava-1.5-7b --device cuda --samples 4096 --workers 16 --batch-tokens 32768``
+* the same on a GPU: ``--model llava-1.5-7b --device cuda --samples 4096 --workers 15 --batch-tokens 16384``
   and likewise ``--model qwen3-vl-8b``;
 * bfloat16 against float32: ``--agreement --samples 1024 --model llava-1.5-7b --device cuda``;
 * memory to load a 7B checkpoint: ``--load-memory --model llava-1.5-7b``, which needs 14 GB of disk, or as
@@ -27,7 +29,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -101,10 +103,10 @@ def memory_run(way: str, how: How, samples: Sequence[ChatSample]) -> Memory:
     )
 
 
-def comparison_run(how: How, pools: Sequence[Pool], ways: Sequence[str]) -> Comparison:
+def comparison_run(how: How, pools: Sequence[Pool], of_parts: Pool, ways: Sequence[str]) -> Comparison:
     """Load both ways and clock them in turns with the machine's products."""
     config = transformers.AutoConfig.from_pretrained(how.folder)
-    few = pools[0].samples[: how.baseline_samples]
+    few = [samples[: how.baseline_samples] for samples in pools[0].rounds]
     encoder = how.encoder() if OURS in ways else None
     baseline = how.straightforward() if STRAIGHTFORWARD in ways else None
     workloads = matmul_workloads(config, how)
@@ -120,14 +122,16 @@ def comparison_run(how: How, pools: Sequence[Pool], ways: Sequence[str]) -> Comp
         return machine.Workload(name, "", 1, clocked)
 
     if baseline:
-        workloads.append(remember(STRAIGHTFORWARD, lambda: baseline.represent(few, how.images)))
+        turns = iter(few)
+        workloads.append(
+            remember(STRAIGHTFORWARD, lambda: baseline.represent(next(turns), how.images))  # type: ignore[union-attr]
+        )
     parts: _Parts | None = None
     if encoder:
         workloads += [
-            remember(f"{OURS} {pool.reuse:g}", lambda pool=pool: how.encode(encoder, pool.samples))  # type: ignore[misc]
-            for pool in pools
+            remember(f"{OURS} {pool.reuse:g}", _each_round_once(how, encoder, pool)) for pool in pools
         ]
-        parts = _Parts(how, encoder, pools[0].samples[:_BREAKDOWN_SAMPLES])
+        parts = _Parts(how, encoder, of_parts)
         workloads += [
             remember("preparation alone", parts.prepare),
             remember("model alone", parts.run_model),
@@ -143,12 +147,12 @@ def comparison_run(how: How, pools: Sequence[Pool], ways: Sequence[str]) -> Comp
             Speed(
                 OURS,
                 pool.reuse,
-                len(pool.samples),
+                len(pool.rounds[-1]),
                 mean_tokens,
                 rates[f"{OURS} {pool.reuse:g}"].seconds,
             )
         )
-        work[pool.reuse] = work_per_sample(config, pool, representations)
+        work[pool.reuse] = work_per_sample(config, pool.rounds[-1], representations)
     difference = None
     if encoder:
         representations = found[f"{OURS} {pools[0].reuse:g}"]
@@ -158,14 +162,14 @@ def comparison_run(how: How, pools: Sequence[Pool], ways: Sequence[str]) -> Comp
         }
     if baseline:
         mean_tokens = (
-            float(np.mean([one.n_tokens for one in representations[: len(few)]]))
+            float(np.mean([one.n_tokens for one in representations[: len(few[-1])]]))
             if representations
             else math.nan
         )
         seconds = rates[STRAIGHTFORWARD].seconds
-        speeds.insert(0, Speed(STRAIGHTFORWARD, pools[0].reuse, len(few), mean_tokens, seconds))
+        speeds.insert(0, Speed(STRAIGHTFORWARD, pools[0].reuse, len(few[-1]), mean_tokens, seconds))
     if encoder and baseline:
-        ours = np.stack([one.vector for one in representations[: len(few)]])
+        ours = np.stack([one.vector for one in representations[: len(few[-1])]])
         difference = float(relative_differences(ours, found[STRAIGHTFORWARD]).max())
     return Comparison(
         tuple(speeds),
@@ -177,6 +181,11 @@ def comparison_run(how: How, pools: Sequence[Pool], ways: Sequence[str]) -> Comp
     )
 
 
+def _each_round_once(how: How, encoder: VlmEncoder, pool: Pool) -> Callable[[], list[Representation]]:
+    rounds = iter(pool.rounds)
+    return lambda: how.encode(encoder, next(rounds))
+
+
 def relative_differences(found: Matrix, expected: Matrix) -> Matrix:
     """(n,) largest difference of each row, of its largest component."""
     largest: Matrix = np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)
@@ -184,10 +193,11 @@ def relative_differences(found: Matrix, expected: Matrix) -> Matrix:
 
 
 class _Parts:
-    """Runs the preparation alone, and the model alone on what was prepared."""
+    """Runs the preparation alone, and the model alone on what was prepared, which it has not seen before."""
 
-    def __init__(self, how: How, encoder: VlmEncoder, samples: Sequence[ChatSample]) -> None:
-        self._how, self._encoder, self._samples = how, encoder, samples
+    def __init__(self, how: How, encoder: VlmEncoder, pool: Pool) -> None:
+        self._how, self._encoder, self._rounds = how, encoder, iter(pool.rounds)
+        self._n, self._samples = len(pool.rounds[0]), pool.rounds[0]
         self._prepared: list[Any] = []
         self._clocked = _ClockedFirstLayer(encoder._first_layer, how)
         self._model = cast("Any", copy.copy(encoder))
@@ -196,6 +206,7 @@ class _Parts:
         self._seconds: list[tuple[float, float]] = []
 
     def prepare(self) -> None:
+        self._samples = next(self._rounds)
         self._prepared = list(self._encoder._prepared(self._samples, self._how.images, 0))
 
     def run_model(self) -> None:
@@ -204,7 +215,7 @@ class _Parts:
         self._seconds.append((self._clocked.tower, self._clocked.layer))
 
     def breakdown(self, rates: Mapping[str, machine.Rate]) -> Breakdown:
-        n = len(self._samples)
+        n = self._n
         counted = zip(rates["model alone"].seconds, self._seconds[1:], strict=True)
         total, (tower, layer) = min(counted)
         preparation = min(rates["preparation alone"].seconds)
@@ -225,25 +236,33 @@ class _ClockedFirstLayer:
         self.tower += seconds[0]
         return features
 
-    def represent(self, *arguments: Any) -> Any:
-        with self._clock() as seconds:
-            states = self._first_layer.represent(*arguments)
-        self.layer += seconds[0]
-        return states
+    def steps(self, *arguments: Any) -> Generator[None, None, Any]:
+        steps = self._first_layer.steps(*arguments)
+        while True:
+            try:
+                with self._clock() as seconds:
+                    next(steps)
+            except StopIteration as finished:
+                self.layer += seconds[0]
+                return finished.value
+            self.layer += seconds[0]
+            yield
 
     @contextmanager
     def _clock(self) -> Iterator[list[float]]:
         seconds: list[float] = []
         self._how.synchronise()
         start = time.perf_counter()
-        yield seconds
-        self._how.synchronise()
-        seconds.append(time.perf_counter() - start)
+        try:
+            yield seconds
+        finally:
+            self._how.synchronise()
+            seconds.append(time.perf_counter() - start)
 
 
 def vectors_run(how: How, pool: Pool) -> Matrix:
     """(n, d)."""
-    return np.stack([one.vector for one in how.encode(how.encoder(), pool.samples)])
+    return np.stack([one.vector for one in how.encode(how.encoder(), pool.rounds[0])])
 
 
 def agreement(how: How, pool: Pool) -> Agreement:
@@ -357,7 +376,8 @@ def measure(options: argparse.Namespace, how: How, ways: Sequence[str], layers: 
         memory = machine.fresh_process(memory_run, OURS, how, ())
         print_load_memory(memory, checkpoint_bytes(how.folder), layers)
         return {"load": asdict(memory), "checkpoint_bytes": checkpoint_bytes(how.folder)}
-    pools = make_pools(how.images.folder, options.samples, options.reuse, options.seed)
+    rounds = 1 if options.agreement else options.repeats + 1
+    pools = make_pools(how.images.folder, options.samples, options.reuse, options.seed, rounds)
     if options.agreement:
         found = agreement(how, pools[0])
         print_agreement(found)
@@ -365,9 +385,11 @@ def measure(options: argparse.Namespace, how: How, ways: Sequence[str], layers: 
     memories = {}
     for way in ways:
         print(f"memory: {way}", file=sys.stderr, flush=True)
-        n = len(pools[0].samples) if way == OURS else how.baseline_samples
-        memories[way] = machine.fresh_process(memory_run, way, how, pools[0].samples[:n])
-    comparison = machine.fresh_process(comparison_run, how, pools, ways)
+        n = len(pools[0].rounds[0]) if way == OURS else how.baseline_samples
+        memories[way] = machine.fresh_process(memory_run, way, how, pools[0].rounds[0][:n])
+    n = min(options.samples, _BREAKDOWN_SAMPLES)
+    (of_parts,) = make_pools(how.images.folder, n, [1], options.seed + 1, rounds)
+    comparison = machine.fresh_process(comparison_run, how, pools, of_parts, ways)
     print_comparison(comparison, memories, how)
     return {
         "memory": {way: asdict(memory) for way, memory in memories.items()},

@@ -5,11 +5,13 @@ A checkpoint is written in shards of safetensors, as on the hub, and block by bl
 
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -215,7 +217,7 @@ def configuration(preset: Preset, tokenizer: Any) -> Any:
     )
 
 
-_SHARD_BYTES: Final = 5 * 10**9  # of the hub's shards
+_SHARD_BYTES: Final = 5 * 10**8  # small enough that all cores write, one shard each
 _SPARE_DISK_BYTES: Final = 3 * GIB
 _NOISE_VALUES: Final = 2**22 - 3  # prime, so that no two rows of a matrix begin at the same place
 DTYPES_ON_DISK: Final = MappingProxyType({"float32": "F32", "bfloat16": "BF16", "float16": "F16"})
@@ -246,7 +248,7 @@ class Generated:
 
 
 def write_checkpoint(folder: Path, generated: Generated) -> None:
-    """Generate the checkpoint; in memory are one block of noise and one part of a tensor at a time."""
+    """Generate the checkpoint; in memory are one block of noise and, for each core, one part of a tensor."""
     from transformers.core_model_loading import revert_weight_conversion
 
     preset = _with_layers(PRESETS[generated.model], generated.layers)
@@ -263,10 +265,14 @@ def write_checkpoint(folder: Path, generated: Generated) -> None:
     shards = _shards({name: tuple(tensor.shape) for name, tensor in names.items()}, preset.dtype)
     noise = torch.randn(_NOISE_VALUES, generator=torch.Generator().manual_seed(generated.seed))
     weight_map = {}
-    for place, shapes in enumerate(shards, start=1):
-        shard = f"model-{place:05}-of-{len(shards):05}.safetensors"
-        _write_shard(folder / shard, shapes, preset.dtype, noise)
-        weight_map.update(dict.fromkeys(shapes, shard))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        writing = []
+        for place, shapes in enumerate(shards, start=1):
+            shard = f"model-{place:05}-of-{len(shards):05}.safetensors"
+            writing.append(threads.submit(_write_shard, folder / shard, shapes, preset.dtype, noise))
+            weight_map.update(dict.fromkeys(shapes, shard))
+        for shard_written in writing:
+            shard_written.result()
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": checkpoint_bytes(folder)}, "weight_map": weight_map})
     )

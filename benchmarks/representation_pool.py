@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.representation_speech import TEXT_TOKENS, Speech
+from scalselect_assets.method.representation.conversation import Conversation
 from scalselect_assets.method.representation.encoder import ChatSample
 
 _TEXT_SHAPES: Final = 0.6180339887498949  # steps of the golden ratio spread evenly however many are taken
@@ -32,44 +33,59 @@ class ImageFolder:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Samples, of which ``reuse`` on average share an image."""
+    """Samples for several rounds, no two of which have a sample in common.
+
+    Attributes:
+        reuse: So many samples of a round share an image on average.
+        rounds: The samples of each round.
+    """
 
     reuse: float
-    samples: tuple[ChatSample, ...]
-
-    @property
-    def n_images(self) -> int:
-        """Distinct ones."""
-        return len({sample.images for sample in self.samples})
+    rounds: tuple[tuple[ChatSample, ...], ...]
 
 
-def make_pools(folder: Path, n: int, reuses: Sequence[float], seed: int) -> list[Pool]:
-    """Write the images and make a pool for each reuse; all have the same conversations.
+def make_pools(folder: Path, n: int, reuses: Sequence[float], seed: int, rounds: int) -> list[Pool]:
+    """Write the images and make a pool for each reuse, with a conversation of its own for every sample.
 
-    Any few of the samples, taken from the beginning, have images of their own and texts of all lengths.
+    A repeated sample has a shape that was seen before, which no sample of a real pool has. Images are read
+    again in every round. Any few of a round's samples, taken from the beginning, have images of their own and
+    texts of all lengths.
     """
     counts = [math.ceil(n / reuse) for reuse in reuses]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        list(threads.map(lambda place: _write_image(folder, place, seed), range(max(counts))))
-    speech, typical = Speech(seed + 1), NormalDist()
-    middle, deviation, shortest, longest = TEXT_TOKENS
-    conversations = []
-    for place in range(n):
-        spread = math.exp(deviation * typical.inv_cdf(((place + 0.5) * _TEXT_SHAPES) % 1))
-        conversations.append(speech.converse(round(min(max(middle * spread, shortest), longest))))
+    write_images(folder, max(counts), seed)
     return [
         Pool(
             reuse,
             tuple(
-                ChatSample(conversation, (_image_name(place % count),))
-                for place, conversation in enumerate(conversations)
+                tuple(
+                    ChatSample(conversation, (image_name(place % count),))
+                    for place, conversation in enumerate(conversations(n, seed, first=(number, turn)))
+                )
+                for turn in range(rounds)
             ),
         )
-        for reuse, count in zip(reuses, counts, strict=True)
+        for number, (reuse, count) in enumerate(zip(reuses, counts, strict=True))
     ]
 
 
-def _image_name(place: int) -> str:
+def write_images(folder: Path, n: int, seed: int) -> None:
+    """Write so many images, on all cores."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        list(threads.map(lambda place: _write_image(folder, place, seed), range(n)))
+
+
+def conversations(n: int, seed: int, *, first: tuple[int, ...]) -> Iterator[Conversation]:
+    """Conversations of all lengths; ``first`` tells those of one round from those of another."""
+    speech, typical = Speech((seed, *first)), NormalDist()
+    middle, deviation, shortest, longest = TEXT_TOKENS
+    for place in range(n):
+        spread = math.exp(deviation * typical.inv_cdf(((place + 0.5) * _TEXT_SHAPES) % 1))
+        yield speech.converse(round(min(max(middle * spread, shortest), longest)))
+
+
+def image_name(place: int) -> str:
+    """Of the image at a place."""
     return f"{place:06}.jpg"
 
 
@@ -85,5 +101,5 @@ def _write_image(folder: Path, place: int, seed: int) -> None:
         )
         picture += (np.asarray(layer, np.float32) - 128) * (strength / 40)
     Image.fromarray((picture + 128).clip(0, 255).astype(np.uint8)).save(
-        folder / _image_name(place), "JPEG", quality=88
+        folder / image_name(place), "JPEG", quality=88
     )

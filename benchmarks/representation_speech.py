@@ -1,5 +1,6 @@
 """Sentences of made-up words: the training text of the tokenizer and the text of the samples."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -14,7 +15,7 @@ TEXT_TOKENS: Final = (130.0, 0.6, 40, 400)  # median and log-deviation, and the 
 class Speech:
     """Sentences of made-up words, frequent and rare ones."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | Sequence[int]) -> None:
         """The words are always the same; the seed decides what is said."""
         fixed = np.random.default_rng(0)
         syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.representation_pool import Pool
 from benchmarks.two_ways import How
-from scalselect_assets.method.representation.encoder import Representation
+from scalselect_assets.method.representation.encoder import ChatSample, Representation
 from scalselect_assets.method.representation.loading import resolve_device
 
 
@@ -40,11 +39,13 @@ class Work:
         return self.tower + self.whole_layer
 
 
-def work_per_sample(config: Any, pool: Pool, representations: Sequence[Representation]) -> Work:
-    """The mean over the pool; the image is taken to stand at the beginning of a prompt."""
+def work_per_sample(
+    config: Any, samples: Sequence[ChatSample], representations: Sequence[Representation]
+) -> Work:
+    """The mean over the samples; the image is taken to stand at the beginning of a prompt."""
     by_image = {
         sample.images: representation.n_vision_tokens
-        for sample, representation in zip(pool.samples, representations, strict=True)
+        for sample, representation in zip(samples, representations, strict=True)
     }
     towers = sum(_tower_flops(config, n_vision) for n_vision in by_image.values())
     layers = [_layer_flops(config.get_text_config(), one) for one in representations]

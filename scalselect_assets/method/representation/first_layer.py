@@ -143,8 +143,8 @@ class FirstLayer:
         self.dtype: torch.dtype = embedding.dtype
         self._transfers = Transfers(self.device)
         if self.device.type == "cuda":
-            # Transformers' checks of a model's input wait for the device. What they compare is compared on the
-            # host already (the processor's tokens with the tower's features), and in the self-check by them.
+            # Transformers' checks of a model's input wait for the device. What they compare, tokens of the
+            # processor with features of the tower, has been compared on the host.
             os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
         self._features_are_tensor = False
 
