@@ -35,15 +35,33 @@ STRAIGHTFORWARD: Final = "whole model, eager"
 class Straightforward:
     """The whole model, all attentions and hidden states, one sample at a time."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: DtypeName) -> None:
+    def __init__(self, model: Any, folder: Path) -> None:
+        """From a model and the folder of its processor."""
+        self._model: Any = model.eval()
+        self._processor = load_processor(str(folder), None, model.config)
+        self._prompt = PROMPTS[model.config.model_type]
+
+    @classmethod
+    def loaded(cls, folder: Path, device: torch.device, dtype: DtypeName) -> "Straightforward":
         """Load every weight."""
         with quiet_transformers():
-            self._model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+            model = transformers.AutoModelForImageTextToText.from_pretrained(
                 folder, attn_implementation="eager", dtype=getattr(torch, dtype)
             )
-        self._model.to(device).eval()
-        self._processor = load_processor(str(folder), None, self._model.config)
-        self._prompt = PROMPTS[self._model.config.model_type]
+        return cls(model.to(device), folder)
+
+    @classmethod
+    def made(cls, folder: Path, layers: int, device: torch.device, dtype: DtypeName) -> "Straightforward":
+        """Make the model on the device with random weights, which are as fast as any."""
+        config = transformers.AutoConfig.from_pretrained(folder)
+        config.get_text_config().num_hidden_layers = layers
+        if getattr(config.get_text_config(), "layer_types", None):
+            config.get_text_config().layer_types = ["full_attention"] * layers
+        with quiet_transformers(), device:
+            model = transformers.AutoModelForImageTextToText.from_config(
+                config, attn_implementation="eager", dtype=getattr(torch, dtype)
+            )
+        return cls(model, folder)
 
     def represent(self, samples: Iterable[ChatSample], read_image: ImageFolder) -> Matrix:
         """(n, d)."""
@@ -116,7 +134,7 @@ class How:
 
     def straightforward(self) -> Straightforward:
         """Loaded."""
-        return Straightforward(self.folder, resolve_device(self.device), self.dtype)
+        return Straightforward.loaded(self.folder, resolve_device(self.device), self.dtype)
 
     def encoder(self) -> VlmEncoder:
         """Loaded."""

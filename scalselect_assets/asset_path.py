@@ -45,6 +45,7 @@ class _PathAsset:
         is_declared: Whether a selection has the asset.
         shard_files: Folder and suffix of the files that a store keeps of each shard, a receipt before the
             files that it refers to. Cleaning removes them in this order when the shard has left the pool.
+        error_checks: Names of its checks of severity ERROR: an output is out of date while one has failed.
     """
 
     name: str
@@ -52,6 +53,7 @@ class _PathAsset:
     build: Callable[[Selection], dg.AssetsDefinition]
     is_declared: Callable[[Selection], bool] = _always
     shard_files: tuple[tuple[str, str], ...] = ()
+    error_checks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,39 +102,7 @@ def build(selection: str, store: str) -> dg.Definitions:
         context: dg.AssetExecutionContext, config: Recipe, training_runs: TrainingRuns
     ) -> dg.MaterializeResult:
         """The target model, fine-tuned on the selected subset."""
-        _require_the_extra()
-        from scalselect_assets.method.representation.loading import ModelLoadError
-        from training.fine_tuning import TrainingError, fine_tune
-
-        tell = deferred()(context.log.info)
-        # All three errors say what to do; trying again would not help.
-        try:
-            export = read_export(training_runs.outputs(store))
-            tell(f"{len(export.rows)} rows of version {export.version}, verified")
-            result = fine_tune(
-                export, config, training_runs.of(selection), tell, training_runs.fsspec_options
-            )
-        except (ExportError, TrainingError, ModelLoadError) as error:
-            raise dg.Failure(str(error), allow_retries=False) from error
-        first, last = result.fell()
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(result.data_version),
-            metadata={**_versions(export), **_outcome(result, config)},
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name="loss_goes_down",
-                    passed=last < first,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    metadata={"first_fifth": first, "last_fifth": last},
-                ),
-                dg.AssetCheckResult(
-                    check_name="every_row_is_trained_on",
-                    passed=not result.left_out,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    metadata={"rows_trained_on": result.rows, "rows_left_out": result.left_out},
-                ),
-            ],
-        )
+        return train(context, config, training_runs, selection, store)
 
     @dg.asset_check(
         asset=key,
@@ -143,21 +111,72 @@ def build(selection: str, store: str) -> dg.Definitions:
     def trained_on_the_present_subset(
         context: dg.AssetCheckExecutionContext, training_runs: TrainingRuns
     ) -> dg.AssetCheckResult:
-        event = context.instance.get_latest_materialization_event(key)
-        materialization = event.asset_materialization if event else None
-        trained = materialization.metadata[_RECORDED_VERSION].value if materialization else None
-        try:
-            present = read_manifest(training_runs.outputs(store))["data_version"]
-        except ExportError as error:
-            raise dg.Failure(str(error), allow_retries=False) from error
-        return dg.AssetCheckResult(
-            passed=trained == present,
-            severity=dg.AssetCheckSeverity.WARN,
-            description="" if trained == present else f"materialize {NAME} to train on the present rows",
-            metadata={"trained_on": str(trained), "present": present},
-        )
+        return compare_with_present(context.instance, key, training_runs.outputs(store))
 
     return dg.Definitions(assets=[training_run], asset_checks=[trained_on_the_present_subset])
+
+
+def train(
+    context: dg.AssetExecutionContext, config: Recipe, runs: TrainingRuns, selection: str, store: str
+) -> dg.MaterializeResult:
+    """Fine-tune the target model on the rows of a store's training dataset.
+
+    Raises:
+        dg.Failure: The dataset, the recipe or the model cannot be used; trying again would not help.
+    """
+    _require_the_extra()
+    from scalselect_assets.method.representation.loading import ModelLoadError
+    from training.fine_tuning import TrainingError, fine_tune
+
+    log = deferred()(context.log.info)
+    try:
+        export = read_export(runs.outputs(store))
+        log(f"{len(export.rows)} rows of version {export.version}, verified")
+        result = fine_tune(export, config, runs.of(selection), log, runs.fsspec_options)
+    except (ExportError, TrainingError, ModelLoadError) as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    first, last = result.fell()
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(result.data_version),
+        metadata={**_versions(export), **_outcome(result, config)},
+        check_results=[
+            dg.AssetCheckResult(
+                check_name="loss_goes_down",
+                passed=last < first,
+                severity=dg.AssetCheckSeverity.WARN,
+                metadata={"first_fifth": first, "last_fifth": last},
+            ),
+            dg.AssetCheckResult(
+                check_name="every_row_is_trained_on",
+                passed=not result.left_out,
+                severity=dg.AssetCheckSeverity.WARN,
+                metadata={"rows_trained_on": result.rows, "rows_left_out": result.left_out},
+            ),
+        ],
+    )
+
+
+def compare_with_present(
+    instance: dg.DagsterInstance, key: dg.AssetKey, outputs: UPath
+) -> dg.AssetCheckResult:
+    """Compare the version that the last run was trained on with the store's present one.
+
+    Raises:
+        dg.Failure: The store's manifest cannot be read.
+    """
+    event = instance.get_latest_materialization_event(key)
+    materialization = event.asset_materialization if event else None
+    trained = materialization.metadata[_RECORDED_VERSION].value if materialization else None
+    try:
+        present = read_manifest(outputs)["data_version"]
+    except ExportError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    return dg.AssetCheckResult(
+        passed=trained == present,
+        severity=dg.AssetCheckSeverity.WARN,
+        description="" if trained == present else f"materialize {NAME} to train on the present rows",
+        metadata={"trained_on": str(trained), "present": present},
+    )
 
 
 def _require_the_extra() -> None:

@@ -20,7 +20,9 @@ from upath import UPath
 from scalselect_assets.method.representation.chat import ChatTemplateError, render_chat
 from scalselect_assets.method.representation.image_place import EffectivePlace, placed
 from scalselect_assets.method.representation.images import (
+    DEFAULT_MAX_PIXELS,
     ImageTooLargeError,
+    PixelBudget,
     UndecodableImageError,
     decode_image,
 )
@@ -116,7 +118,7 @@ class Rows(Dataset[Prompt]):
         return ImageRoot(root, root)
 
     def _images(self, references: Sequence[str]) -> tuple[Image.Image, ...] | Rejection:
-        decoded = []
+        decoded, budget = [], PixelBudget(DEFAULT_MAX_PIXELS)
         for place, reference in enumerate(references, start=1):
             path = self._root.path_of(reference)
             if path is None:
@@ -127,6 +129,7 @@ class Rows(Dataset[Prompt]):
                 )
             try:
                 decoded.append(decode_image(self._root.read(path)))
+                budget.spend(decoded[-1])
             except FileNotFoundError as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {place}: {error}")
             except PermissionError as error:

@@ -15,6 +15,8 @@ from typing import Any
 import polars as pl
 from upath import UPath
 
+from scalselect_assets.resources import seal
+
 MANIFEST = "manifest.json"
 SUBSET = "selected_subset"
 
@@ -62,7 +64,8 @@ def read_manifest(folder: UPath) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        manifest: dict[str, Any] = json.loads(data := path.read_bytes())
+        seal.check(data, manifest)
     except FileNotFoundError as error:
         raise ExportError(
             f"there is no {path}: materialize training_dataset first (`scalselect run` does)"

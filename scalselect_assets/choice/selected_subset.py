@@ -26,6 +26,7 @@ from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording import cycle, data_versions
+from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import SELECTED_SUBSET, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
 from scalselect_assets.recording.partitions import missing_shards_check, pool_shards
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 NAME = "selected_subset"
 CODE_VERSION = "3"
+SUM_CHECK = "leverage_scores_sum_to_rank"
 _SUM_TOLERANCE = 1e-5  # relative; the scores are within this of float64, and their errors do not add up
 
 
@@ -81,7 +83,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         metadata={"dagster/column_schema": column_schema(SELECTED_SUBSET)},
         check_specs=[
             dg.AssetCheckSpec(
-                "leverage_scores_sum_to_rank",
+                SUM_CHECK,
                 asset=selection.key(NAME),
                 description="The scores of all shards sum to k, as leverage scores do.",
             ),
@@ -123,6 +125,7 @@ def choose_subset(
 
     Raises:
         dg.Failure: The terms cannot be met, or a shard was scored with another basis.
+        FailedCheckError: The scores do not sum to the rank; nothing was written.
     """
     start = time.monotonic()
     artifacts = storage.artifacts(selection.store)
@@ -142,6 +145,8 @@ def choose_subset(
         choice = chooser.choose()
         chosen, compared = chooser.chosen(choice), chooser.compared(choice)
         numbers = chooser.numbers(choice)
+    sums = _sum_check(chooser.rows, subspace)
+    require_passed(sums)
     data_version = _content_version(chosen)
     made_from = provenance(selection, basis.data_version, lists.version, removed_version)
     stated = data_versions.header(data_version, made_from, subspace_basis=basis.data_version)
@@ -169,7 +174,7 @@ def choose_subset(
             "dagster/uri": str(path),
         },
         (
-            _sum_check(chooser.rows, subspace),
+            sums,
             missing_shards_check(
                 "selection_covers_every_shard", [shard for shard in shards if shard not in basis.shards]
             ),
@@ -183,7 +188,7 @@ def _sum_check(scores: pl.DataFrame, subspace: "Subspace") -> dg.AssetCheckResul
     normalised_sum = float(scores["normalised_leverage"].to_numpy().sum())
     wanted = subspace.n if subspace.k else 0
     return dg.AssetCheckResult(
-        check_name="leverage_scores_sum_to_rank",
+        check_name=SUM_CHECK,
         passed=scores.height == subspace.n and abs(normalised_sum - wanted) <= _SUM_TOLERANCE * subspace.n,
         metadata={
             "leverage_sum": float(scores["leverage"].to_numpy().sum()),
@@ -263,4 +268,11 @@ def header(state: StoreState) -> OutputHeader:
     return state.frame_header(NAME)
 
 
-ASSET = PoolAsset(name=NAME, code_version=CODE_VERSION, build=build, expected=expected, header=header)
+ASSET = PoolAsset(
+    name=NAME,
+    code_version=CODE_VERSION,
+    build=build,
+    expected=expected,
+    header=header,
+    error_checks=(SUM_CHECK,),
+)

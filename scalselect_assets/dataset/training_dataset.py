@@ -25,6 +25,7 @@ from scalselect_assets.dataset.exports.rows import RowSpool
 from scalselect_assets.dataset.training_manifest import is_complete, read_manifest
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import TRAINING_ROWS, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
 from scalselect_assets.recording.partitions import pool_shards
@@ -49,6 +50,7 @@ from scalselect_assets.dataset.training_manifest import (
 from scalselect_assets.dataset.writer import DatasetWriter, text_only_rows
 from scalselect_assets.embedding import receipts
 
+ROWS_CHECK = "every_selected_row_is_written"
 EXPORTS_CHECK = "exports_pass_their_preflight"
 
 
@@ -63,7 +65,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         metadata={"dagster/column_schema": column_schema(TRAINING_ROWS)},
         check_specs=[
             dg.AssetCheckSpec(
-                "every_selected_row_is_written",
+                ROWS_CHECK,
                 asset=selection.key(NAME),
                 description="The file holds each selected row once, and the text-only rows if they are kept.",
             ),
@@ -94,6 +96,7 @@ def write_dataset(
 
     Raises:
         dg.Failure: The files cannot be written as declared.
+        FailedCheckError: Rows are missing in a file; the last files are still in force.
     """
     start = time.monotonic()
     artifacts = storage.artifacts(selection.store)
@@ -111,8 +114,13 @@ def write_dataset(
             text_only=text_only_rows(artifacts, selection, in_basis),
             spool=spool,
         )
-        path, n_bytes = writer.write(subset)
-        exports = _write_exports(selection, artifacts, spool, source)
+        exports: dict[str, publish.Report] = {}
+
+        def finish() -> None:
+            require_passed(_every_row_check(writer, subset))
+            exports.update(_write_exports(selection, artifacts, spool, source))
+
+        path, n_bytes = writer.write(subset, finish)
     left_out = [shard for shard in shards if shard not in basis.shards]
     data_version = _data_version(writer.sha256, exports)
     made_from = provenance(
@@ -159,7 +167,7 @@ def write_dataset(
 def _every_row_check(writer: DatasetWriter, subset: pl.DataFrame) -> dg.AssetCheckResult:
     """Whether the file holds each selected row once, and nothing else but text-only rows."""
     return dg.AssetCheckResult(
-        check_name="every_selected_row_is_written",
+        check_name=ROWS_CHECK,
         passed=writer.n_selected == subset.height and writer.n_rows == writer.n_selected + writer.n_text_only,
         metadata={"written": writer.n_rows, "selected": subset.height},
     )
@@ -210,7 +218,14 @@ def _write_exports(
         return {}
     folder = artifacts.root / NAME / publish.FOLDER
     try:
-        return publish.write_exports(selection.exports, spool, source, folder, selection.name)
+        return publish.write_exports(
+            selection.exports,
+            spool,
+            source,
+            folder,
+            selection.name,
+            lambda reports: require_passed(*_export_results(reports)),
+        )
     except publish.ExportError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
 
@@ -310,4 +325,11 @@ def header(state: StoreState) -> OutputHeader:
     return read_manifest(state.artifacts) if is_complete(state.artifacts) else {}
 
 
-ASSET = PoolAsset(name=NAME, code_version=CODE_VERSION, build=build, expected=expected, header=header)
+ASSET = PoolAsset(
+    name=NAME,
+    code_version=CODE_VERSION,
+    build=build,
+    expected=expected,
+    header=header,
+    error_checks=(ROWS_CHECK, EXPORTS_CHECK),
+)

@@ -23,6 +23,7 @@ from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import reuse
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import (
     ATTENTION_EMBEDDINGS,
     REJECTED_ROWS,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 from scalselect_assets.embedding.device_pool import DEVICE_POOL
 from scalselect_assets.embedding.receipts import CODE_VERSION, NAME, REJECTED, provenance, recorded_table
+
+ROWS_CHECK = "every_row_is_embedded_or_rejected"
 
 
 class EmbeddingConfig(dg.Config):
@@ -67,7 +70,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             shard_check(
                 selection.partitions,
                 selection.key(NAME),
-                "every_row_is_embedded_or_rejected",
+                ROWS_CHECK,
                 "Rows of the shard = embedded rows + rejected rows, with no row in both.",
             ),
             shard_check(
@@ -128,6 +131,9 @@ class _Embedding:
         rejected = _rejected_rows(raw, candidates, outcomes, shard, str(self._source.shard_path(shard)))
         notes = {"max_image_pixels": self._conditions["max_image_pixels"]}
         table = _replace_table(self._tables, self._card, shard, candidates, outcomes, notes)
+        # Checked before the receipt, which would make the new table the shard's.
+        accounted = _accounting(raw, rejected, table)
+        require_passed(accounted)
         # Rejected rows and the file's kind are part of what is passed on, to the manifest and the export.
         data_version = digest(
             table.fingerprint,
@@ -171,7 +177,7 @@ class _Embedding:
                 "model": self._card["model"],
                 "model_fingerprint": table.fingerprint,
             },
-            (_accounting(raw, rejected, table), _not_empty(raw, table)),
+            (accounted, _not_empty(raw, table)),
         )
 
     def _kept(self, shard: str, candidates: pl.DataFrame) -> "dict[int, Representation]":
@@ -307,7 +313,7 @@ def _rejected_rows(
 
 def _accounting(raw: pl.DataFrame, rejected: pl.DataFrame, table: EmbeddingTable) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        check_name="every_row_is_embedded_or_rejected",
+        check_name=ROWS_CHECK,
         passed=raw.height == table.n_rows + rejected.height and rejected["row"].is_unique().all(),
         metadata={"raw": raw.height, "embedded": table.n_rows, "rejected": rejected.height},
     )
@@ -346,4 +352,5 @@ ASSET = ShardAsset(
     expected=expected,
     header=header,
     shard_files=((NAME, RECORD), (REJECTED, FRAME)),
+    error_checks=(ROWS_CHECK,),
 )

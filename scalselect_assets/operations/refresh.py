@@ -25,6 +25,7 @@ from scalselect_assets.operations.faults import RefreshError, error_cause, error
 from scalselect_assets.operations.staleness import Staleness, contiguous_ranges
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.pool.discovery import Discovery, report_discovery, settled_discovery
+from scalselect_assets.recording.checks import FAILED_CHECKS
 from scalselect_assets.resources.artifacts import (
     RECORD,
     ArtifactCorruptError,
@@ -65,11 +66,8 @@ class RefreshReport:
     runs: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        """One line for each shard and each check that failed; empty if all is well."""
-        return [
-            *(f"shard {shard} failed: {message}" for shard, message in self.failed.items()),
-            *(f"check failed: {check} {seen}" for check, seen in self.failed_checks.items()),
-        ]
+        """One line for each shard that failed; empty if all is well."""
+        return [f"shard {shard} failed: {message}" for shard, message in self.failed.items()]
 
 
 class Refresh:
@@ -180,6 +178,7 @@ class Refresh:
             self._materialize(assets, partition_key=shard)
         except dg.Failure as failure:
             self._report.failed[shard] = failure.description or "failed"
+            self._note_failed_checks(failure, f"{receipts.NAME}[{shard}]")
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this shard's, and it is reported
             self._report.failed[shard] = error_message(error)
             self._forget_unreadable(error)
@@ -215,6 +214,7 @@ class Refresh:
         try:
             self._materialize([asset], tags=tags)
         except dg.Failure as failure:
+            self._note_failed_checks(failure, asset)
             messages = [failure.description or f"{asset} failed", *self._report.problems()]
             raise RefreshError("; ".join(messages)) from failure
         except Exception as error:
@@ -254,7 +254,6 @@ class Refresh:
             tags={REFRESH_TAG: self._selection.name, **(tags or {})},
             run_config=self._configuration(assets),
         )
-        self._note_failed_checks(result, partition_key)
         self._note_embedded_rows(result)
         shards = partition_key or "..".join(
             (tags or {}).get(f"dagster/asset_partition_range_{end}", "") for end in ("start", "end")
@@ -274,12 +273,11 @@ class Refresh:
                 self._report.computed_rows += int(str(rows["computed_rows"].value))
                 self._report.reused_rows += int(str(rows["reused_rows"].value))
 
-    def _note_failed_checks(self, result: dg.ExecuteInProcessResult, shard: str | None) -> None:
-        for check in result.get_asset_check_evaluations():
-            if not check.passed and check.severity is dg.AssetCheckSeverity.ERROR:
-                place = f"{check.asset_key.path[-1]}[{shard}]" if shard else check.asset_key.path[-1]
-                seen = {name: value.value for name, value in check.metadata.items()}
-                self._report.failed_checks[f"{place}: {check.check_name}"] = str(seen)
+    def _note_failed_checks(self, failure: dg.Failure, place: str) -> None:
+        """Keep what failed checks saw, by asset and check, for whoever reads the report by program."""
+        failed = failure.metadata.get(FAILED_CHECKS)
+        for name, seen in (failed.value if failed is not None else {}).items():
+            self._report.failed_checks[f"{place}: {name}"] = seen
 
     @contextlib.contextmanager
     def _interrupted_runs_closed(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Which outputs of a selection are out of date.
 
 An output is current where its own header and Dagster's record of it both state the provenance that it would
-have now. The assets of the path say what that is (`asset_path`); nothing here knows any of them by name.
+have now, and none of its checks of severity ERROR failed when it was last evaluated. The assets of the path
+say what that is (`asset_path`); nothing here knows any of them by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from scalselect_assets.asset_path import OutputHeader, PathAsset, PoolAsset, Sha
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.pool.discovery import Discovery
+from scalselect_assets.recording import checks
 from scalselect_assets.recording.data_versions import recorded
 from scalselect_assets.recording.partitions import known_shards
 from scalselect_assets.recording.records import latest_versions
@@ -66,11 +68,12 @@ class Staleness:
             shard_versions: The fingerprint of each shard file to look at.
         """
         state = self.state(shard_versions)
+        failed = {asset.name: self._failed_by_shard(asset) for asset in self.first}
         found = {asset.name: self._recorded_by_shard(asset, set(shard_versions)) for asset in self.first}
         stale = {}
         for shard in shard_versions:
             for position, asset in enumerate(self.first):
-                if not _is_current(
+                if shard in failed[asset.name] or not _is_current(
                     state.header(asset, shard),
                     found[asset.name].get(shard, {}),
                     asset.expected(state, shard),
@@ -97,7 +100,20 @@ class Staleness:
         with deferred():
             event = self._instance.get_latest_materialization_event(self._selection.key(asset.name))
         found = recorded(event.asset_materialization) if event else {}
-        return not _is_current(state.header(asset), found, asset.expected(state))
+        is_current = _is_current(state.header(asset), found, asset.expected(state))
+        return not is_current or bool(self._failed_checks(asset))
+
+    def problems(self) -> list[str]:
+        """A sentence for each check of severity ERROR that failed when it was last evaluated."""
+        return [
+            f"check failed: {place}: {seen}"
+            for asset in self.path
+            for place, seen in (
+                {f"{asset.name}[{shard}]": seen for shard, seen in self._failed_by_shard(asset).items()}
+                if isinstance(asset, ShardAsset)
+                else {f"{asset.name}: {name}": seen for name, seen in self._failed_checks(asset).items()}
+            ).items()
+        ]
 
     def pending(self, discovery: Discovery) -> list[str]:
         """What a refresh would compute now: shards, else assets over the pool.
@@ -114,6 +130,17 @@ class Staleness:
             if self.is_stale(asset, state):
                 return later[position:]
         return []
+
+    def _failed_checks(self, asset: PoolAsset) -> Mapping[str, str]:
+        key = self._selection.key(asset.name)
+        return checks.failed_checks(self._instance, key, asset.error_checks)
+
+    def _failed_by_shard(self, asset: ShardAsset) -> Mapping[str, str]:
+        """What failed checks saw of shards that the pool still has."""
+        key = self._selection.key(asset.name)
+        failed = checks.shards_with_failed_checks(self._instance, key, asset.error_checks)
+        known = set(known_shards(self._instance, self._selection.name)) if failed else set()
+        return {shard: seen for shard, seen in failed.items() if shard in known}
 
     def _recorded_by_shard(self, asset: ShardAsset, shards: set[str]) -> Mapping[str, Mapping[str, str]]:
         """The versions that the latest materialization of each shard recorded."""

@@ -65,6 +65,7 @@ ATTENTION_EMBEDDINGS: Table = {
     "image_sha256": Column(pl.List(pl.String()), "SHA-256 of each image's bytes, in order."),
     "images": Column(pl.List(pl.String()), "Image paths relative to the image root, in order."),
     "text": Column(pl.String(), "The row's JSON, verbatim."),
+    "row_sha256": Column(pl.Binary(), "Of the vector with row, key and id; compared whenever it is read."),
 }
 
 IMPORTANCE_SCORES: Table = {

@@ -18,6 +18,7 @@ from typing import Any
 import dagster as dg
 
 from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.recording.checks import FailedCheckError, as_failure
 from scalselect_assets.recording.data_versions import DATA_VERSION_TAG, recorded_versions
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.locks import StoreLocks
@@ -88,11 +89,15 @@ def at_work(
         dg.RetryRequested: A fault that may pass.
     """
     name = context.asset_key.path[-1]
-    with (
-        _told_faults(context, name if shard is None else f"{name}[{shard}]"),
-        locks.writing(work or shard or name, deferred()(context.log.info)),
-    ):
-        yield
+    what = name if shard is None else f"{name}[{shard}]"
+    try:
+        with (
+            _told_faults(context, what),
+            locks.writing(work or shard or name, deferred()(context.log.info)),
+        ):
+            yield
+    except FailedCheckError as error:
+        raise as_failure(context, what, error, shard) from error
 
 
 def materialize_shards(

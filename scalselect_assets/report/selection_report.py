@@ -24,6 +24,7 @@ from scalselect_assets.embedding import receipts
 from scalselect_assets.embedding.device_pool import DEVICE_POOL
 from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import COMPOSITION, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
 from scalselect_assets.report.content import (
@@ -45,6 +46,8 @@ from scalselect_assets.resources.image_root import is_local
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import importance_scores, subspace_basis
+
+COUNTS_CHECK = "report_counts_every_row"
 
 
 def build(selection: Selection) -> dg.AssetsDefinition:
@@ -68,7 +71,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         metadata={"dagster/column_schema": column_schema(COMPOSITION)},
         check_specs=[
             dg.AssetCheckSpec(
-                "report_counts_every_row",
+                COUNTS_CHECK,
                 asset=selection.key(NAME),
                 description="The report's counts by source add up to the manifest's.",
             ),
@@ -112,6 +115,7 @@ def write_report(
     manifest = training_manifest.read_manifest(artifacts)
     overlays = AttentionOverlays(selection, storage, vlm)
     content = gather(storage, selection, churn=churn, overlay=overlays.of)
+    require_passed(counted := _counts_check(content, manifest))
     page = render(content)
     overlays.forget_others()
     n_bytes = artifacts.write_text(path := page_path(artifacts), [page])
@@ -130,7 +134,7 @@ def write_report(
             "bytes": n_bytes,
             "dagster/uri": str(path),
         },
-        (_counts_check(content, manifest), _pictures_check(content)),
+        (counted, _pictures_check(content)),
     )
 
 
@@ -204,7 +208,7 @@ def _counts_check(content: ReportContent, manifest: Mapping[str, Any]) -> dg.Ass
     expected = {name: manifest[name] for name in shown}
     rejected = {one.reason: one.rows for one in content.rejected}
     return dg.AssetCheckResult(
-        check_name="report_counts_every_row",
+        check_name=COUNTS_CHECK,
         passed=shown == expected and rejected == manifest["rejected"],
         metadata={"report": shown, "manifest": expected},
     )
@@ -248,4 +252,5 @@ ASSET = PoolAsset(
     is_declared=is_declared,
     expected=expected,
     header=header,
+    error_checks=(COUNTS_CHECK,),
 )

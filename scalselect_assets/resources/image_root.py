@@ -2,23 +2,25 @@
 
 No image outside the root is ever opened, whatever a reference says: references are untrusted. They are read
 lexically (``a/../b.png`` is ``b.png``, as in a URL), and on a local file system a symbolic link must also
-lead to a place below the real root. The normalised path is what an image is known by everywhere else.
+lead to a place below the root, which `resources.beneath` sees to. An image is known everywhere else by its
+normalised path.
 """
 
 import errno
 import os
 import posixpath
 import re
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from upath import UPath
 
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.resources.beneath import Beneath, NoRegularFileError, OutsideError
 from scalselect_assets.resources.samples import shorten
 
 _LOCAL_PROTOCOLS = ("", "file", "local")
@@ -74,7 +76,7 @@ class ImageRoot:
             )
             raise ValueError(msg)
         self._real_root = os.path.realpath(self._lexical_root) if self._local else ""
-        self._real_folders: dict[str, str] = {}
+        self._files = Beneath(self._lexical_root)
         self._resolved: dict[str, ResolvedImage] = {}
 
     def resolve(self, reference: str) -> ResolvedImage:
@@ -105,7 +107,7 @@ class ImageRoot:
             OSError: As in ``resolve``.
         """
         try:
-            return self._find(path)[1]
+            return self._state(path)
         except _RefusedError as refused:
             return self._rejection(path, refused)
 
@@ -117,22 +119,37 @@ class ImageRoot:
             PermissionError: The path leaves the root.
             OSError: The file cannot be read.
         """
+        if self._local:
+            with self.open(path) as file:
+                return file.read()
+        with self._refusals_as_errors(path):
+            self._state(path)
+        data: bytes = self.root.fs.cat_file(posixpath.join(self.root.path, posixpath.normpath(path)))
+        return data
+
+    def open(self, path: str) -> BinaryIO:
+        """Open the image at a normalised path of a local root; raises as ``read``.
+
+        What is then read from the open file, or linked to, is the file that was checked.
+        """
+        normal = posixpath.normpath(path)
+        with self._refusals_as_errors(path), _refusals(normal):
+            return self._files.open(normal)
+
+    @contextmanager
+    def _refusals_as_errors(self, path: str) -> Iterator[None]:
         try:
-            location, _ = self._find(path)
+            yield
         except _RefusedError as refused:
             outside = refused.reason is RejectionReason.OUTSIDE_IMAGE_ROOT
             error = PermissionError if outside else FileNotFoundError
             raise error(self._rejection(path, refused).detail) from refused
-        if self._local:
-            return Path(location).read_bytes()
-        data: bytes = self.root.fs.cat_file(location)
-        return data
 
     def _resolve(self, reference: str) -> ResolvedImage:
         path = None
         try:
             path = self._path(reference)
-            self._find(path)
+            self._state(path)
         except _RefusedError as refused:
             return ResolvedImage(path, self._rejection(reference, refused))
         return ResolvedImage(path, None)
@@ -168,57 +185,22 @@ class ImageRoot:
         what = "is remote, and remote images are not fetched; download it and refer to the file"
         raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
 
-    def _find(self, path: str) -> tuple[str, FileState]:
-        """The place to open and the state of the image at a normalised path.
+    def _state(self, path: str) -> FileState:
+        """The state of the image at a normalised path.
 
         Raises:
             _RefusedError: It is not a file, or outside the root.
             OSError: The file system cannot say.
         """
         normal = posixpath.normpath(path)
-        if normal.startswith("/") or normal.split("/")[0] == "..":
-            raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
-        try:
-            return self._find_local(normal) if self._local else self._find_in_store(normal)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
-                what = "does not exist; add the file or correct the path"
-                raise _RefusedError(RejectionReason.MISSING_IMAGE, what) from error
-            raise
-
-    def _find_local(self, path: str) -> tuple[str, FileState]:
-        folder, _, name = path.rpartition("/")
-        location = self._real_folder(folder) + name
-        status = os.lstat(location)
-        if stat.S_ISLNK(status.st_mode):
-            location = os.path.realpath(location)
-            self._require_inside(location)
-            status = os.lstat(location)
-        if not stat.S_ISREG(status.st_mode):
-            raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE)
-        return location, FileState(status.st_size, str(status.st_mtime_ns))
-
-    def _find_in_store(self, path: str) -> tuple[str, FileState]:
-        location = posixpath.join(self.root.path, path)
-        info = self.root.fs.info(location)
-        if info["type"] != "file":
-            raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE)
-        return location, _store_state(info)
-
-    def _real_folder(self, folder: str) -> str:
-        """The real place of a folder below the root, with a closing slash.
-
-        Remembered, as finding it asks the system about every component of the path.
-        """
-        if folder not in self._real_folders:
-            real = os.path.realpath(posixpath.join(self._lexical_root, folder))
-            self._require_inside(real)
-            self._real_folders[folder] = posixpath.join(real, "")
-        return self._real_folders[folder]
-
-    def _require_inside(self, location: str) -> None:
-        if _below(self._real_root, location) is None:
-            raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "follows a link that leads")
+        with _refusals(normal):
+            if self._local:
+                status = self._files.status(normal)
+                return FileState(status.st_size, str(status.st_mtime_ns))
+            info = self.root.fs.info(posixpath.join(self.root.path, normal))
+            if info["type"] != "file":
+                raise NoRegularFileError(normal)
+            return _store_state(info)
 
     def _rejection(self, reference: str, refused: "_RefusedError") -> Rejection:
         image = f"image {shorten(reference)} {refused.what}"
@@ -230,6 +212,24 @@ class ImageRoot:
         else:
             detail = f"{image} (image root {self.root})"
         return Rejection(refused.reason, detail)
+
+
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Turn what is the matter with a path, and not with the file system, into a refusal."""
+    if path.startswith("/") or path.split("/", maxsplit=1)[0] == "..":
+        raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
+    try:
+        yield
+    except OutsideError as error:
+        raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "follows a link that leads") from error
+    except NoRegularFileError as error:
+        raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE) from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
+            what = "does not exist; add the file or correct the path"
+            raise _RefusedError(RejectionReason.MISSING_IMAGE, what) from error
+        raise
 
 
 def is_local(path: UPath) -> bool:
@@ -244,12 +244,9 @@ def file_state(path: UPath) -> FileState:
         FileNotFoundError: There is no such file.
         OSError: It cannot be asked about.
     """
-    return local_file_state(path.path) if is_local(path) else _store_state(path.fs.info(path.path))
-
-
-def local_file_state(path: str) -> FileState:
-    """``file_state`` of a path on this machine, without the cost of a path object; raises likewise."""
-    status = os.stat(path)  # noqa: PTH116 - see above
+    if not is_local(path):
+        return _store_state(path.fs.info(path.path))
+    status = os.stat(path.path)  # noqa: PTH116 - without the cost of another path object
     return FileState(status.st_size, str(status.st_mtime_ns))
 
 

@@ -12,19 +12,14 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from upath import UPath
 
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
-from scalselect_assets.resources.image_root import (
-    FileState,
-    ImageRoot,
-    file_state,
-    is_local,
-    local_file_state,
-)
+from scalselect_assets.resources.image_root import FileState, ImageRoot, is_local
+from scalselect_assets.resources.pool_files import open_shard_file, shard_file_state
 from scalselect_assets.resources.samples import (
     Sample,
     content_key,
@@ -40,7 +35,6 @@ from scalselect_assets.resources.shard_reader import (
     RowText,
     ShardFormatError,
     container,
-    iter_rows,
     read_chunks,
     rows_of,
 )
@@ -186,19 +180,20 @@ class SampleSource:
         images = self._images(path)
         n_seen: dict[str, int] = {}
         accepted: dict[str, str] = {}
-        for row in iter_rows(path):
-            judged = _judge(row, images)
-            base = judged.sample_key
-            if judged.sample and base in accepted:
-                detail = f"the row repeats {accepted[base]} of this shard, text and images; remove one"
-                rejection = Rejection(RejectionReason.DUPLICATE, detail)
-                judged = replace(judged, sample=None, image_paths=(), rejection=rejection)
-            elif judged.sample:
-                named = "" if judged.source_id is None else f" (id {shorten(judged.source_id)})"
-                accepted[base] = f"row {row.row}{named}"
-            occurrence = n_seen.get(base, 0)
-            n_seen[base] = occurrence + 1
-            yield replace(judged, sample_key=occurrence_key(base, occurrence)) if occurrence else judged
+        with self.open_shard(key) as stream:
+            for row in rows_of(read_chunks(stream), path):
+                judged = _judge(row, images)
+                base = judged.sample_key
+                if judged.sample and base in accepted:
+                    detail = f"the row repeats {accepted[base]} of this shard, text and images; remove one"
+                    rejection = Rejection(RejectionReason.DUPLICATE, detail)
+                    judged = replace(judged, sample=None, image_paths=(), rejection=rejection)
+                elif judged.sample:
+                    named = "" if judged.source_id is None else f" (id {shorten(judged.source_id)})"
+                    accepted[base] = f"row {row.row}{named}"
+                occurrence = n_seen.get(base, 0)
+                n_seen[base] = occurrence + 1
+                yield replace(judged, sample_key=occurrence_key(base, occurrence)) if occurrence else judged
 
     def container(self, key: str) -> Container:
         """Whether the shard is a JSON array or JSON Lines.
@@ -207,7 +202,18 @@ class SampleSource:
             ShardFormatError: It begins like neither.
             OSError: It cannot be read.
         """
-        return container(self.shard_path(key))
+        with self.open_shard(key) as stream:
+            return container(read_chunks(stream), self.shard_path(key))
+
+    def open_shard(self, key: str) -> BinaryIO:
+        """Open a shard's file, which lies in the pool whatever links say.
+
+        Raises:
+            ShardFormatError: It is a link that cannot be followed; see `resources.pool_files`.
+            FileNotFoundError: The shard does not exist.
+            OSError: It cannot be opened.
+        """
+        return open_shard_file(*self._place(key))
 
     def export_text(self, key: str, text: str, image_paths: Sequence[str]) -> str:
         """A row's text for a file of rows from all over the pool, read with the image root beside it.
@@ -236,11 +242,16 @@ class SampleSource:
         path = self.shard_path(key)
         images = self._images(path)
         # Asked before the bytes are read: what is written meanwhile shows as a change next time.
-        state = file_state(path)
+        state = self._file_state(key)
         digest = hashlib.sha256()
         named: set[str] = set()
         n_rows: int | None = 0
-        with path.open("rb") as stream:
+        try:
+            stream = self.open_shard(key)
+        except ShardFormatError as error:
+            unread = hashlib.sha256(str(error).encode(errors="surrogateescape")).hexdigest()
+            return self._index(state, unread, None, named)
+        with stream:
             chunks = _digested(read_chunks(stream), digest)
             try:
                 for n_rows, row in enumerate(rows_of(chunks, path), start=1):  # noqa: B007
@@ -254,12 +265,15 @@ class SampleSource:
                 named.clear()
                 for _ in chunks:
                     pass
+        return self._index(state, digest.hexdigest(), n_rows, named)
+
+    def _index(self, state: FileState, sha256: str, n_rows: int | None, images: set[str]) -> ShardIndex:
         return ShardIndex(
             state.size,
             state.version,
-            digest.hexdigest(),
+            sha256,
             n_rows,
-            tuple(sorted(named)),
+            tuple(sorted(images)),
             str(self.source),
             self._declared_root(),
         )
@@ -346,10 +360,16 @@ class SampleSource:
 
     def _file_state(self, key: str) -> FileState:
         """State of a shard file; asked of every shard in every discovery."""
+        return shard_file_state(*self._place(key))
+
+    def _place(self, key: str) -> tuple[UPath, str]:
+        """The folder that a shard's file must lie below, and its path there."""
         folder, relative = self._folder(), self._relative_path(key)
-        if is_local(folder):
-            return local_file_state(posixpath.join(folder.path, relative))
-        return file_state(folder / relative)
+        if folder is not self.source and is_local(folder):
+            # One file is declared, which may itself be a link: who declares it says where it is.
+            real = UPath(os.path.realpath(self.source.path))
+            return real.parent, real.name
+        return folder, relative
 
     def _folder(self) -> UPath:
         """The folder that shard keys are relative to."""
@@ -432,9 +452,9 @@ def _entries(folder: UPath) -> list[tuple[str, bool]]:
     if is_local(folder):
         with os.scandir(folder.path) as entries:
             return [
-                (entry.name, not entry.is_file())
+                (entry.name, entry.is_dir(follow_symlinks=False))
                 for entry in entries
-                if entry.is_file() or entry.is_dir(follow_symlinks=False)
+                if (_may_be_a_shard(entry) if entry.is_symlink() else entry.is_file() or entry.is_dir())
             ]
     own_name = folder.path.strip("/")
     listed = [
@@ -443,6 +463,11 @@ def _entries(folder: UPath) -> list[tuple[str, bool]]:
     ]
     # A store may list the folder's own marker object among what it holds.
     return [(posixpath.basename(name), is_folder) for name, is_folder in listed if name != own_name]
+
+
+def _may_be_a_shard(link: "os.DirEntry[str]") -> bool:
+    """Whether a link leads to a file, or nowhere: then it is a shard that fails, and not one that is gone."""
+    return not os.path.isdir(link.path)  # noqa: PTH112 - false also where the link leads in a circle
 
 
 def _is_folder(path: UPath) -> bool:

@@ -240,16 +240,30 @@ def _source_id(value: object) -> str | None:
 
 def _json_text(value: object) -> str:
     """``value`` as JSON, numbers as they were written."""
+    pieces: list[str] = []
+    _write_json(value, pieces)
+    return "".join(pieces)
+
+
+def _write_json(value: object, pieces: list[str]) -> None:
+    """Append the JSON of ``value``; each piece is written once, however deep it lies."""
     match value:
         case _Number():
-            return value.text
+            pieces.append(value.text)
         case list():
-            return f"[{', '.join(_json_text(item) for item in value)}]"
+            pieces.append("[")
+            for place, item in enumerate(value):
+                pieces.append(", " if place else "")
+                _write_json(item, pieces)
+            pieces.append("]")
         case dict():
-            pairs = (f"{_json_text(key)}: {_json_text(item)}" for key, item in value.items())
-            return f"{{{', '.join(pairs)}}}"
+            pieces.append("{")
+            for place, (key, item) in enumerate(value.items()):
+                pieces.append(f"{', ' if place else ''}{json.dumps(key, ensure_ascii=False)}: ")
+                _write_json(item, pieces)
+            pieces.append("}")
         case _:
-            return json.dumps(value, ensure_ascii=False)
+            pieces.append(json.dumps(value, ensure_ascii=False))
 
 
 def _turns(row: dict[str, object]) -> tuple[list[tuple[Role, str]], RowFormat]:

@@ -26,6 +26,8 @@ LINES_SUFFIXES = (".jsonl", ".ndjson")
 MAX_ROW_LENGTH = 1 << 26
 """A row longer than this (64 Mi characters or bytes) is a missing bracket or newline, not a conversation."""
 
+_MAX_LEADING_SPACE = 1 << 20
+
 _BOM = codecs.BOM_UTF8
 _JSON_SPACE = " \t\r\n"
 _JSON_SPACE_BYTES = _JSON_SPACE.encode()
@@ -83,15 +85,13 @@ def iter_rows(path: UPath, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[RowTex
         yield from rows_of(read_chunks(stream, chunk_bytes), path)
 
 
-def container(path: UPath) -> Container:
-    """What a shard file holds its rows in, told by its first character.
+def container(chunks: Iterator[bytes], path: UPath) -> Container:
+    """The form in which a shard file holds its rows, by its first character; ``path`` only names the file.
 
     Raises:
         ShardFormatError: The file begins like neither.
-        OSError: The file cannot be read.
     """
-    with path.open("rb") as stream:
-        return _recognise(read_chunks(stream), path)[0]
+    return _recognise(chunks, path)[0]
 
 
 def read_chunks(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -193,10 +193,17 @@ def _recognise(chunks: Iterator[bytes], path: UPath) -> tuple[Container, Iterato
     head = b""
     for chunk in chunks:
         head += chunk
-        if not _BOM.startswith(head) and head.removeprefix(_BOM).strip(_JSON_SPACE_BYTES):
+        if len(head) >= len(_BOM):
             break
-    head = head.removeprefix(_BOM)
-    start = head.lstrip(_JSON_SPACE_BYTES)
+    # Each chunk is looked at once, however much white space comes before the first row.
+    pieces = [head.removeprefix(_BOM)]
+    start, size = pieces[0].lstrip(_JSON_SPACE_BYTES), len(pieces[0])
+    while not start and (chunk := next(chunks, b"")):
+        pieces.append(chunk)
+        start, size = chunk.lstrip(_JSON_SPACE_BYTES), size + len(chunk)
+        if not start and size > _MAX_LEADING_SPACE:
+            found = f"the file begins with more than {_MAX_LEADING_SPACE} bytes of white space"
+            _refuse(path, found, "Remove it.")
     if not start and path.suffix.lower() not in LINES_SUFFIXES:
         _refuse(
             path, "the file is empty", "Write the rows again; an empty shard is [] or an empty .jsonl file."
@@ -204,7 +211,7 @@ def _recognise(chunks: Iterator[bytes], path: UPath) -> tuple[Container, Iterato
     if start and start[:1] not in (b"[", b"{"):
         found = f"the file begins with {start[:16]!r}"
         _refuse(path, found, "Convert the file, or move it out of the pool.")
-    return "array" if start[:1] == b"[" else "lines", chain([head], chunks)
+    return "array" if start[:1] == b"[" else "lines", chain(filter(None, pieces), chunks)
 
 
 # ---------------------------------------------------------------------------------------------- JSON Lines

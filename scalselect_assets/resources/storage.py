@@ -4,6 +4,7 @@ Pools and stores on the local disk and on object stores differ in configuration 
 fsspec (``UPath``), tables through LanceDB's own URIs.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -46,11 +47,12 @@ class StorageResource(dg.ConfigurableResource):
         return EmbeddingStore(folder, {} if is_local(folder) else self.lance_options)
 
     def locks(self, store: str) -> StoreLocks:
-        """Who writes to the store at ``store``; for a remote one, on this machine."""
+        """The locks of the store at ``store``; for a remote one, those of this user on this machine."""
         root = self.path(store)
         if is_local(root):
             return StoreLocks(Path(root.path) / ".locks")
-        return StoreLocks(Path(tempfile.gettempdir()) / f"scalselect-{digest(str(root))}")
+        private = Path(tempfile.gettempdir()) / f"scalselect-{os.geteuid()}-{digest(str(root))}"
+        return StoreLocks(private, private=True)
 
     def samples(self, source: str, image_root: str | None, store: str) -> SampleSource:
         """The pool at ``source``; a store that lies inside it is not part of it."""

@@ -67,7 +67,7 @@ def test_every_json_file_below_the_source_is_a_shard(pool):
     assert source_at(pool).shard_path("sub/한 %25.json") == keys["sub/한 %25.json"]
 
 
-def test_excluded_folders_and_links_to_folders_hold_no_shards(pool, tmp_path):
+def test_excluded_folders_and_links_to_folders_hold_no_shards_and_any_other_link_is_one(pool, tmp_path):
     for name in ("a.json", "store/manifest.json", "store/deep/x.json", "sub/store/kept.json"):
         write(pool / name)
     write(tmp_path / "elsewhere" / "x.json")
@@ -80,6 +80,7 @@ def test_excluded_folders_and_links_to_folders_hold_no_shards(pool, tmp_path):
 
     assert list(source_at(pool, exclude=exclude).shard_keys()) == [
         "a.json",
+        "dangling.json",
         "linked.json",
         "sub/store/kept.json",
     ]

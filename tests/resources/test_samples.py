@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
 from scalselect_assets.method.representation.rejection import RejectionReason as Reason
+from scalselect_assets.resources import samples
 from scalselect_assets.resources.samples import (
     content_key,
     conversation_of,
@@ -379,3 +380,17 @@ def test_turns_are_given_as_written_with_a_mark_for_each_image(row, expected):
 def test_turns_of_a_malformed_row_are_an_error(text):
     with pytest.raises(ValueError, match="row"):
         written_turns(text)
+
+
+def test_an_id_is_kept_as_written_however_deep_its_parts_lie():
+    nested = "[" * 300 + '"x", 1.50, {"a": [true, null]}' + "]" * 300
+    assert sample_of(id=0).source_id == "0"
+    row = json.dumps({**ROW, "id": 0}).replace('"id": 0', f'"id": {nested}')
+    assert parse_row(row).source_id == nested
+
+
+def test_no_part_of_an_id_is_copied_for_each_level_around_it():
+    inner, pieces = "x" * 1000, []
+    samples._write_json([[[{"a": inner}]]], pieces)
+    assert "".join(pieces) == json.dumps([[[{"a": inner}]]])
+    assert sum(map(len, pieces)) == len(inner) + len('[[[{"a": ""}]]]')

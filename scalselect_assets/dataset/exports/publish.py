@@ -11,14 +11,11 @@ the files, and one row.
 
 import errno
 import hashlib
-import os
-import posixpath
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from upath import UPath
 
@@ -83,9 +80,14 @@ class ExportError(RuntimeError):
 
 
 def write_exports(
-    specs: Sequence[ExportSpec], spool: RowSpool, source: SampleSource, folder: UPath, name: str
+    specs: Sequence[ExportSpec],
+    spool: RowSpool,
+    source: SampleSource,
+    folder: UPath,
+    name: str,
+    approve: "Callable[[Mapping[str, Report]], None]" = lambda _: None,
 ) -> "dict[str, Report]":
-    """Replace the declared exports.
+    """Replace the declared exports, all of them or, where anything fails, none.
 
     Args:
         specs: The declarations, one of a format at most.
@@ -93,6 +95,8 @@ def write_exports(
         source: The pool, for its images.
         folder: Holds a folder for each export.
         name: What the datasets are called in companion files.
+        approve: Called with all reports before the exports take the place of the last ones; what it raises
+            leaves those in force.
 
     Returns:
         For each format what was written.
@@ -101,10 +105,13 @@ def write_exports(
         ExportError: Images cannot be linked.
         OSError: Something cannot be read or written; the last exports are still there.
     """
-    return {
-        spec.format: write_export(EXPORTS[spec.format], spec, spool, source, folder / spec.format, name)
-        for spec in specs
-    }
+    reports: dict[str, Report] = {}
+    with ExitStack() as folders:
+        for spec in specs:
+            new = folders.enter_context(replaced_folder(folder / spec.format))
+            reports[spec.format] = _fill(new, EXPORTS[spec.format], spec, spool, source, name)
+        approve(reports)
+    return reports
 
 
 def remove_others(folder: UPath, kept: Sequence[str]) -> None:
@@ -175,38 +182,43 @@ def write_export(
 ) -> Report:
     """Replace one export; arguments and errors as in `write_exports`."""
     with replaced_folder(target) as folder:
-        images = _images(export, spec, source, folder)
-        setting = Setting(spec, name, images.base, images.is_there)
-        writing = _Writing(export, spec, spool, images)
-        with ExitStack() as streams:
-            selected = streams.enter_context(folder.stream(SELECTED))
-            rejected = streams.enter_context(folder.stream(REJECTED))
-            selected.rows = rejected.rows = 0
-            for record in spool.rejections():
-                rejected.write(record)
-                rejected.rows += 1
-            export.write(writing.rows(selected, rejected), folder, setting)
-        images.write_list(folder)
-        verdict = export.preflight(folder, setting)
-        expected = len(spool) - sum(writing.refused.values())
-        verdict.require(
-            verdict.rows == expected, f"{verdict.rows} rows are read, {expected} were to be written"
-        )
-        verdict.require(writing.written == expected, f"{writing.written} rows were written, not {expected}")
-        verdict.require(expected, "no row is left to train on")
-        beside = [file for path, file in folder.files.items() if path.startswith(f"{_IMAGE_FOLDER}/")]
-        return Report(
-            spec,
-            str(target),
-            None if export.embeds_images else images.base,
-            len(spool),
-            dict(sorted(writing.refused.items())),
-            writing.leading,
-            verdict,
-            {path: file for path, file in folder.files.items() if not path.startswith(f"{_IMAGE_FOLDER}/")},
-            len(beside),
-            sum(file.bytes for file in beside),
-        )
+        return _fill(folder, export, spec, spool, source, name)
+
+
+def _fill(
+    folder: NewFolder, export: Export, spec: ExportSpec, spool: RowSpool, source: SampleSource, name: str
+) -> Report:
+    """Write an export into its new folder and read it again by its trainer's rules."""
+    images = _images(export, spec, source, folder)
+    setting = Setting(spec, name, images.base, images.is_there)
+    writing = _Writing(export, spec, spool, images)
+    with ExitStack() as streams:
+        selected = streams.enter_context(folder.stream(SELECTED))
+        rejected = streams.enter_context(folder.stream(REJECTED))
+        selected.rows = rejected.rows = 0
+        for record in spool.rejections():
+            rejected.write(record)
+            rejected.rows += 1
+        export.write(writing.rows(selected, rejected), folder, setting)
+    images.write_list(folder)
+    verdict = export.preflight(folder, setting)
+    expected = len(spool) - sum(writing.refused.values())
+    verdict.require(verdict.rows == expected, f"{verdict.rows} rows are read, {expected} were to be written")
+    verdict.require(writing.written == expected, f"{writing.written} rows were written, not {expected}")
+    verdict.require(expected, "no row is left to train on")
+    beside = [file for path, file in folder.files.items() if path.startswith(f"{_IMAGE_FOLDER}/")]
+    return Report(
+        spec,
+        str(folder.target),
+        None if export.embeds_images else images.base,
+        len(spool),
+        dict(sorted(writing.refused.items())),
+        writing.leading,
+        verdict,
+        {path: file for path, file in folder.files.items() if not path.startswith(f"{_IMAGE_FOLDER}/")},
+        len(beside),
+        sum(file.bytes for file in beside),
+    )
 
 
 class _Writing:
@@ -292,12 +304,8 @@ class _Images:
                 contents.append(self._root.read(path))
             except (FileNotFoundError, PermissionError) as error:
                 return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
-            if (found := hashlib.sha256(contents[-1]).hexdigest()) != sha256:
-                detail = (
-                    f"{row.where()}: image {path!r} has changed since the row was embedded (SHA-256 "
-                    f"{found[:12]}..., then {sha256[:12]}...); run the refresh again"
-                )
-                return Refusal(RefusalReason.IMAGE_CHANGED, detail)
+            if changed := _changed(row, path, contents[-1], sha256):
+                return changed
         return contents
 
 
@@ -331,11 +339,9 @@ class _ImagesBeside(_Images):
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
         named = list(zip(row.images, row.image_sha256, strict=True))
         if not all(image in self._placed for image in named):
-            contents = self._read(row)
-            if isinstance(contents, Refusal):
-                return contents
-            for image, data in zip(named, contents, strict=True):
-                self._placed.setdefault(image, self._put(*image, data))
+            refusal = self._link(row) if self._linked else self._copy(row)
+            if refusal is not None:
+                return refusal
         return tuple(PlacedImage(self._placed[image], image[1]) for image in named)
 
     def is_there(self, reference: str) -> bool:
@@ -348,25 +354,59 @@ class _ImagesBeside(_Images):
                 size = folder.files[name].bytes
                 write_line(file, {"image": path, "file": name, "sha256": sha256, "bytes": size})
 
-    def _put(self, path: str, sha256: str, data: bytes) -> str:
-        name = f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{safe_suffix(path)}"
-        if name in self._new.files:
-            return name
-        if not self._linked:
-            self._new.write(name, data)
-            return name
-        # Its bytes were just read from there, so that no link leads out of the image root.
-        location = Path(os.path.realpath(posixpath.join(self._folder.path, path)))
+    def _copy(self, row: ExportRow) -> Refusal | None:
+        contents = self._read(row)
+        if isinstance(contents, Refusal):
+            return contents
+        for path, sha256, data in zip(row.images, row.image_sha256, contents, strict=True):
+            name = self._name(path, sha256)
+            if name not in self._new.files:
+                self._new.write(name, data)
+            self._placed.setdefault((path, sha256), name)
+        return None
+
+    def _link(self, row: ExportRow) -> Refusal | None:
+        """Link the files whose bytes were read: each is read and linked while it is open."""
+        for path, sha256 in zip(row.images, row.image_sha256, strict=True):
+            try:
+                file = self._root.open(path)
+            except (FileNotFoundError, PermissionError) as error:
+                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
+            with file:
+                data, name = file.read(), self._name(path, sha256)
+                if changed := _changed(row, path, data, sha256):
+                    return changed
+                if name not in self._new.files:
+                    self._hard_link(name, path, file, WrittenFile(sha256, len(data)))
+            self._placed.setdefault((path, sha256), name)
+        return None
+
+    def _hard_link(self, name: str, path: str, file: BinaryIO, known: WrittenFile) -> None:
         try:
-            self._new.hard_link(name, location, WrittenFile(sha256, len(data)))
+            self._new.hard_link(name, file, known)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            # ENOENT: the file has no name any more, or the system has no /proc to find an open file by.
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOENT):
                 raise
             raise ExportError(
                 f"image {path!r} cannot be hard-linked into {self._new.target} ({error.strerror}); declare "
                 "`images: copied`, or put pool and store on one file system"
             ) from error
-        return name
+
+    @staticmethod
+    def _name(path: str, sha256: str) -> str:
+        return f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{safe_suffix(path)}"
+
+
+def _changed(row: ExportRow, path: str, data: bytes, sha256: str) -> Refusal | None:
+    """Why an image is not the one that was embedded, where it is another one."""
+    if (found := hashlib.sha256(data).hexdigest()) == sha256:
+        return None
+    detail = (
+        f"{row.where()}: image {path!r} has changed since the row was embedded (SHA-256 {found[:12]}..., "
+        f"then {sha256[:12]}...); run the refresh again"
+    )
+    return Refusal(RefusalReason.IMAGE_CHANGED, detail)
 
 
 def _images(export: Export, spec: ExportSpec, source: SampleSource, folder: NewFolder) -> _Images:

@@ -283,7 +283,7 @@ def instruction_attention(heads: Heads, mask: RowMask, instruction: Rows, wanted
         shares = logits.masked_fill_(~allowed[:, None], -torch.inf).softmax(-1)
         numbers = torch.arange(block.rows.start, block.rows.stop, device=rows.device)
         n = instruction.n[samples, None]
-        weights = (numbers < n) / (heads.n_heads * n.clamp(min=1))
+        weights = (numbers < n).float() / (heads.n_heads * n.clamp(min=1))
         of_heads = weights[:, None].expand(-1, heads.n_heads, -1).flatten(1)[:, None]
         on_tokens = (of_heads @ shares.flatten(1, 2))[:, 0]
         places = wanted.positions[samples].clamp(max=block.n_keys - 1)

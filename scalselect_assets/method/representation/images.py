@@ -10,12 +10,16 @@ DEFAULT_MAX_PIXELS = 50_000_000
 """Larger images are refused before their pixels are read: 50 megapixels decode to 150 MB."""
 
 
+MAX_ROW_PIXELS = 4 * DEFAULT_MAX_PIXELS
+"""The images of a row may have this many pixels together, which takes about 2 GB while they are processed."""
+
+
 class UndecodableImageError(ValueError):
     """The bytes are not an image that Pillow reads completely."""
 
 
 class ImageTooLargeError(ValueError):
-    """The image has more pixels than the limit; nothing of it was decoded."""
+    """The image has more pixels than the limit, alone or with those before it in its row."""
 
 
 MAX_ASPECT_RATIO = 200
@@ -62,6 +66,27 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
             f"not an image that can be read ({type(error).__name__}: {str(error)[:200]}); it starts with "
             f"{data[:8]!r}"
         ) from error
+
+
+class PixelBudget:
+    """The pixels that the images of one row may have together, however small each of them is."""
+
+    def __init__(self, max_pixels: int) -> None:
+        """Begin a row: twelve photographs of 12 megapixels fit the default, and sixteen of 50 do not."""
+        self._most = self._left = max(MAX_ROW_PIXELS, 4 * max_pixels)
+
+    def spend(self, image: Image.Image) -> None:
+        """Count one more image of the row.
+
+        Raises:
+            ImageTooLargeError: The images so far have more pixels than a row may have.
+        """
+        self._left -= image.width * image.height
+        if self._left < 0:
+            raise ImageTooLargeError(
+                f"with it, the images of the row have more than {self._most:,} pixels together: use fewer or "
+                "smaller ones"
+            )
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

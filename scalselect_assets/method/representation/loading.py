@@ -47,6 +47,10 @@ from scalselect_assets.method.representation.image_place import (
 from scalselect_assets.method.representation.image_size import ImageSize, ask_for
 from scalselect_assets.method.representation.images import DEFAULT_MAX_PIXELS
 from scalselect_assets.method.representation.model_card import ModelCard, model_card
+from scalselect_assets.method.representation.model_files import (
+    refuse_files_that_lead_elsewhere,
+    refuse_unbounded_template,
+)
 from scalselect_assets.method.representation.preparation import Prepared, Preparer
 from scalselect_assets.method.representation.processors import load_processor
 from scalselect_assets.method.representation.quiet import quiet_transformers
@@ -167,6 +171,7 @@ def _load_parts(
     # Transformers reports the weights that stay unread; leaving them out is the point.
     with quiet_transformers(keep_bars=not folder.is_dir()), _cannot_load(model):
         processor = load_processor(source, commit, config)
+        refuse_unbounded_template(model, processor)
         ask_for(processor.image_processor, image_size)
         known_dtype = _own_dtype(source, commit, config) if dtype == "auto" else dtype
         base_model = _load_base_model(source, commit, config, getattr(torch, known_dtype))
@@ -270,6 +275,7 @@ def _supported_config(model: str, commit: str | None) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     try:
+        refuse_files_that_lead_elsewhere(model, commit)
         config = AutoConfig.from_pretrained(model, revision=commit, trust_remote_code=False)
     except OSError as error:
         raise ModelLoadError(f"cannot read the configuration of {model!r}: {error}") from error

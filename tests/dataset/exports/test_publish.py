@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from upath import UPath
@@ -13,7 +13,7 @@ from scalselect_assets.dataset.exports import publish
 from scalselect_assets.dataset.exports.publish import EXPORTS, ExportError, write_exports
 from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
 from scalselect_assets.declaration.export_specs import FORMAT_NAMES, ExportSpec, parse_exports
-from scalselect_assets.resources.folders import WrittenFile
+from scalselect_assets.resources.folders import NewFolder, WrittenFile
 from tests.conftest import png_bytes
 from tests.dataset.exports.conftest import HOSTILE, MakeBench, said
 
@@ -130,13 +130,36 @@ def test_linked_images_are_the_pools_own_files(bench: MakeBench, name: str) -> N
         assert (folder / image["file"]).stat().st_ino == (made.folder / image["image"]).stat().st_ino
 
 
+def test_an_image_that_becomes_a_link_after_it_was_read_is_linked_as_it_was_read(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, hard_link, secret = bench(), NewFolder.hard_link, tmp_path / "secret"
+    secret.write_bytes(b"secret")
+
+    def swapped_first(self: NewFolder, name: str, source: BinaryIO, known: WrittenFile) -> None:
+        for image in sorted(made.folder.rglob("*")):
+            if not image.is_symlink() and image.stat().st_ino == os.fstat(source.fileno()).st_ino:
+                image.rename(tmp_path / f"moved-{image.name}")
+                image.symlink_to(secret)
+        hard_link(self, name, source, known)
+
+    monkeypatch.setattr(NewFolder, "hard_link", swapped_first)
+    _, folder = made.write("llava", images="hardlinked")
+    listed = made.lines(folder / publish.IMAGES)
+    assert listed
+    for image in listed:
+        data = (folder / image["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == image["sha256"]
+        assert (made.folder / image["image"]).is_symlink()
+
+
 def test_links_across_file_systems_say_what_to_declare(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other_device(*_: object) -> None:
+    def other_device(*_: object, **__: object) -> None:
         raise OSError(18, os.strerror(18))
 
-    monkeypatch.setattr(Path, "hardlink_to", other_device)
+    monkeypatch.setattr(os, "link", other_device)
     with pytest.raises(ExportError, match="declare `images: copied`"):
         bench().write("llava", images="hardlinked")
 

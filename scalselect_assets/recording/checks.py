@@ -1,0 +1,121 @@
+"""Checks of severity ERROR: a result that fails one is not written, and stays out of date until it passes.
+
+An asset asks `require_passed` before it writes. A failed check is recorded in Dagster and fails the step, so
+that the last good result stays and every later refresh tries again.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+from dagster._core.event_api import PartitionKeyFilter
+from dagster._core.storage.asset_check_execution_record import (
+    AssetCheckExecutionRecord,
+    AssetCheckExecutionRecordStatus,
+)
+
+from scalselect_assets.method.interrupts import deferred
+
+_COMPLETED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
+_MOST_SHARDS = 1000
+FAILED_CHECKS = "failed_checks"
+"""The metadata of a failure that holds what the failed checks saw, by name."""
+
+
+class FailedCheckError(RuntimeError):
+    """A result failed checks of severity ERROR and was not written."""
+
+    def __init__(self, checks: Sequence[dg.AssetCheckResult]) -> None:
+        super().__init__("; ".join(f"{check.check_name} {_seen(check)}" for check in checks))
+        self.checks = checks
+
+
+def require_passed(*checks: dg.AssetCheckResult) -> None:
+    """Let a result be written.
+
+    Raises:
+        FailedCheckError: A check of severity ERROR has failed.
+    """
+    failed = [check for check in checks if not check.passed and check.severity is dg.AssetCheckSeverity.ERROR]
+    if failed:
+        raise FailedCheckError(failed)
+
+
+def as_failure(
+    context: dg.AssetExecutionContext, what: str, error: FailedCheckError, shard: str | None
+) -> dg.Failure:
+    """Record failed checks, and give the failure of the step.
+
+    Args:
+        context: Of the asset.
+        what: Asset and shard, for the message.
+        error: The checks.
+        shard: The shard, where the asset has one output for each.
+    """
+    for check in error.checks:
+        with deferred():
+            context.log_event(
+                dg.AssetCheckEvaluation(
+                    context.asset_key,
+                    str(check.check_name),
+                    passed=False,
+                    metadata=check.metadata,
+                    severity=check.severity,
+                    partition=shard,
+                )
+            )
+    return dg.Failure(
+        f"{what}: check failed: {error}; it was not written, and the last result stays. Run again; where the "
+        "check fails again, `scalselect verify --deep` names what is damaged",
+        metadata={FAILED_CHECKS: {str(check.check_name): _seen(check) for check in error.checks}},
+        allow_retries=False,
+    )
+
+
+def failed_checks(instance: dg.DagsterInstance, key: dg.AssetKey, names: Sequence[str]) -> dict[str, str]:
+    """What the checks of an asset over the pool saw that failed when they were last evaluated, by name."""
+    failed = {}
+    for name in names:
+        record = _last(instance, dg.AssetCheckKey(key, name))
+        if record is not None and record.status is AssetCheckExecutionRecordStatus.FAILED:
+            failed[name] = _seen_in(record)
+    return failed
+
+
+@deferred()
+def shards_with_failed_checks(
+    instance: dg.DagsterInstance, key: dg.AssetKey, names: Sequence[str]
+) -> dict[str, str]:
+    """What a check of an asset by shard saw that failed when it was last evaluated, by shard."""
+    failed = {}
+    for name in names:
+        check = dg.AssetCheckKey(key, name)
+        ever = instance.event_log_storage.get_asset_check_execution_history(
+            check, limit=_MOST_SHARDS, status={AssetCheckExecutionRecordStatus.FAILED}
+        )
+        for shard in {record.partition for record in ever if record.partition is not None}:
+            record = _last(instance, check, PartitionKeyFilter(key=shard))
+            if record is not None and record.status is AssetCheckExecutionRecordStatus.FAILED:
+                failed[shard] = f"{name} {_seen_in(record)}"
+    return failed
+
+
+@deferred()
+def _last(
+    instance: dg.DagsterInstance, check: dg.AssetCheckKey, shard: PartitionKeyFilter | None = None
+) -> AssetCheckExecutionRecord | None:
+    """The last evaluation of a check that was completed."""
+    records = instance.event_log_storage.get_asset_check_execution_history(
+        check, limit=1, status=_COMPLETED, partition_filter=shard
+    )
+    return records[0] if records else None
+
+
+def _seen(check: dg.AssetCheckResult) -> str:
+    return str({name: getattr(value, "value", value) for name, value in (check.metadata or {}).items()})
+
+
+def _seen_in(record: AssetCheckExecutionRecord) -> str:
+    event = record.event.dagster_event if record.event else None
+    metadata: Mapping[str, Any] = event.asset_check_evaluation_data.metadata if event else {}
+    return str({name: value.value for name, value in metadata.items()})
