@@ -74,7 +74,11 @@ class ModelOptions:
     ] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Number type of weights and activations. (default: float32)")
+        Dtype | None,
+        typer.Option(
+            help="Number type of weights and activations; auto takes bfloat16 for a checkpoint in half "
+            "precision and float32 for others. (default: auto)"
+        ),
     ] = None
     attention_mass: Annotated[
         float | None, typer.Option(help="Attention share of the kept vision tokens. (default: 0.9)")
@@ -313,7 +317,7 @@ class ComputingOptions:
     device: DeviceOption = Device.AUTO
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens in a batch. (default: 4096, on a GPU 32768)"),
+        typer.Option(min=1, help="Tokens in a batch. (default: 4096, on a GPU 16384)"),
     ] = None
     workers: Annotated[
         int | None,

@@ -93,8 +93,10 @@ class Selection(dg.Model):
     store: str = Field(description="Folder or URI for everything that is computed.")
     target_model: str = Field(description="The VLM that will be fine-tuned: local folder or hub id.")
     model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Number type of the model's weights and activations."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number type of the model's weights and activations; auto is bfloat16 for a checkpoint "
+        "in half precision and float32 for others, on every machine.",
     )
     image_root: str | None = Field(
         default=None,

@@ -276,8 +276,9 @@ class Refresh:
     def _note_failed_checks(self, failure: dg.Failure, place: str) -> None:
         """Keep what failed checks saw, by asset and check, for whoever reads the report by program."""
         failed = failure.metadata.get(FAILED_CHECKS)
-        for name, seen in (failed.value if failed is not None else {}).items():
-            self._report.failed_checks[f"{place}: {name}"] = seen
+        if isinstance(failed, dg.JsonMetadataValue) and isinstance(failed.value, Mapping):
+            for name, seen in failed.value.items():
+                self._report.failed_checks[f"{place}: {name}"] = str(seen)
 
     @contextlib.contextmanager
     def _interrupted_runs_closed(self) -> Iterator[None]:
