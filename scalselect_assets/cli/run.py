@@ -6,7 +6,6 @@ from typing import Annotated, get_args
 
 import dagster as dg
 import typer
-from rich.markup import escape
 
 from scalselect_assets import deployment
 from scalselect_assets.cli.options import (
@@ -28,17 +27,17 @@ from scalselect_assets.cli.options import (
     wanted_budget,
 )
 from scalselect_assets.cli.printing import (
-    ERR,
-    OUT,
-    PLAIN,
     ProgressBars,
+    complain,
     print_json,
     print_summary,
     print_work,
+    say,
     user_errors,
 )
 from scalselect_assets.declaration.choice_settings import StrategyName
 from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.operations.deep_verification import deep_problems
 from scalselect_assets.operations.refresh import Refresh
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.resources.storage import StorageResource
@@ -91,6 +90,10 @@ def run(
     ] = None,
     rebuild_basis: Annotated[
         bool, typer.Option("--rebuild-basis", help="Add up the moments of all shards anew.")
+    ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Read the whole store first, and make again what is damaged or wrong."),
     ] = False,
     text_only: Annotated[
         str | None,
@@ -217,6 +220,7 @@ def run(
                 as_json=as_json,
                 verbose=verbose,
                 rebuild_basis=rebuild_basis,
+                repair=repair,
             )
 
 
@@ -236,11 +240,11 @@ def demo(
         with declared_from_options(str(pool.root), str(folder / "demo"), "demo", options) as selection:
             refresh_and_report(selection, VlmResource(device="cpu"), as_json=as_json, verbose=verbose)
         if not as_json:
-            OUT.print(
+            say(
                 "\nThe demo model's weights are random, so the path is real and the choice means nothing; "
-                "name a real model with [bold]scalselect run --model[/bold].\n"
-                "Look at the runs and the lineage: [bold]make dev[/bold] or "
-                f"[bold]scalselect ui --store {folder / 'demo'}[/bold]"
+                "name a real model with scalselect run --model.\n"
+                "Look at the runs and the lineage: make dev or "
+                f"scalselect ui --store {folder / 'demo'}"
             )
 
 
@@ -254,9 +258,12 @@ def refresh_and_report(
     as_json: bool,
     verbose: bool,
     rebuild_basis: bool = False,
+    repair: bool = False,
 ) -> None:
     """Refresh, print the summary, and exit with 1 if a shard failed."""
-    with deployment.open_instance(selection) as instance, ProgressBars() as bars:
+    if repair:
+        _remove_what_is_wrong(selection)
+    with deployment.opened_instance(selection) as instance, ProgressBars() as bars:
         report = make_refresh(
             selection, instance, vlm, bars, verbose=verbose, rebuild_basis=rebuild_basis
         ).run()
@@ -266,6 +273,7 @@ def refresh_and_report(
         "samples_computed": report.computed_rows,
         "samples_reused": report.reused_rows,
         "being_written": report.unsettled,
+        "damaged": report.damaged,
         "failed": report.failed,
         "failed_checks": report.failed_checks,
     }
@@ -274,10 +282,22 @@ def refresh_and_report(
     else:
         print_summary(selection, result)
         print_work(report)
+    for message in report.damaged.values():
+        complain(f"{message}: it was made again", label="damaged:")
     for problem in (problems := report.problems()):
-        ERR.print(f"[red]{escape(problem)}[/red]", **PLAIN)
+        complain(problem)
     if problems:
         raise typer.Exit(1)
+
+
+def _remove_what_is_wrong(selection: Selection) -> None:
+    """Remove what `verify --deep` finds, so that the refresh makes it again."""
+    storage = StorageResource()
+    with storage.locks(selection.store).alone():
+        for problem in deep_problems(selection, storage):
+            for path in problem.remove:
+                path.unlink(missing_ok=True)
+            complain(f"{problem.message}: it is made again", label="repair:")
 
 
 def make_refresh(

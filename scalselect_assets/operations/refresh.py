@@ -21,6 +21,7 @@ from scalselect_assets.asset_path import ShardAsset
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts, reuse
 from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.operations.damaged_records import is_fault_of_records
 from scalselect_assets.operations.faults import RefreshError, error_cause, error_message
 from scalselect_assets.operations.staleness import Staleness, contiguous_ranges
 from scalselect_assets.pool import raw_samples
@@ -51,6 +52,7 @@ class RefreshReport:
         reused_rows: Vectors among them that were there before.
         unsettled: Shards that are still being written, and were left as they are in the store.
         failed: Message by shard for those that could not be materialized.
+        damaged: What was wrong with files that were found damaged and made again.
         failed_checks: Asset checks of severity ERROR that failed, with what they saw.
         runs: Dagster runs that were made, in order: assets and shards.
     """
@@ -62,6 +64,7 @@ class RefreshReport:
     reused_rows: int = 0
     unsettled: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
     failed_checks: dict[str, str] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
 
@@ -109,7 +112,7 @@ class Refresh:
         self._artifacts = storage.artifacts(selection.store)
         self._source = storage.samples(selection.source, selection.image_root, selection.store)
         self._staleness = Staleness(selection, storage, vlm, instance)
-        self._report = RefreshReport()
+        self._report = RefreshReport(damaged=self._staleness.verified.damaged)
 
     def run(self) -> RefreshReport:
         """Bring every asset of the selection up to date.
@@ -149,6 +152,7 @@ class Refresh:
             if self._staleness.model_fingerprint_now() != self._staleness.model_fingerprint:
                 raise RefreshError("the target model's files changed during the refresh; run it again")
             self._refresh_pool()
+            self._staleness.verified.save()
             return self._report
 
     # Shards
@@ -179,7 +183,9 @@ class Refresh:
         except dg.Failure as failure:
             self._report.failed[shard] = failure.description or "failed"
             self._note_failed_checks(failure, f"{receipts.NAME}[{shard}]")
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this shard's, and it is reported
+        except Exception as error:
+            if is_fault_of_records(error):
+                raise
             self._report.failed[shard] = error_message(error)
             self._forget_unreadable(error)
         else:

@@ -19,6 +19,7 @@ from scalselect_assets.recording.data_versions import recorded
 from scalselect_assets.recording.partitions import known_shards
 from scalselect_assets.recording.records import latest_versions
 from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.verified_files import VerifiedFiles
 from scalselect_assets.resources.vlm import VlmResource
 
 
@@ -29,6 +30,7 @@ class Staleness:
         path: The assets of the selection, in order.
         first: The assets by shard that come before all assets over the pool.
         rest: The assets after them.
+        verified: Which of the store's files hold what was written to them.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Staleness:
     ) -> None:
         self._selection, self._storage, self._vlm, self._instance = selection, storage, vlm, instance
         self.path = path_of(selection)
+        self.verified = VerifiedFiles(storage.artifacts(selection.store))
         n_first = next(i for i, asset in enumerate(self.path) if isinstance(asset, PoolAsset))
         self.first = [asset for asset in self.path[:n_first] if isinstance(asset, ShardAsset)]
         self.rest: list[PathAsset] = self.path[n_first:]
@@ -59,6 +62,7 @@ class Staleness:
             lambda: self.model_fingerprint,
             known_shards(self._instance, self._selection.name),
             shard_versions or {},
+            self.verified,
         )
 
     def stale_shards(self, shard_versions: Mapping[str, str]) -> dict[str, list[str]]:

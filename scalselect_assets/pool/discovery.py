@@ -38,13 +38,16 @@ class Discovery:
     unsettled: tuple[str, ...] = ()
 
 
-def discover(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float = 0.0) -> Discovery:
+def discover(
+    source: SampleSource, artifacts: ArtifactStore, settle_seconds: float = 0.0, *, remember: bool = True
+) -> Discovery:
     """Find the shards and their versions; unchanged files are not read again.
 
     Args:
         source: The pool.
         artifacts: The store, which remembers what was read.
         settle_seconds: A shard that was modified more recently is taken to be still being written.
+        remember: Whether the store may be written to.
 
     Raises:
         FileNotFoundError: The pool does not exist.
@@ -55,7 +58,7 @@ def discover(source: SampleSource, artifacts: ArtifactStore, settle_seconds: flo
             if _is_being_written(source.changed_at(shard), settle_seconds):
                 unsettled.append(shard)  # and not read, since it would have to be read again
                 continue
-            index = _current_index(source, artifacts, shard)
+            index = _current_index(source, artifacts, shard, remember=remember)
             state = source.shard_state(shard, index)
         except FileNotFoundError as error:
             if error.errno is None:
@@ -83,14 +86,17 @@ def _is_being_written(changed_at: float | None, settle_seconds: float) -> bool:
     return changed_at is not None and 0 <= time.time() - changed_at < settle_seconds
 
 
-def _current_index(source: SampleSource, artifacts: ArtifactStore, shard: str) -> ShardIndex:
+def _current_index(
+    source: SampleSource, artifacts: ArtifactStore, shard: str, *, remember: bool
+) -> ShardIndex:
     # An index that is missing, damaged or of another layout is made again; it is only a memory.
     with contextlib.suppress(ArtifactMissingError, ArtifactCorruptError, ValueError):
         known = ShardIndex.from_json(artifacts.read_json(raw_samples.SHARD_INDEX, shard))
         if source.is_current(shard, known):
             return known
     index = source.index_shard(shard)
-    artifacts.write_json(raw_samples.SHARD_INDEX, index.to_json(), shard)
+    if remember:
+        artifacts.write_json(raw_samples.SHARD_INDEX, index.to_json(), shard)
     return index
 
 
