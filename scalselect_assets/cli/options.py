@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 from pydantic import ValidationError
 
-from scalselect_assets import deployment
+from scalselect_assets import ASSET_MODULES, deployment
 from scalselect_assets.declaration.choice_settings import parse_quota
 from scalselect_assets.declaration.export_specs import parse_exports
 from scalselect_assets.declaration.selection import NO_CREDENTIALS, Selection, read_selection
@@ -117,11 +117,7 @@ def _declared_over(known: dict[str, Any], options: Mapping[str, Any], location: 
 
 def _holds_results(store: Path) -> bool:
     """Whether anything was computed: then the store keeps the declaration by which it can be opened."""
-    return any(not name.startswith((".", "dagster")) for name in _names(store) - {deployment.DECLARATION})
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return any((store / asset).is_dir() for asset in ASSET_MODULES)
 
 
 def declaration_path(store: str) -> Path:
