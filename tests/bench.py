@@ -45,7 +45,11 @@ class Bench:
         return Selection(**self.options)
 
     def refresh(
-        self, should_stop: Callable[[], bool] = lambda: False, *, rebuild_basis: bool = False
+        self,
+        should_stop: Callable[[], bool] = lambda: False,
+        *,
+        rebuild_basis: bool = False,
+        accept_missing_images: bool = False,
     ) -> RefreshReport:
         selection = self.selection
         defs = build_defs([selection], {"storage": self.storage, "vlm": self.vlm})
@@ -60,6 +64,7 @@ class Bench:
                 log=logging.getLogger("scalselect.test"),
                 log_level="CRITICAL",
                 rebuild_basis=rebuild_basis,
+                accept_missing_images=accept_missing_images,
                 should_stop=should_stop,
             ).run()
 

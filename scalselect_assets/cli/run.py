@@ -91,6 +91,13 @@ def run(
     rebuild_basis: Annotated[
         bool, typer.Option("--rebuild-basis", help="Add up the moments of all shards anew.")
     ] = False,
+    accept_missing_images: Annotated[
+        bool,
+        typer.Option(
+            "--accept-missing-images",
+            help="Agree that images that are missing are gone: their rows give up their vectors.",
+        ),
+    ] = False,
     repair: Annotated[
         bool,
         typer.Option("--repair", help="Read the whole store first, and make again what is damaged or wrong."),
@@ -221,6 +228,7 @@ def run(
                 verbose=verbose,
                 rebuild_basis=rebuild_basis,
                 repair=repair,
+                accept_missing_images=accept_missing_images,
             )
 
 
@@ -259,13 +267,20 @@ def refresh_and_report(
     verbose: bool,
     rebuild_basis: bool = False,
     repair: bool = False,
+    accept_missing_images: bool = False,
 ) -> None:
     """Refresh, print the summary, and exit with 1 if a shard failed."""
     if repair:
         _remove_what_is_wrong(selection)
     with deployment.opened_instance(selection) as instance, ProgressBars() as bars:
         report = make_refresh(
-            selection, instance, vlm, bars, verbose=verbose, rebuild_basis=rebuild_basis
+            selection,
+            instance,
+            vlm,
+            bars,
+            verbose=verbose,
+            rebuild_basis=rebuild_basis,
+            accept_missing_images=accept_missing_images,
         ).run()
     result = {
         **summary(StorageResource().artifacts(selection.store)),
@@ -273,6 +288,7 @@ def refresh_and_report(
         "samples_computed": report.computed_rows,
         "samples_reused": report.reused_rows,
         "being_written": report.unsettled,
+        "rows_without_image": report.kept_rows,
         "damaged": report.damaged,
         "failed": report.failed,
         "failed_checks": report.failed_checks,
@@ -282,6 +298,12 @@ def refresh_and_report(
     else:
         print_summary(selection, result)
         print_work(report)
+    if kept := sum(report.kept_rows.values()):
+        complain(
+            f"{kept:,} rows keep their vectors though their images are missing; where these are gone for good, "
+            "run with --accept-missing-images",
+            label="missing:",
+        )
     for message in report.damaged.values():
         complain(f"{message}: it was made again", label="damaged:")
     for problem in (problems := report.problems()):
@@ -308,6 +330,7 @@ def make_refresh(
     *,
     verbose: bool,
     rebuild_basis: bool = False,
+    accept_missing_images: bool = False,
 ) -> Refresh:
     """A refresh of one selection, with the given resources in its asset job."""
     storage = StorageResource()
@@ -324,4 +347,5 @@ def make_refresh(
         log=log,
         log_level="INFO" if verbose else "CRITICAL",
         rebuild_basis=rebuild_basis,
+        accept_missing_images=accept_missing_images,
     )

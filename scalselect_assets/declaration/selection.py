@@ -47,7 +47,7 @@ _EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by store
 
 # Fields that say when and for whom the results are made.
 _DRIVING = {
-    *("report", "settle_seconds", "owners"),
+    *("report", "settle_seconds", "owners", "max_missing_images"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
@@ -216,6 +216,13 @@ class Selection(dg.Model):
         allow_inf_nan=False,
         description="A shard whose file or images were modified more recently is taken to be still being "
         "written, and waits.",
+    )
+    max_missing_images: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="A refresh stops where more than this share of the pool's images is missing that were "
+        "there before: a disk that is not mounted. Until a person agrees, rows keep their vectors.",
     )
     owners: list[Annotated[str, StringConstraints(pattern=r"^(team:[\w-]+|[^@\s]+@[^@\s]+)$")]] = Field(
         default=[], description="Who is asked about the assets, as the UI shows: addresses or team:<name>."

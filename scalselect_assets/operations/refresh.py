@@ -26,6 +26,7 @@ from scalselect_assets.operations.faults import RefreshError, error_cause, error
 from scalselect_assets.operations.staleness import Staleness, contiguous_ranges
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.pool.discovery import Discovery, report_discovery, settled_discovery
+from scalselect_assets.pool.missing_images import n_kept, newly_missing
 from scalselect_assets.recording.checks import FAILED_CHECKS
 from scalselect_assets.resources.artifacts import (
     RECORD,
@@ -52,6 +53,7 @@ class RefreshReport:
         reused_rows: Vectors among them that were there before.
         unsettled: Shards that are still being written, and were left as they are in the store.
         failed: Message by shard for those that could not be materialized.
+        kept_rows: By shard, the rows that keep their vectors though their images are missing.
         damaged: What was wrong with files that were found damaged and made again.
         failed_checks: Asset checks of severity ERROR that failed, with what they saw.
         runs: Dagster runs that were made, in order: assets and shards.
@@ -64,6 +66,7 @@ class RefreshReport:
     reused_rows: int = 0
     unsettled: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    kept_rows: dict[str, int] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
     failed_checks: dict[str, str] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
@@ -88,6 +91,7 @@ class Refresh:
         log: logging.Logger,
         log_level: str = "INFO",
         rebuild_basis: bool = False,
+        accept_missing_images: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Prepare a refresh.
@@ -102,12 +106,14 @@ class Refresh:
             log: For what the refresh itself has to say.
             log_level: Of the runs' console output.
             rebuild_basis: Add up the moments of all shards anew, even if nothing is stale.
+            accept_missing_images: Agree that images that are missing are gone, so that their rows give up
+                their vectors.
             should_stop: Asked before every run.
         """
         self._selection, self._job, self._instance = selection, job, instance
         self._storage, self._vlm, self._progress, self._log = storage, vlm, progress, log
         self._run_config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
-        self._rebuild_basis = rebuild_basis
+        self._rebuild_basis, self._accept_missing = rebuild_basis, accept_missing_images
         self._should_stop = should_stop
         self._artifacts = storage.artifacts(selection.store)
         self._source = storage.samples(selection.source, selection.image_root, selection.store)
@@ -143,22 +149,44 @@ class Refresh:
                     f"no shard files (*.json, *.jsonl, *.ndjson) in {self._selection.source}; a shard is a "
                     "JSON array or JSON Lines file of samples"
                 )
+            if not self._accept_missing:
+                self._require_images(discovery)
             self._report.added, self._report.removed = report_discovery(
                 self._selection, self._instance, discovery
             )
             for shard in self._report.removed:
                 reuse.forget(self._artifacts, shard)
             self._refresh_shards(discovery)
+            self._report.kept_rows = n_kept(self._artifacts, raw_samples.NAME, discovery.missing_images)
             if self._staleness.model_fingerprint_now() != self._staleness.model_fingerprint:
                 raise RefreshError("the target model's files changed during the refresh; run it again")
             self._refresh_pool()
             self._staleness.verified.save()
             return self._report
 
+    def _require_images(self, discovery: Discovery) -> None:
+        """Stop before anything is computed, where too many images are gone at once.
+
+        Raises:
+            RefreshError: More than the declared share is newly missing.
+        """
+        found = newly_missing(self._artifacts, raw_samples.NAME, discovery.missing_images, discovery.n_images)
+        if found.share > (most := self._selection.max_missing_images):
+            raise RefreshError(
+                f"{found.n_images:,} of {found.n_named:,} images ({found.share:.1%}) that were there are missing "
+                f"now, in {len(found.shards):,} shards, for example {found.example}; allowed are {most:.1%} "
+                "(max_missing_images). Nothing was changed. Mount the file system that holds them below "
+                f"{self._source.images_folder()}; or, where they are gone for good, run with "
+                "--accept-missing-images, and their rows leave the selection"
+            )
+
     # Shards
 
     def _refresh_shards(self, discovery: Discovery) -> None:
         stale = self._staleness.stale_shards(discovery.versions)
+        if self._accept_missing:
+            for shard in n_kept(self._artifacts, raw_samples.NAME, discovery.missing_images):
+                stale[shard] = [asset.name for asset in self._staleness.first]
         embedding = [shard for shard, assets in stale.items() if receipts.NAME in assets]
         self._progress.planned(len(embedding), sum(discovery.n_rows[shard] or 0 for shard in embedding))
         if embedding:
@@ -267,10 +295,16 @@ class Refresh:
         self._report.runs.append(f"{'+'.join(assets)}[{shards}]" if shards != ".." else "+".join(assets))
 
     def _configuration(self, assets: Sequence[str]) -> dict[str, Any]:
-        if not (self._rebuild_basis and subspace_basis.NAME in assets):
-            return self._run_config
-        op = self._selection.key(subspace_basis.NAME).to_python_identifier()
-        return {**self._run_config, "ops": {op: {"config": {"rebuild": True}}}}
+        asked = {
+            subspace_basis.NAME: {"rebuild": True} if self._rebuild_basis else {},
+            raw_samples.NAME: {"accept_missing_images": True} if self._accept_missing else {},
+        }
+        ops = {
+            self._selection.key(asset).to_python_identifier(): {"config": asked[asset]}
+            for asset in assets
+            if asked.get(asset)
+        }
+        return {**self._run_config, **({"ops": ops} if ops else {})}
 
     def _note_embedded_rows(self, result: dg.ExecuteInProcessResult) -> None:
         for event in result.get_asset_materialization_events():

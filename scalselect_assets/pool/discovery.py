@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import dagster as dg
 
@@ -31,11 +31,15 @@ class Discovery:
         n_rows: Rows by shard; ``None`` where the file cannot be read as rows.
         unsettled: Shards whose file or images are still being written. They are neither new nor changed nor
             gone until that has ended.
+        missing_images: The images that are not there, of each shard that names such.
+        n_images: How many images the shards name, counted in each of them.
     """
 
     versions: Mapping[str, str]
     n_rows: Mapping[str, int | None]
     unsettled: tuple[str, ...] = ()
+    missing_images: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    n_images: int = 0
 
 
 def discover(
@@ -52,7 +56,7 @@ def discover(
     Raises:
         FileNotFoundError: The pool does not exist.
     """
-    versions, n_rows, unsettled = {}, {}, []
+    versions, n_rows, unsettled, missing, n_images = {}, {}, [], {}, 0
     for shard in source.shard_keys():
         try:
             if _is_being_written(source.changed_at(shard), settle_seconds):
@@ -69,7 +73,10 @@ def discover(
             continue
         versions[shard] = state.fingerprint
         n_rows[shard] = index.n_rows
-    return Discovery(versions, n_rows, tuple(unsettled))
+        n_images += len(index.images)
+        if state.missing_images:
+            missing[shard] = state.missing_images
+    return Discovery(versions, n_rows, tuple(unsettled), missing, n_images)
 
 
 def settled_discovery(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float) -> Discovery:
