@@ -23,6 +23,7 @@ from scalselect_assets.operations.damaged_records import (
     is_writable,
     named_damage,
 )
+from scalselect_assets.recording import records
 from scalselect_assets.resources.image_root import is_local
 from scalselect_assets.resources.progress import LogProgress
 from scalselect_assets.resources.sample_source import STORE_MARK
@@ -48,7 +49,7 @@ concurrency:
     granularity: run   # a refresh holds its model from its first shard to its last
     default_limit: 1   # runs that hold a model at the same time: the number of devices
 run_monitoring:
-  enabled: true        # a run whose process was killed is told as failed, and no longer counts
+  enabled: true        # a run whose process was killed is recorded as failed, and no longer counts
 """
 
 
@@ -167,7 +168,7 @@ def _write_config(folder: Path) -> None:
 
 def _from_folder(folder: Path) -> dg.DagsterInstance:
     try:
-        return dg.DagsterInstance.from_config(str(folder))
+        return records.open_instance(folder)
     except OSError:
         raise
     # A damaged configuration or a damaged schema ends in errors of YAML, Dagster, SQLAlchemy or Alembic.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import numpy as np
 
 from scalselect_assets.declaration.selection import Selection
@@ -18,6 +19,9 @@ from scalselect_assets.resources import verified_files
 from scalselect_assets.resources.progress import LogProgress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
+
+_JOBS: dict[str, dg.JobDefinition] = {}
+_N_JOBS = 16
 
 
 class Bench:
@@ -52,11 +56,10 @@ class Bench:
         accept_missing_images: bool = False,
     ) -> RefreshReport:
         selection = self.selection
-        defs = build_defs([selection], {"storage": self.storage, "vlm": self.vlm})
         with open_instance(selection) as instance:
             return Refresh(
                 selection,
-                job=defs.resolve_job_def(selection.job_name("assets")),
+                job=self._job(),
                 instance=instance,
                 storage=self.storage,
                 vlm=self.vlm,
@@ -67,6 +70,16 @@ class Bench:
                 accept_missing_images=accept_missing_images,
                 should_stop=should_stop,
             ).run()
+
+    def _job(self) -> dg.JobDefinition:
+        """The job of all assets, made once for all benches of the same declaration and resources."""
+        declared = repr((self.selection, self.storage, self.vlm))
+        if declared not in _JOBS:
+            defs = build_defs([self.selection], {"storage": self.storage, "vlm": self.vlm})
+            _JOBS[declared] = defs.resolve_job_def(self.selection.job_name("assets"))
+            if len(_JOBS) > _N_JOBS:
+                _JOBS.pop(next(iter(_JOBS)))
+        return _JOBS[declared]
 
     def first_refresh(self) -> None:
         """``refresh`` of a pool that stands as it was made; what it leaves is made once, and copied.

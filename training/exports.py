@@ -1,8 +1,8 @@
-"""What a selection leaves for others, read and verified: manifest, training file, subset.
+"""Reads and verifies the outputs of a selection: manifest, training file, subset.
 
-A run that says which subset it trained on must have read that one. The manifest holds the SHA-256 of the
-training file and of the subset; files that do not fit it (a refresh is just writing them, someone edited one)
-are refused. Costs: the training file in memory, once as bytes and once as rows.
+A run that records the subset it trained on must have read exactly that subset. The manifest holds the SHA-256
+of the training file and of the subset; files that do not match it are refused (a refresh is writing them, or
+somebody edited one). The training file is held in memory twice, as bytes and as rows.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ SUBSET = "selected_subset"
 
 
 class ExportError(RuntimeError):
-    """A selection's output is missing or does not fit its manifest; the message names it and the remedy."""
+    """An output of a selection is missing or does not match its manifest; the message names the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Export:
     """One version of a selection's training dataset.
 
     Attributes:
-        manifest: `manifest.json`, as the selection wrote it.
-        subset_version: Dagster's data version of the `selected_subset` that the rows are.
+        manifest: Content of `manifest.json`.
+        subset_version: Dagster's data version of the `selected_subset` that the rows belong to.
         rows: The JSON text of every row of the training file, in its order.
     """
 
@@ -52,7 +52,7 @@ class Export:
 
     @property
     def training_file_sha256(self) -> str:
-        """Of the file that was read; `read_export` has verified it."""
+        """SHA-256 of the training file; `read_export` has verified it."""
         return str(self.manifest["files"][self.manifest["training_file"]]["sha256"])
 
 
@@ -60,7 +60,7 @@ def read_manifest(folder: UPath) -> dict[str, Any]:
     """The manifest in a `training_dataset` folder.
 
     Raises:
-        ExportError: It is not there, or not readable.
+        ExportError: The manifest is missing or not readable.
     """
     path = folder / MANIFEST
     try:
@@ -79,7 +79,7 @@ def read_export(folder: UPath) -> Export:
     """Read and verify the `training_dataset` in ``folder`` and the `selected_subset` beside it.
 
     Raises:
-        ExportError: A file is missing or is not the one that the manifest describes.
+        ExportError: A file is missing, or the manifest describes another file.
     """
     manifest = read_manifest(folder)
     files: dict[str, dict[str, Any]] = manifest["files"]
@@ -112,6 +112,6 @@ def _verified(path: UPath, described: Mapping[str, Any]) -> bytes:
 
 def _rows(data: bytes, *, lines: bool) -> tuple[str, ...]:
     if lines:
-        # Not splitlines(): a carriage return may stand inside a row.
+        # splitlines() would also split at a carriage return, which a row may contain.
         return tuple(line.decode() for line in data.split(b"\n") if line)
     return tuple(json.dumps(row, ensure_ascii=False) for row in json.loads(data))

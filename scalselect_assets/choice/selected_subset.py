@@ -29,7 +29,8 @@ from scalselect_assets.recording import cycle, data_versions
 from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import SELECTED_SUBSET, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
-from scalselect_assets.recording.partitions import missing_shards_check, pool_shards
+from scalselect_assets.recording.partitions import missing_shards_check
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.storage import StorageResource
@@ -102,7 +103,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     def selected_subset(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
         """The samples that the strategy prefers within the budget and its terms, over all shards."""
         with at_work(context, storage.locks(selection.store)):
-            shards = pool_shards(context, selection.partitions)
+            shards = sorted(Records(context.instance).known_shards(selection.name))
             return choose_subset(selection, storage, shards, cost=partial(_cost, context, selection)).result()
 
     return selected_subset

@@ -25,7 +25,7 @@ from scalselect_assets.operations.deep_verification import deep_problems
 from scalselect_assets.operations.staleness import Staleness
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.pool.discovery import discover
-from scalselect_assets.recording.partitions import known_shards
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace.sample_directions import DEFAULT_DIRECTIONS
@@ -38,14 +38,14 @@ def status(
         str | None,
         typer.Option(
             metavar="KEY",
-            help="Follow one sample back to its file, its model and the runs that made it: by its key, the "
-            "first 6 or more characters of it, its id, or SHARD#ROW.",
+            help="Follow one sample back to its file, its model and the runs that made it. KEY is its sample "
+            "key or the first 6 or more characters of that, its id, or SHARD#ROW.",
         ),
     ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Say what a store holds and what the next run would compute; changes no result."""
+    """Show what a store holds and what the next run would compute; changes no result."""
     with user_errors(verbose=verbose):
         selection = read_selection(declaration_path(store))
         storage = StorageResource()
@@ -64,7 +64,7 @@ def status(
             staleness = Staleness(selection, storage, VlmResource(), instance)
             pending, problems = staleness.pending(discovery), staleness.problems()
             problems += [f"damaged: {message}" for message in staleness.verified.damaged.values()]
-            known = set(known_shards(instance, selection.name))
+            known = set(Records(instance).known_shards(selection.name))
         result = summary(artifacts) if is_complete(artifacts) else {}
         state = {
             **result,
@@ -101,18 +101,18 @@ def explain(
         str,
         typer.Argument(
             metavar="SAMPLE",
-            help="Its key, the first 6 or more characters of it, its id, or SHARD#ROW.",
+            help="Its sample key or the first 6 or more characters of that, its id, or SHARD#ROW.",
         ),
     ],
     store: Annotated[str, typer.Option(help="The store to look at.")],
     similar: Annotated[
-        int, typer.Option(min=0, help="How many of the samples most like it.")
+        int, typer.Option(min=0, help="How many of the most similar samples to show.")
     ] = DEFAULT_SIMILAR,
     directions: Annotated[
-        int, typer.Option(min=1, help="How many of the directions that its leverage comes from.")
+        int, typer.Option(min=1, help="How many of the directions of its leverage to show.")
     ] = DEFAULT_DIRECTIONS,
     attention: Annotated[
-        bool, typer.Option("--attention", help="Load the model and say what it looked at.")
+        bool, typer.Option("--attention", help="Load the model and show what it looked at.")
     ] = False,
     image: Annotated[
         Path | None,
@@ -121,37 +121,37 @@ def explain(
             help="Load the model and draw what it looked at; further images of the sample get -2, -3, ...",
         ),
     ] = None,
-    max_side: Annotated[int, typer.Option(min=32, help="Longest side of such a drawing, in pixels.")] = 768,
+    max_side: Annotated[int, typer.Option(min=32, help="Longest side of a drawing, in pixels.")] = 768,
     device: DeviceOption = Device.AUTO,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Say why a sample was selected, or not: its leverage and rank, where they come from, what it is like."""
+    """Show why a sample was selected, or not: its leverage, rank, directions and the most similar samples."""
     with user_errors(verbose=verbose):
         selection = read_selection(declaration_path(store))
         storage = StorageResource()
         with deployment.opened_instance(selection, to_read=True) as instance:
-            shards = known_shards(instance, selection.name)
+            shards = Records(instance).known_shards(selection.name)
             problems = Staleness(selection, storage, VlmResource(), instance).problems()
-        told = explain_sample(
+        explanation = explain_sample(
             selection, storage, sample, similar=similar, directions=directions, shards=shards
         )
         seen = None
         if attention or image is not None:
-            seen = attention_of(selection, storage, VlmResource(device=device.value), told.sample)
+            seen = attention_of(selection, storage, VlmResource(device=device.value), explanation.sample)
         drawings = _draw(seen, image, max_side) if seen is not None and image is not None else []
         if as_json:
             extra = {} if seen is None else {"attention_map": seen.to_json()}
-            print_json({**told.to_json(), **extra, "drawings": list(map(str, drawings))})
+            print_json({**explanation.to_json(), **extra, "drawings": list(map(str, drawings))})
         else:
             lines = [
-                *told.lines(),
+                *explanation.lines(),
                 *(seen.lines() if seen else ()),
                 *(("drawn in", str(f)) for f in drawings),
             ]
             for label, value in lines:
                 say(f"{label:<24}{value}".rstrip())
-        _end_with([*(f"inconsistent: {problem}" for problem in told.problems), *problems])
+        _end_with([*(f"inconsistent: {problem}" for problem in explanation.problems), *problems])
 
 
 def verify(
@@ -183,8 +183,8 @@ def verify(
         else:
             for name, value in difference.items():
                 say(f"{name:<24}{value:.2e}")
-            verdict = "equals" if equal else "differs from"
-            say(f"The basis {verdict} its rebuild (tolerance {REBUILD_TOLERANCE:g}).")
+            relation = "equals" if equal else "differs from"
+            say(f"The basis {relation} its rebuild (tolerance {REBUILD_TOLERANCE:g}).")
             if deep:
                 say(
                     "Every file and table is what was written, and scores and choice follow from the vectors."
@@ -193,7 +193,7 @@ def verify(
 
 
 def print_lineage(lineage: SampleLineage, *, as_json: bool) -> None:
-    """Print a sample's lineage; what does not fit in it gives exit code 1."""
+    """Print a sample's lineage; steps that do not fit each other give exit code 1."""
     if as_json:
         print_json(lineage.to_json())
     else:
@@ -203,7 +203,7 @@ def print_lineage(lineage: SampleLineage, *, as_json: bool) -> None:
 
 
 def _draw(seen: SampleAttention, file: Path, max_side: int) -> list[Path]:
-    """Write a drawing for each image; the first bears the name that was asked for."""
+    """Write a drawing for each image; the first gets the name ``file``, the others a number."""
     files = []
     for number, png in enumerate(seen.pngs(max_side), start=1):
         files.append(file if number == 1 else file.with_stem(f"{file.stem}-{number}"))

@@ -1,4 +1,4 @@
-"""What the command line prints: summaries, progress and errors."""
+"""Output of the command line: summaries, progress and errors."""
 
 import json
 import logging
@@ -24,6 +24,7 @@ from rich.text import Text
 
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.operations.refresh import RefreshReport
+from scalselect_assets.resources.progress import Log
 from scalselect_assets.resources.shard_reader import ShardFormatError
 from scalselect_assets.resources.shown_text import json_shown, shown
 
@@ -49,7 +50,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def described_budget(selection: Selection) -> str:
-    """The budget as a person reads it: a number, with its unit unless that is rows."""
+    """The budget in words: a number, with its unit unless that is rows."""
     budget = selection.declared_budget
     return str(budget.amount) if budget.unit == "rows" else f"{budget.amount} {budget.unit.replace('_', ' ')}"
 
@@ -79,11 +80,11 @@ def print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
 
 
 def print_work(report: RefreshReport) -> None:
-    """Print what a refresh did, or that there was nothing to do."""
+    """Print the work of a refresh, or that there was nothing to do."""
     if report.unsettled:
         say(
-            f"Still being written, and left as they were: {', '.join(report.unsettled[:20])}; "
-            "run again when that has ended."
+            f"Still being written, and left unchanged: {', '.join(report.unsettled[:20])}; "
+            "run again when they are complete."
         )
     if not report.runs and not report.failed:
         say(
@@ -131,7 +132,7 @@ class ProgressBars:
             self._shards = self._bars.add_task("shards", total=n_shards, rate="")
             self._rows = self._bars.add_task("samples", total=n_rows, rate="")
 
-    def track(self, rows: Iterable[T], shard: str, n_rows: int, log: logging.Logger) -> Iterator[T]:  # noqa: ARG002
+    def track(self, rows: Iterable[T], shard: str, n_rows: int, log: Log) -> Iterator[T]:  # noqa: ARG002
         """Pass ``rows`` through and move the bars."""
         for row in rows:
             yield row
@@ -145,7 +146,7 @@ class ProgressBars:
 
 @contextmanager
 def user_errors(*, verbose: bool) -> Iterator[None]:
-    """Failures as one message and exit code 1; with --verbose as the traceback."""
+    """Turn a failure into one message and exit code 1; with --verbose show the traceback."""
     logging.getLogger("scalselect").setLevel(logging.INFO if verbose else logging.CRITICAL)
     try:
         yield
@@ -159,7 +160,7 @@ def user_errors(*, verbose: bool) -> Iterator[None]:
     except Exception as error:
         if verbose:
             raise
-        told = isinstance(error, (OSError, RuntimeError, ShardFormatError, ValueError))
-        message = str(error) if told else f"{type(error).__name__}: {error}"
+        explained = isinstance(error, (OSError, RuntimeError, ShardFormatError, ValueError))
+        message = str(error) if explained else f"{type(error).__name__}: {error}"
         complain(message, label="error:")
         raise typer.Exit(1) from error

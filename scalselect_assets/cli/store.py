@@ -22,17 +22,17 @@ from scalselect_assets.resources.storage import StorageResource
 def clean(
     store: Annotated[str, typer.Option(help="The store to clean.")],
     retention_days: Annotated[
-        float, typer.Option(min=0, help="How long a thing must have been unneeded.")
+        float, typer.Option(min=0, help="Days that a file must have been unused.")
     ] = DEFAULT_RETENTION_DAYS,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")
     ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Remove what nothing needs any more: leftovers, old versions, shards that left, other models' tables.
+    """Remove unused files: leftovers, old versions, shards that left the pool, tables of other models.
 
-    What left the pool, and tables of another model, go at the second cleaning that finds them unneeded.
+    Removed shards and tables of other models are deleted only when a second cleaning also finds them unused.
     """
     with user_errors(verbose=verbose):
         selection = read_selection(declaration_path(store))
@@ -47,11 +47,11 @@ def clean(
         if as_json:
             print_json(report.to_json())
             return
-        went = "would go" if dry_run else "removed"
-        for verdict, groups in ((went, report.removed_by_kind()), ("kept", report.kept_by_reason())):
+        verb = "would be removed" if dry_run else "removed"
+        for verdict, groups in ((verb, report.removed_by_kind()), ("kept", report.kept_by_reason())):
             for group in groups:
-                told = f"{group['count']:,} {group['kind'].replace('_', ' ')}, {group['bytes']:,} bytes"
-                say(f"{verdict:<24}{told}: {group['why']}")
+                files = f"{group['count']:,} {group['kind'].replace('_', ' ')}, {group['bytes']:,} bytes"
+                say(f"{verdict:<24}{files}: {group['why']}")
         say(f"{report.bytes_freed:,} bytes {'would be ' if dry_run else ''}freed.")
 
 
@@ -78,7 +78,7 @@ def split(
 
 
 def ui(
-    store: Annotated[str, typer.Option(help="The store whose runs to show.")],
+    store: Annotated[str, typer.Option(help="The store to open.")],
     port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 3000,
     host: Annotated[str, typer.Option(help="Interface; the UI has no login.")] = "127.0.0.1",
     verbose: VerboseOption = False,
@@ -95,8 +95,8 @@ def ui(
         }
         environment.setdefault(deployment.TICK_SETTLE_VARIABLE, "0.1")
         ERR.print(Text(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)"))
-        # Python must not look in the current folder first, which may have a `scalselect_assets` of its own.
+        # Keeps Python from importing a `scalselect_assets` that the current folder may have.
         environment["PYTHONSAFEPATH"] = "1"
         command = [sys.executable, "-m", "dagster", "dev", "-m", "scalselect_assets.code_location"]
-        # In this process' place, so that a signal reaches Dagster, which stops what it has started.
+        # Dagster takes the place of this process, so that a signal reaches it and it stops its own processes.
         os.execve(sys.executable, [*command, "-h", host, "-p", str(port)], environment)  # noqa: S606

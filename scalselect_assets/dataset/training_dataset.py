@@ -28,7 +28,7 @@ from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import TRAINING_ROWS, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
-from scalselect_assets.recording.partitions import pool_shards
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.artifacts import FRAME, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.sample_source import SampleSource
@@ -77,7 +77,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """The selected rows in the pool's own format, with a manifest that leads back to every input."""
         with at_work(context, storage.locks(selection.store)):
-            shards = pool_shards(context, selection.partitions)
+            shards = sorted(Records(context.instance).known_shards(selection.name))
             return write_dataset(selection, storage, vlm, shards).result()
 
     return training_dataset

@@ -19,8 +19,6 @@ from scalselect_assets.demo.scenes import (
     pick,
 )
 
-# ----------------------------------------------------------------------------------- questions and answers
-
 _Question: TypeAlias = Callable[[Scene, bool, np.random.Generator], Pair]
 
 

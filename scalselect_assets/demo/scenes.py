@@ -14,7 +14,7 @@ Pair: TypeAlias = tuple[str, str]
 _T = TypeVar("_T")
 
 
-# ---------------------------------------------------------------------------------------------- vocabulary
+# Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,12 @@ EN_NUMBERS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seve
 KO_NUMBERS: Final = ("영", "한", "두", "세", "네", "다섯", "여섯", "일곱", "여덟", "아홉")
 
 
-# -------------------------------------------------------------------------------------------------- scenes
+# Scenes
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One sort of thing: its shape and its colour."""
+    """A kind of thing: its shape and its colour."""
 
     shape: str
     colour: str
@@ -93,7 +93,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Things on a background; all of its questions are answered from these fields."""
+    """Things on a background; these fields answer all questions about the scene."""
 
     background: str
     gridded: bool
@@ -101,11 +101,11 @@ class Scene:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of things in the scene, without repetition."""
+        """The distinct kinds of things in the scene."""
         return tuple(dict.fromkeys(thing.kind for thing in self.things))
 
     def count(self, kind: Kind) -> int:
-        """How many things of one kind the scene has."""
+        """The number of things of one kind in the scene."""
         return sum(thing.kind == kind for thing in self.things)
 
 

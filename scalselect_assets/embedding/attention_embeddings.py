@@ -6,7 +6,6 @@ memory of the shard's vectors and one batch.
 """
 
 import hashlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -32,10 +31,11 @@ from scalselect_assets.recording.columns import (
 )
 from scalselect_assets.recording.materialization import Output, materialize_shards
 from scalselect_assets.recording.partitions import shard_check
+from scalselect_assets.recording.records import RunRecords
 from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactCorruptError, ArtifactMissingError
 from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.progress import Progress
+from scalselect_assets.resources.progress import Log, Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 
@@ -89,7 +89,8 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """One vector per sample: the mean first-layer state of the vision tokens that the text attends to."""
-        embedding = _Embedding(selection, storage, vlm, progress, context.log, again=config.embed_again)
+        log = RunRecords(context).log
+        embedding = _Embedding(selection, storage, vlm, progress, log, again=config.embed_again)
         return materialize_shards(context, storage.locks(selection.store), embedding.make)
 
     return attention_embeddings
@@ -104,7 +105,7 @@ class _Embedding:
         storage: StorageResource,
         vlm: VlmResource,
         progress: Progress,
-        log: logging.Logger,
+        log: Log,
         *,
         again: bool,
     ) -> None:

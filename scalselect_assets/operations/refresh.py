@@ -1,16 +1,16 @@
-"""Discovery, and materializing exactly what is stale: one process, the model loaded once.
+"""The refresh: it discovers the shards and materializes exactly what is stale, in one process with one model.
 
-`Refresh.run` is what `scalselect run` calls and what the ``<selection>_refresh`` job wraps. It finds the
-shards, reports their versions to Dagster, compares the provenance that each asset would have now with the
-recorded one, and runs what differs, as ordinary Dagster runs. Nothing stale means no run. It can be killed at
-any point: the next call continues from what was committed. One refresh at a time per store, by a file lock.
+`scalselect run` and the ``<selection>_refresh`` job call `Refresh.run`. It finds the shards, reports their
+versions to Dagster, compares the provenance that each asset would have now with the recorded one, and
+materializes what differs, in ordinary Dagster runs. If nothing is stale, there is no run. A refresh can be
+killed at any point: the next one continues from what was committed. A file lock allows one refresh at a time
+per store.
 
 Costs without work: one stat per shard file and per image, a few file headers per shard, and one event-log
 query per asset.
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,6 @@ import dagster as dg
 from scalselect_assets.asset_path import ShardAsset
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts, reuse
-from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.operations.damaged_records import is_fault_of_records
 from scalselect_assets.operations.faults import RefreshError, error_cause, error_message
 from scalselect_assets.operations.staleness import Staleness, contiguous_ranges
@@ -28,12 +27,10 @@ from scalselect_assets.pool import raw_samples
 from scalselect_assets.pool.discovery import Discovery, report_discovery, settled_discovery
 from scalselect_assets.pool.missing_images import n_kept, newly_missing
 from scalselect_assets.recording.checks import FAILED_CHECKS
-from scalselect_assets.resources.artifacts import (
-    RECORD,
-    ArtifactCorruptError,
-)
+from scalselect_assets.recording.records import Records
+from scalselect_assets.resources.artifacts import RECORD, ArtifactCorruptError
 from scalselect_assets.resources.embedding_store import EmbeddingTableError
-from scalselect_assets.resources.progress import Progress
+from scalselect_assets.resources.progress import Log, Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import subspace_basis
@@ -43,20 +40,20 @@ REFRESH_TAG = "scalselect/refresh"
 
 @dataclass(slots=True)
 class RefreshReport:
-    """What one refresh did.
+    """The results of one refresh.
 
     Attributes:
-        added: Shards new to Dagster.
-        removed: Shards that are gone from the pool.
+        added: Shards that Dagster did not know before.
+        removed: Shards that are no longer in the pool.
         embedded: Shards whose vectors were materialized.
-        computed_rows: Vectors among them that the model computed.
-        reused_rows: Vectors among them that were there before.
-        unsettled: Shards that are still being written, and were left as they are in the store.
-        failed: Message by shard for those that could not be materialized.
-        kept_rows: By shard, the rows that keep their vectors though their images are missing.
-        damaged: What was wrong with files that were found damaged and made again.
-        failed_checks: Asset checks of severity ERROR that failed, with what they saw.
-        runs: Dagster runs that were made, in order: assets and shards.
+        computed_rows: Number of vectors in these shards that the model computed.
+        reused_rows: Number of vectors in these shards that were there before.
+        unsettled: Shards that are still being written; the store keeps their earlier state.
+        failed: An error message for each shard that could not be materialized.
+        kept_rows: Number of rows of each shard that keep their vectors while their images are missing.
+        damaged: A message for each file that was found damaged; it was made again.
+        failed_checks: The metadata of each asset check of severity ERROR that failed.
+        runs: The assets and shards of each Dagster run, in order.
     """
 
     added: list[str] = field(default_factory=list)
@@ -88,7 +85,7 @@ class Refresh:
         storage: StorageResource,
         vlm: VlmResource,
         progress: Progress,
-        log: logging.Logger,
+        log: Log,
         log_level: str = "INFO",
         rebuild_basis: bool = False,
         accept_missing_images: bool = False,
@@ -97,20 +94,21 @@ class Refresh:
         """Prepare a refresh.
 
         Args:
-            selection: What to refresh.
+            selection: The selection to refresh.
             job: The selection's asset job, with its resources.
-            instance: Where runs and versions are recorded.
+            instance: The instance where runs and versions are recorded.
             storage: Opens pool and store.
             vlm: Loads the target model.
-            progress: Told of the embedding work.
-            log: For what the refresh itself has to say.
-            log_level: Of the runs' console output.
-            rebuild_basis: Add up the moments of all shards anew, even if nothing is stale.
-            accept_missing_images: Agree that images that are missing are gone, so that their rows give up
-                their vectors.
-            should_stop: Asked before every run.
+            progress: Follows the embedding.
+            log: Receives the refresh's own messages.
+            log_level: Log level of the runs' console output.
+            rebuild_basis: Whether to add up the moments of all shards anew, even if nothing is stale.
+            accept_missing_images: Whether a person agrees that missing images are gone, so that their rows
+                give up their vectors.
+            should_stop: Called before every run; the refresh stops if it returns true.
         """
         self._selection, self._job, self._instance = selection, job, instance
+        self._records = Records(instance)
         self._storage, self._vlm, self._progress, self._log = storage, vlm, progress, log
         self._run_config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
         self._rebuild_basis, self._accept_missing = rebuild_basis, accept_missing_images
@@ -173,10 +171,10 @@ class Refresh:
         found = newly_missing(self._artifacts, raw_samples.NAME, discovery.missing_images, discovery.n_images)
         if found.share > (most := self._selection.max_missing_images):
             raise RefreshError(
-                f"{found.n_images:,} of {found.n_named:,} images ({found.share:.1%}) that were there are missing "
-                f"now, in {len(found.shards):,} shards, for example {found.example}; allowed are {most:.1%} "
-                "(max_missing_images). Nothing was changed. Mount the file system that holds them below "
-                f"{self._source.images_folder()}; or, where they are gone for good, run with "
+                f"{found.n_images:,} of {found.n_named:,} images ({found.share:.1%}) that were there are "
+                f"missing now, in {len(found.shards):,} shards, for example {found.example}; allowed are "
+                f"{most:.1%} (max_missing_images). Nothing was changed. Mount the file system that holds "
+                f"them below {self._source.images_folder()}; or, where they are gone for good, run with "
                 "--accept-missing-images, and their rows leave the selection"
             )
 
@@ -190,11 +188,11 @@ class Refresh:
         embedding = [shard for shard, assets in stale.items() if receipts.NAME in assets]
         self._progress.planned(len(embedding), sum(discovery.n_rows[shard] or 0 for shard in embedding))
         if embedding:
-            # A model that cannot be loaded is said once, before anything is touched.
+            # A model that cannot be loaded is reported once, before anything is changed.
             self._vlm.encoder(self._artifacts, **self._selection.target)
         for shard, assets in stale.items():
             if assets[0] == raw_samples.NAME and self._artifacts.exists(receipts.NAME, shard, suffix=RECORD):
-                # Where the rows turn out as they were, after a change of code say, their vectors stand.
+                # If the rows come out the same, for example after a change of code, their vectors stay.
                 if not self._materialize_shard([raw_samples.NAME], shard):
                     continue
                 alone = {shard: discovery.versions[shard]}
@@ -205,7 +203,10 @@ class Refresh:
                 self._report.embedded.append(shard)
 
     def _materialize_shard(self, assets: Sequence[str], shard: str) -> bool:
-        """Whether it succeeded; a shard that cannot be computed does not stop the others."""
+        """Materialize assets of one shard; returns whether that succeeded.
+
+        A shard that cannot be computed does not stop the others.
+        """
         try:
             self._materialize(assets, partition_key=shard)
         except dg.Failure as failure:
@@ -214,6 +215,7 @@ class Refresh:
         except Exception as error:
             if is_fault_of_records(error):
                 raise
+            # Any other error is reported as this shard's.
             self._report.failed[shard] = error_message(error)
             self._forget_unreadable(error)
         else:
@@ -257,7 +259,7 @@ class Refresh:
             raise RefreshError(f"{asset}: {error_message(error)}") from error
 
     def _forget_unreadable(self, error: Exception) -> str | None:
-        """Remove what could not be read, so that the next run makes it again; returns the remedy."""
+        """Remove a file that could not be read, so that the next run makes it again; returns the remedy."""
         cause = error_cause(error)
         if isinstance(cause, EmbeddingTableError):
             receipt = self._artifacts.path(receipts.NAME, cause.shard, suffix=RECORD)
@@ -270,7 +272,6 @@ class Refresh:
 
     # Runs
 
-    @deferred()
     def _materialize(
         self,
         assets: Sequence[str],
@@ -278,12 +279,12 @@ class Refresh:
         partition_key: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """One Dagster run in this process; raises what the asset raises."""
+        """Make one Dagster run in this process; raises what the asset raises."""
         if self._should_stop():
             raise dg.DagsterExecutionInterruptedError
-        result = self._job.execute_in_process(
-            instance=self._instance,
-            asset_selection=[self._selection.key(asset) for asset in assets],
+        result = self._records.execute(
+            self._job,
+            [self._selection.key(asset) for asset in assets],
             partition_key=partition_key,
             tags={REFRESH_TAG: self._selection.name, **(tags or {})},
             run_config=self._configuration(assets),
@@ -321,7 +322,7 @@ class Refresh:
 
     @contextlib.contextmanager
     def _interrupted_runs_closed(self) -> Iterator[None]:
-        """Close the runs that a killed refresh has left behind, and those of this one if it is stopped."""
+        """Close the runs that an earlier refresh left unfinished, and those of this one if it is stopped."""
         self._close_interrupted_runs()
         try:
             yield
@@ -329,20 +330,19 @@ class Refresh:
             self._close_interrupted_runs()
             raise
 
-    @deferred()
     def _close_interrupted_runs(self) -> None:
-        """A stopped refresh may leave its run begun for ever; the lock shows that nobody works on it."""
-        interrupted = self._instance.get_runs(
-            dg.RunsFilter(
-                job_name=self._job.name,
-                tags={REFRESH_TAG: self._selection.name},
-                statuses=[
-                    dg.DagsterRunStatus.NOT_STARTED,
-                    dg.DagsterRunStatus.STARTED,
-                    dg.DagsterRunStatus.STARTING,
-                    dg.DagsterRunStatus.CANCELING,
-                ],
-            )
+        """Close the runs of a stopped refresh, which would otherwise stay unfinished for ever.
+
+        The lock of this refresh shows that nobody works on them.
+        """
+        interrupted = dg.RunsFilter(
+            job_name=self._job.name,
+            tags={REFRESH_TAG: self._selection.name},
+            statuses=[
+                dg.DagsterRunStatus.NOT_STARTED,
+                dg.DagsterRunStatus.STARTED,
+                dg.DagsterRunStatus.STARTING,
+                dg.DagsterRunStatus.CANCELING,
+            ],
         )
-        for run in interrupted:
-            self._instance.report_run_failed(run, "The refresh that made this run was stopped.")
+        self._records.close_runs(interrupted, "The refresh that made this run was stopped.")

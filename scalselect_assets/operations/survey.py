@@ -29,7 +29,7 @@ from scalselect_assets.operations.leftovers import (
     unlink,
 )
 from scalselect_assets.pool import raw_samples
-from scalselect_assets.recording.partitions import known_shards
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.artifacts import (
     ARRAYS,
     FRAME,
@@ -78,7 +78,8 @@ class Survey:
             **dict.fromkeys(self._held, "the pool's totals hold it, until the next refresh"),
             **dict.fromkeys(basis, "the basis holds it, until the next refresh"),
             **dict.fromkeys(
-                known_shards(instance, selection.name), "no refresh has seen yet that it left the pool"
+                Records(instance).known_shards(selection.name),
+                "no refresh has seen yet that it left the pool",
             ),
         }
         self._shards = {shard: encode_name(shard) for shard in {*pool, *self._still_needed}}

@@ -80,11 +80,9 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 frame, kept = kept_rows(_last_rows(artifacts, shard), frame)
             data_version = digest(version, hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
             made_from = provenance(selection, version)
+            without_image = {KEPT: str(kept)} if kept else {}
             stated = data_versions.header(
-                data_version,
-                made_from,
-                container=source.container(shard),
-                **({KEPT: str(kept)} if kept else {}),
+                data_version, made_from, container=source.container(shard), **without_image
             )
             path, size = artifacts.write_frame(NAME, frame, stated, shard)
             rejected = frame.filter(pl.col("reason").is_not_null())

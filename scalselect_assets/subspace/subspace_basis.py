@@ -19,7 +19,8 @@ from scalselect_assets.declaration.selection import RETIRED_SETTINGS, Selection
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import SPECTRUM, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
-from scalselect_assets.recording.partitions import missing_shards_check, pool_shards
+from scalselect_assets.recording.partitions import missing_shards_check
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.artifacts import (
     ARRAYS,
     ArtifactCorruptError,
@@ -121,7 +122,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """The directions of all embeddings, centred, that the rank rule keeps."""
         with at_work(context, storage.locks(selection.store)):
-            shards = pool_shards(context, selection.partitions)
+            shards = sorted(Records(context.instance).known_shards(selection.name))
             return fit_basis(selection, storage, vlm, shards, rebuild=config.rebuild).result()
 
     return subspace_basis

@@ -476,8 +476,9 @@ _WRITE_FOREVER = textwrap.dedent(
 )
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_writer_killed_at_any_moment_leaves_one_complete_generation(store: EmbeddingStore) -> None:
-    delays = np.random.default_rng(20260211).uniform(0.0, 0.5, size=5)
+    delays = np.random.default_rng(20260211).uniform(0.0, 0.5, size=3)
     generation, latest = 0, 0
     with ExitStack() as running:
         writers = [running.enter_context(_writer(store)) for _ in delays]  # they start up side by side

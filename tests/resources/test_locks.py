@@ -27,11 +27,11 @@ def hold(folder: Path, work: str | None, held: Path) -> None:
     locks = StoreLocks(folder)
     with locks.refreshing() if work is None else locks.writing(work, unexpected):
         held.touch()
-        time.sleep(60)
+        signal.pause()
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Callable[[str | None], BaseProcess]:
+def holder(processes: None, tmp_path: Path) -> Callable[[str | None], BaseProcess]:
     def start(work: str | None) -> BaseProcess:
         held = tmp_path / "held"
         process = SPAWN.Process(target=hold, args=(tmp_path / ".locks", work, held), daemon=True)

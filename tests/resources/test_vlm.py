@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +17,8 @@ from scalselect_assets.method.representation.loading import ModelLoadError
 from scalselect_assets.resources import vlm
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.vlm import CARDS, VlmResource, model_signature
+from tests.conftest import RunPython
 
-ROOT = Path(__file__).parents[2]
 COMMITS_OF_A_HUB = ("c0ffee", "decade")
 CPU = VlmResource(device="cpu")
 
@@ -433,14 +431,14 @@ def test_the_same_folder_by_another_name_is_the_same_model(
 # Imports
 
 
-def test_importing_the_resources_imports_nothing_heavy() -> None:
+def test_importing_the_resources_imports_nothing_heavy(
+    fresh_python: RunPython,
+) -> None:
     code = (
         "import sys; from scalselect_assets.resources import vlm, embedding_store, storage; "
         "print([name for name in ('torch', 'transformers', 'lancedb') if name in sys.modules])"
     )
 
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    result = fresh_python("-c", code)
 
-    assert result.stdout == "[]\n"
+    assert result.stdout == "[]\n", result.stderr

@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -444,22 +445,24 @@ def test_work_that_is_abandoned_leaves_no_thread_behind(
     assert len(reader.reads) <= n_taken + 4
 
 
-def test_work_that_is_abandoned_is_not_done(encoder: VlmEncoder) -> None:
-    gate, reads = threading.Event(), []
+def test_work_that_is_abandoned_is_not_done(encoder: VlmEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, reads, shutdown = threading.Event(), [], ThreadPoolExecutor.shutdown
 
     def read(reference: str) -> bytes:
         reads.append(reference)
         if len(reads) > 3:
-            gate.wait(timeout=30)
+            gate.wait()
         return read_image(reference)
 
+    def open_and_shut_down(*arguments: Any, **options: Any) -> None:
+        gate.set()
+        shutdown(*arguments, **options)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", open_and_shut_down)
     samples = [question("Why?", str(seed)) for seed in range(20)]
     outcomes = encoder.encode_as_done(samples, read, batch_tokens=1)
     next(outcomes)
-    release = threading.Timer(0.5, gate.set)
-    release.start()
     outcomes.close()  # type: ignore[attr-defined]
-    release.join()
     assert len(reads) <= 4
 
 
