@@ -6,7 +6,8 @@ same graph from the same declaration.
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ import dagster as dg
 from scalselect_assets.declaration.selection import Selection, SelectionFileError, read_selection
 from scalselect_assets.embedding.device_pool import limit_devices
 from scalselect_assets.graph import selection_defs
+from scalselect_assets.operations.damaged_records import (
+    DamagedRecordsError,
+    copied_records,
+    is_fault_of_records,
+    is_writable,
+    named_damage,
+)
 from scalselect_assets.recording import records
+from scalselect_assets.resources.image_root import is_local
 from scalselect_assets.resources.progress import LogProgress
 from scalselect_assets.resources.sample_source import STORE_MARK
 from scalselect_assets.resources.storage import StorageResource
@@ -108,15 +117,66 @@ def open_instance(selection: Selection) -> dg.DagsterInstance:
     folder = instance_folder(selection)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config = folder / "dagster.yaml"
-        if not config.exists():
-            config.write_text(_DAGSTER_YAML, encoding="utf-8")
+        _write_config(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; Dagster's records must be writable", str(folder)
         ) from error
-    instance = records.open_instance(folder)
-    limit_devices(instance)
+    with named_damage(folder):
+        instance = _from_folder(folder)
+        limit_devices(instance)
     return instance
+
+
+@contextmanager
+def opened_instance(selection: Selection, *, to_read: bool = False) -> Iterator[dg.DagsterInstance]:
+    """The instance of a selection's store for the length of a block.
+
+    Args:
+        selection: Whose store.
+        to_read: Whether nothing is to be recorded: then the store may be read-only.
+
+    Raises:
+        OSError: Its folder cannot be written, and it is not only to be read.
+        DamagedRecordsError: A file of Dagster's is damaged; the message names it.
+    """
+    folder = instance_folder(selection)
+    with ExitStack() as stack:
+        stack.enter_context(named_damage(folder))
+        if to_read and not is_writable(folder if folder.exists() else folder.parent):
+            copy = stack.enter_context(copied_records(folder))
+            copy.mkdir(exist_ok=True)
+            _write_config(copy)
+            yield stack.enter_context(_from_folder(copy))
+            return
+        yield stack.enter_context(open_instance(selection))
+
+
+def is_writable_store(selection: Selection) -> bool:
+    """Whether something can be written to a store; of one in an object store nothing is known beforehand."""
+    root = StorageResource().path(selection.store)
+    return not is_local(root) or is_writable(Path(root.path))
+
+
+def _write_config(folder: Path) -> None:
+    config = folder / "dagster.yaml"
+    if not config.exists():
+        config.write_text(_DAGSTER_YAML, encoding="utf-8")
+
+
+def _from_folder(folder: Path) -> dg.DagsterInstance:
+    try:
+        return records.open_instance(folder)
+    except OSError:
+        raise
+    # A damaged configuration or a damaged schema ends in errors of YAML, Dagster, SQLAlchemy or Alembic.
+    except Exception as error:
+        if is_fault_of_records(error):
+            raise
+        raise DamagedRecordsError(
+            f"Dagster's records in {folder} cannot be opened ({type(error).__name__}: {error}); correct "
+            "dagster.yaml there, or move that folder away and run again: results and vectors stay and are "
+            "taken over, only the history of runs is lost"
+        ) from error

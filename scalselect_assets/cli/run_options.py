@@ -46,6 +46,13 @@ class PoolOptions:
             "image_folder or field:NAME. (default: source)"
         ),
     ] = None
+    accept_missing_images: Annotated[
+        bool,
+        typer.Option(
+            "--accept-missing-images",
+            help="Agree that missing images are gone: their rows give up their vectors, this time only.",
+        ),
+    ] = False
 
     def settings(self) -> dict[str, Any]:
         """The settings that these options declare."""
@@ -306,6 +313,10 @@ class StoreOptions:
     name: Annotated[
         str | None, typer.Option(help="Prefix of the asset keys. (default: from the name of the pool)")
     ] = None
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Read the whole store first, and make again what is damaged or wrong."),
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)

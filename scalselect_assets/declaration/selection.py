@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 
 import dagster as dg
 import yaml
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from scalselect_assets.declaration.choice_settings import (
     Comparison,
@@ -29,6 +36,7 @@ from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PL
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
+from scalselect_assets.resources.shown_text import has_credentials, masked
 from scalselect_assets.resources.vlm import TargetModel
 
 DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
@@ -39,7 +47,7 @@ _EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by store
 
 # Fields that say when and for whom results are made, and change no result.
 _DRIVING = {
-    *("report", "settle_seconds", "owners"),
+    *("report", "settle_seconds", "owners", "max_missing_images"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
@@ -65,6 +73,12 @@ _CHOICE = {
 }
 
 
+NO_CREDENTIALS = (
+    "a place names a user or a password; give them to the storage by its environment (for S3 "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or by the storage resource's options, and leave them out "
+    "of the URI, which stands in files, records and messages"
+)
+
 _EXPECTED_SHARE = 0.16  # share of the rows if the budget is a number of tokens: the paper's
 
 
@@ -84,6 +98,9 @@ class AssetOptions(TypedDict):
 
 class Selection(dg.Model):
     """Choose training samples from one pool for one target VLM."""
+
+    # What was given may hold a password, and errors are printed and recorded.
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9_]+$",
@@ -204,6 +221,13 @@ class Selection(dg.Model):
         description="A shard whose file or images were modified within this time counts as still being "
         "written, and waits.",
     )
+    max_missing_images: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="A refresh stops where more than this share of the pool's images is missing that were "
+        "there before: a disk that is not mounted. Until a person agrees, rows keep their vectors.",
+    )
     owners: list[Annotated[str, StringConstraints(pattern=r"^(team:[\w-]+|[^@\s]+@[^@\s]+)$")]] = Field(
         default=[], description="Owners that the UI shows for the assets: addresses or team:<name>."
     )
@@ -233,6 +257,17 @@ class Selection(dg.Model):
                 f"shard is scored again when the basis moves. Remove the line {name} from the declaration."
             )
         return value
+
+    @model_validator(mode="after")
+    def _no_place_holds_credentials(self) -> Self:
+        pending: list[object] = [self.model_dump()]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, dict | list):
+                pending += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, str) and has_credentials(value):
+                raise ValueError(NO_CREDENTIALS)
+        return self
 
     @field_validator("budget")
     @classmethod
@@ -397,7 +432,7 @@ def read_selection(path: Path) -> Selection:
     try:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SelectionFileError(f"cannot read the selection {path}: {error}") from error
+        raise SelectionFileError(masked(f"cannot read the selection {path}: {error}")) from error
     attributes = _attributes(declared, path)
     for name in ("source", "store", "image_root", "target_model", "include", "exclude"):
         value = attributes.get(name)
@@ -416,4 +451,4 @@ def read_selection(path: Path) -> Selection:
         # Dagster's templating is not used, because it would read a name of digits as a number.
         return Selection.model_validate(attributes)
     except ValueError as error:
-        raise SelectionFileError(f"the selection {path} is not valid: {error}") from error
+        raise SelectionFileError(masked(f"the selection {path} is not valid: {error}")) from error
