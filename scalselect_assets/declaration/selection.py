@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from scalselect_assets.declaration.choice_settings import (
-    Comparison,
+    DeclaredComparison,
     DeclaredQuota,
     KeptEarlier,
     Label,
@@ -187,8 +187,9 @@ class Selection(dg.Model):
         default=None, description="Remove samples that an evaluation set contains; by default none."
     )
     report: bool = Field(default=True, description="Whether a page for people describes the result.")
-    compare: Comparison | None = Field(
-        default=Comparison(), description="The strategies that the choice is compared with; null for none."
+    compare: DeclaredComparison | None = Field(
+        default=DeclaredComparison(),
+        description="The strategies that the choice is compared with; null for none.",
     )
     text_only: Literal["drop", "keep"] | int | float = Field(
         default="drop",
