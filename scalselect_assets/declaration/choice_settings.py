@@ -122,7 +122,7 @@ class KeptEarlier(_Declared):
         return KeepEarlier(self.slack, self.max_churn)
 
 
-class Comparison(_Declared):
+class DeclaredComparison(_Declared):
     """The comparison of the choice with other strategies, under the same terms and by the same measures."""
 
     strategies: list[StrategyName] = Field(

@@ -7,7 +7,7 @@ the form of Dagster's component files; `scalselect_assets.component` is the comp
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict
 
 import dagster as dg
 import yaml
@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from scalselect_assets.declaration.choice_settings import (
-    Comparison,
+    DeclaredComparison,
     DeclaredQuota,
     KeptEarlier,
     Label,
@@ -82,6 +82,10 @@ NO_CREDENTIALS = (
 _EXPECTED_SHARE = 0.16  # share of the rows if the budget is a number of tokens: the paper's
 
 
+# The bound is inside the union, because Dagster's loader would apply an outer one to null, too.
+_Positive: TypeAlias = Annotated[int, Field(ge=1)]
+
+
 class SelectionFileError(ValueError):
     """A declaration cannot be read; the message names the file and the fault."""
 
@@ -128,20 +132,20 @@ class Selection(dg.Model):
         "marks are in that turn (as in the published code), or where the marks are written. Choose the "
         "place that the training will use.",
     )
-    image_size: Annotated[int, Field(ge=1)] | None = Field(
+    image_size: _Positive | None = Field(
         default=None,
         description="Pixels that the longest side of an image is scaled to at most, for models whose "
         "processor knows it (Idefics3, SmolVLM); by default the processor's own.",
     )
-    min_pixels: Annotated[int, Field(ge=1)] | None = Field(
+    min_pixels: _Positive | None = Field(
         default=None,
         description="Pixels that a smaller image is scaled up to (Qwen-VL); by default the processor's own.",
     )
-    max_pixels: Annotated[int, Field(ge=1)] | None = Field(
+    max_pixels: _Positive | None = Field(
         default=None,
         description="Pixels that a larger image is scaled down to (Qwen-VL); by default the processor's own.",
     )
-    max_tiles: Annotated[int, Field(ge=1)] | None = Field(
+    max_tiles: _Positive | None = Field(
         default=None,
         description="Tiles that an image is cut into at most (InternVL); by default the processor's own.",
     )
@@ -202,8 +206,9 @@ class Selection(dg.Model):
         default=None, description="Remove samples that an evaluation set contains; by default none."
     )
     report: bool = Field(default=True, description="Whether a page for people describes the result.")
-    compare: Comparison | None = Field(
-        default=Comparison(), description="The strategies that the choice is compared with; null for none."
+    compare: DeclaredComparison | None = Field(
+        default=DeclaredComparison(),
+        description="The strategies that the choice is compared with; null for none.",
     )
     text_only: Literal["drop", "keep"] | int | float = Field(
         default="drop",
