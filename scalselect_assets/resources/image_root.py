@@ -29,6 +29,7 @@ from scalselect_assets.resources.forms.base import Form, ShardFile
 from scalselect_assets.resources.forms.embedded import Address, address_of
 from scalselect_assets.resources.forms.registry import form_of
 from scalselect_assets.resources.pool_files import shard_file_state
+from scalselect_assets.resources.shown_text import masked
 from scalselect_assets.resources.written_json import shorten
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -294,7 +295,7 @@ class ImageRoot:
         return bool(self.root.fs.exists(posixpath.join(self.root.path, path)))
 
     def _rejection(self, reference: str, refused: "_RefusedError") -> Rejection:
-        image = f"image {shorten(reference)} {refused.what}"
+        image = f"image {masked(shorten(reference))} {refused.what}"
         if refused.reason is RejectionReason.OUTSIDE_IMAGE_ROOT:
             detail = (
                 f"{image} outside the image root {self.root}, and nothing outside it is opened; move the "
