@@ -231,13 +231,12 @@ class Refresh:
         Raises:
             RefreshError: A floor is of a source that too few rows have.
         """
-        rest = {}
-        for shard, assets in stale.items():
-            if assets[0] != raw_samples.NAME:
-                rest[shard] = assets
-            elif self._materialize_shard([raw_samples.NAME], shard):
-                rest[shard] = self._staleness.stale_shards({shard: discovery.versions[shard]}).get(shard, [])
+        unread = [shard for shard, assets in stale.items() if assets[0] == raw_samples.NAME]
+        read = [shard for shard in unread if self._materialize_shard([raw_samples.NAME], shard)]
         check_quotas(self._selection, self._artifacts, discovery.versions)
+        rest = {shard: list(assets) for shard, assets in stale.items() if shard not in unread}
+        # Only now is the model asked for its fingerprint.
+        rest |= self._staleness.stale_shards({shard: discovery.versions[shard] for shard in read})
         return rest
 
     def _materialize_shard(self, assets: Sequence[str], shard: str) -> bool:

@@ -83,7 +83,7 @@ def find_images(selection: Selection, storage: StorageResource, texts: Iterable[
     for path in _files_named(Path(source.path).parent, names):
         for reference in wanted:
             if posixpath.basename(reference) == path.name:
-                roots[_root_of(path, reference)] += 1
+                roots[_root_of(path, reference, Path(source.path))] += 1
     for root, _ in roots.most_common(3):
         folder = storage.path(root)
         images = ImageRoot(folder, folder, moved=True)
@@ -118,10 +118,13 @@ def _files_named(folder: Path, names: set[str]) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def _root_of(path: Path, reference: str) -> str:
+def _root_of(path: Path, reference: str, pool: Path) -> str:
     """The folder that a reference would have to start from to lead to a file: less what both end with."""
     there, named = list(path.parts), [part for part in reference.split("/") if part not in ("", ".")]
-    while there and named and there[-1] == named[-1]:
-        there.pop()
-        named.pop()
-    return str(Path(*there)) if there else "/"
+    n_common = 0
+    while n_common < min(len(there), len(named)) and there[-1 - n_common] == named[-1 - n_common]:
+        n_common += 1
+    # A root that holds the pool itself says little: of an absolute path, a shorter end does as well.
+    if reference.startswith("/") and pool.is_relative_to(Path(*there[: len(there) - n_common])):
+        n_common = max(1, n_common - 1)
+    return str(Path(*there[: len(there) - n_common]))
