@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 
 import dagster as dg
 import yaml
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PositiveInt, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from scalselect_assets.declaration.choice_settings import (
     Comparison,
@@ -109,25 +109,21 @@ class Selection(dg.Model):
         "marks are in that turn (as in the published code), or where the marks are written. Choose the "
         "place that the training will use.",
     )
-    image_size: int | None = Field(
+    image_size: PositiveInt | None = Field(
         default=None,
-        ge=1,
         description="Pixels that the longest side of an image is scaled to at most, for models whose "
         "processor knows it (Idefics3, SmolVLM); by default the processor's own.",
     )
-    min_pixels: int | None = Field(
+    min_pixels: PositiveInt | None = Field(
         default=None,
-        ge=1,
         description="Pixels that a smaller image is scaled up to (Qwen-VL); by default the processor's own.",
     )
-    max_pixels: int | None = Field(
+    max_pixels: PositiveInt | None = Field(
         default=None,
-        ge=1,
         description="Pixels that a larger image is scaled down to (Qwen-VL); by default the processor's own.",
     )
-    max_tiles: int | None = Field(
+    max_tiles: PositiveInt | None = Field(
         default=None,
-        ge=1,
         description="Tiles that an image is cut into at most (InternVL); by default the processor's own.",
     )
     energy: float = Field(
