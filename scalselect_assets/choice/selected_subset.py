@@ -18,7 +18,7 @@ import dagster as dg
 import polars as pl
 
 from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
-from scalselect_assets.choice import comparison, removed_samples
+from scalselect_assets.choice import comparison, image_places, removed_samples
 from scalselect_assets.choice.chooser import Chooser, comparison_metadata
 from scalselect_assets.choice.lists import Lists
 from scalselect_assets.choice.pool_rows import PoolRows
@@ -98,6 +98,12 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 asset=selection.key(NAME),
                 description="Every entry of the lists to include and to exclude names an embedded row.",
             ),
+            dg.AssetCheckSpec(
+                image_places.CHECK,
+                asset=selection.key(NAME),
+                description="In every row some text of the user follows the last image in the prompt, and so "
+                "can attend to it.",
+            ),
         ],
     )
     def selected_subset(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
@@ -146,6 +152,9 @@ def choose_subset(
         choice = chooser.choose()
         chosen, compared = chooser.chosen(choice), chooser.compared(choice)
         numbers = chooser.numbers(choice)
+        places = image_places.image_places(
+            chooser.rows, choice.rows, pool, subspace, unit_rows=selection.unit_rows
+        )
     sums = _sum_check(chooser.rows, subspace)
     require_passed(sums)
     data_version = _content_version(chosen)
@@ -168,6 +177,7 @@ def choose_subset(
             "normalised_leverage_threshold": float(chosen["normalised_leverage"].to_numpy().min()),
             "basis_version": basis.data_version,
             **{f"drift_{name}": value for name, value in basis.drift.items()},
+            **places.metadata(),
             **comparison_metadata(compared),
             **cost(basis),
             "seconds": time.monotonic() - start,
@@ -180,6 +190,7 @@ def choose_subset(
                 "selection_covers_every_shard", [shard for shard in shards if shard not in basis.shards]
             ),
             _listed_check(chooser.unknown),
+            places.check(),
         ),
     )
 

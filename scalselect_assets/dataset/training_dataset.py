@@ -322,7 +322,8 @@ def expected(state: StoreState) -> str:
 
 def header(state: StoreState) -> OutputHeader:
     """The manifest; empty where it or a file that it names is missing or damaged."""
-    return read_manifest(state.artifacts) if is_complete(state.artifacts) else {}
+    complete = is_complete(state.artifacts, state.verified.sha256)
+    return read_manifest(state.artifacts) if complete else {}
 
 
 ASSET = PoolAsset(

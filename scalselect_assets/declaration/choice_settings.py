@@ -113,8 +113,8 @@ class KeptEarlier(_Declared):
         description="An earlier pick stays while its score is at least (1 - slack) times the lowest one "
         "that would be chosen without it.",
     )
-    max_churn: float | None = Field(
-        default=None, ge=0, le=1, description="The largest share of the chosen rows that may be new."
+    max_churn: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="The largest share of the chosen rows that may be new."
     )
 
     def to_keep(self) -> KeepEarlier:
@@ -122,7 +122,7 @@ class KeptEarlier(_Declared):
         return KeepEarlier(self.slack, self.max_churn)
 
 
-class Comparison(_Declared):
+class DeclaredComparison(_Declared):
     """The comparison of the choice with other strategies, under the same terms and by the same measures."""
 
     strategies: list[StrategyName] = Field(

@@ -7,14 +7,21 @@ the form of Dagster's component files; `scalselect_assets.component` is the comp
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict
 
 import dagster as dg
 import yaml
-from pydantic import Field, PositiveInt, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from scalselect_assets.declaration.choice_settings import (
-    Comparison,
+    DeclaredComparison,
     DeclaredQuota,
     KeptEarlier,
     Label,
@@ -29,6 +36,7 @@ from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PL
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
+from scalselect_assets.resources.shown_text import has_credentials, masked
 from scalselect_assets.resources.vlm import TargetModel
 
 DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
@@ -39,7 +47,7 @@ _EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by store
 
 # Fields that say when and for whom results are made, and change no result.
 _DRIVING = {
-    *("report", "settle_seconds", "owners"),
+    *("report", "settle_seconds", "owners", "max_missing_images"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
@@ -65,7 +73,17 @@ _CHOICE = {
 }
 
 
+NO_CREDENTIALS = (
+    "a place names a user or a password; give them to the storage by its environment (for S3 "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or by the storage resource's options, and leave them out "
+    "of the URI, which stands in files, records and messages"
+)
+
 _EXPECTED_SHARE = 0.16  # share of the rows if the budget is a number of tokens: the paper's
+
+
+# The bound is inside the union, because Dagster's loader would apply an outer one to null, too.
+_Positive: TypeAlias = Annotated[int, Field(ge=1)]
 
 
 class SelectionFileError(ValueError):
@@ -85,6 +103,9 @@ class AssetOptions(TypedDict):
 class Selection(dg.Model):
     """Choose training samples from one pool for one target VLM."""
 
+    # What was given may hold a password, and errors are printed and recorded.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     name: str = Field(
         pattern=r"^[A-Za-z0-9_]+$",
         description="Prefix of the asset keys: letters, digits and underscores.",
@@ -93,8 +114,10 @@ class Selection(dg.Model):
     store: str = Field(description="Folder or URI for everything that is computed.")
     target_model: str = Field(description="The VLM that will be fine-tuned: local folder or hub id.")
     model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Number type of the model's weights and activations."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number type of the model's weights and activations; auto is bfloat16 for a checkpoint "
+        "in half precision and float32 for others, on every machine.",
     )
     image_root: str | None = Field(
         default=None,
@@ -109,20 +132,20 @@ class Selection(dg.Model):
         "marks are in that turn (as in the published code), or where the marks are written. Choose the "
         "place that the training will use.",
     )
-    image_size: PositiveInt | None = Field(
+    image_size: _Positive | None = Field(
         default=None,
         description="Pixels that the longest side of an image is scaled to at most, for models whose "
         "processor knows it (Idefics3, SmolVLM); by default the processor's own.",
     )
-    min_pixels: PositiveInt | None = Field(
+    min_pixels: _Positive | None = Field(
         default=None,
         description="Pixels that a smaller image is scaled up to (Qwen-VL); by default the processor's own.",
     )
-    max_pixels: PositiveInt | None = Field(
+    max_pixels: _Positive | None = Field(
         default=None,
         description="Pixels that a larger image is scaled down to (Qwen-VL); by default the processor's own.",
     )
-    max_tiles: PositiveInt | None = Field(
+    max_tiles: _Positive | None = Field(
         default=None,
         description="Tiles that an image is cut into at most (InternVL); by default the processor's own.",
     )
@@ -183,8 +206,9 @@ class Selection(dg.Model):
         default=None, description="Remove samples that an evaluation set contains; by default none."
     )
     report: bool = Field(default=True, description="Whether a page for people describes the result.")
-    compare: Comparison | None = Field(
-        default=Comparison(), description="The strategies that the choice is compared with; null for none."
+    compare: DeclaredComparison | None = Field(
+        default=DeclaredComparison(),
+        description="The strategies that the choice is compared with; null for none.",
     )
     text_only: Literal["drop", "keep"] | int | float = Field(
         default="drop",
@@ -201,6 +225,13 @@ class Selection(dg.Model):
         allow_inf_nan=False,
         description="A shard whose file or images were modified within this time counts as still being "
         "written, and waits.",
+    )
+    max_missing_images: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="A refresh stops where more than this share of the pool's images is missing that were "
+        "there before: a disk that is not mounted. Until a person agrees, rows keep their vectors.",
     )
     owners: list[Annotated[str, StringConstraints(pattern=r"^(team:[\w-]+|[^@\s]+@[^@\s]+)$")]] = Field(
         default=[], description="Owners that the UI shows for the assets: addresses or team:<name>."
@@ -231,6 +262,17 @@ class Selection(dg.Model):
                 f"shard is scored again when the basis moves. Remove the line {name} from the declaration."
             )
         return value
+
+    @model_validator(mode="after")
+    def _no_place_holds_credentials(self) -> Self:
+        pending: list[object] = [self.model_dump()]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, dict | list):
+                pending += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, str) and has_credentials(value):
+                raise ValueError(NO_CREDENTIALS)
+        return self
 
     @field_validator("budget")
     @classmethod
@@ -395,7 +437,7 @@ def read_selection(path: Path) -> Selection:
     try:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SelectionFileError(f"cannot read the selection {path}: {error}") from error
+        raise SelectionFileError(masked(f"cannot read the selection {path}: {error}")) from error
     attributes = _attributes(declared, path)
     for name in ("source", "store", "image_root", "target_model", "include", "exclude"):
         value = attributes.get(name)
@@ -414,4 +456,4 @@ def read_selection(path: Path) -> Selection:
         # Dagster's templating is not used, because it would read a name of digits as a number.
         return Selection.model_validate(attributes)
     except ValueError as error:
-        raise SelectionFileError(f"the selection {path} is not valid: {error}") from error
+        raise SelectionFileError(masked(f"the selection {path} is not valid: {error}")) from error

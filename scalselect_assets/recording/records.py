@@ -8,7 +8,7 @@ states no other number.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -320,8 +320,10 @@ class RunRecords(Records):
         self, event: dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation
     ) -> None:
         """Record an event of this run at once; what an asset returns is recorded as the asset ends."""
+        # Both kinds of context take all three kinds of events; only one of them is annotated so.
+        log: Callable[[Any], None] = self._context.log_event
         with self._uninterrupted():
-            self._context.log_event(event)
+            log(event)
 
 
 class RunLog(logging.LoggerAdapter[logging.Logger]):

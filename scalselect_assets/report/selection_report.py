@@ -240,7 +240,8 @@ def expected(state: StoreState) -> str:
 
 def header(state: StoreState) -> OutputHeader:
     """The receipt of the page; empty where it or the page is missing or damaged."""
-    return read_receipt(state.artifacts) if is_complete(state.artifacts) else {}
+    complete = is_complete(state.artifacts, state.verified.sha256)
+    return read_receipt(state.artifacts) if complete else {}
 
 
 ASSET = PoolAsset(

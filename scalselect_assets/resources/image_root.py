@@ -22,6 +22,7 @@ from upath import UPath
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 from scalselect_assets.resources.beneath import Beneath, NoRegularFileError, OutsideError
 from scalselect_assets.resources.samples import shorten
+from scalselect_assets.resources.shown_text import masked
 
 _LOCAL_PROTOCOLS = ("", "file", "local")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -203,7 +204,7 @@ class ImageRoot:
             return _store_state(info)
 
     def _rejection(self, reference: str, refused: "_RefusedError") -> Rejection:
-        image = f"image {shorten(reference)} {refused.what}"
+        image = f"image {masked(shorten(reference))} {refused.what}"
         if refused.reason is RejectionReason.OUTSIDE_IMAGE_ROOT:
             detail = (
                 f"{image} outside the image root {self.root}, and nothing outside it is opened; move the "

@@ -112,6 +112,8 @@ class ShardState:
     changed_at: float | None
     """Latest modification of the file or an image, in seconds since the epoch; None in an object store,
     where files appear whole."""
+    missing_images: tuple[str, ...] = ()
+    """The images that it names and that are not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +322,9 @@ class SampleSource:
                 changed.append(state.version)
         fingerprint = hashlib.sha256(json.dumps([index.sha256, seen]).encode()).hexdigest()
         local = is_local(self.source) and is_local(root)
-        return ShardState(fingerprint, max(map(int, changed)) / 1e9 if local else None)
+        changed_at = max(map(int, changed)) / 1e9 if local else None
+        missing = (path for path, *rest in seen if rest == [RejectionReason.MISSING_IMAGE])
+        return ShardState(fingerprint, changed_at, tuple(map(str, missing)))
 
     def shard_fingerprint(self, key: str, index: ShardIndex) -> str:
         """The fingerprint of ``shard_state``; raises likewise."""
