@@ -13,8 +13,8 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Mapping
-from copy import deepcopy, Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
