@@ -46,7 +46,7 @@ class Dtype(StrEnum):
 
 
 _OF_THE_MODEL = ("model_revision", "image_size", "min_pixels", "max_pixels", "max_tiles")
-"""Settings of one model, which another model does not take over."""
+"""Settings that belong to one model; they are dropped when a run names another model."""
 
 DeviceOption = Annotated[Device, typer.Option(help="Device that the model runs on.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
