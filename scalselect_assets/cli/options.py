@@ -99,10 +99,10 @@ def declared_from_options(
 
 
 def _declared_over(known: dict[str, Any], options: Mapping[str, Any], location: str, store: str) -> Selection:
-    """What is known of a selection, with the options that are given in its place.
+    """The known settings of a selection, replaced by the options that are given.
 
     Raises:
-        typer.BadParameter: That is no selection.
+        typer.BadParameter: The settings do not make a valid selection.
     """
     given = {key: value for key, value in options.items() if value is not None}
     if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
