@@ -42,13 +42,9 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
-<<<<<<< HEAD
 _OF_THE_MODEL = ("model_revision", "image_size", "min_pixels", "max_pixels", "max_tiles")
 
-DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
-=======
 DeviceOption = Annotated[Device, typer.Option(help="Device that the model runs on.")]
->>>>>>> main
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show Dagster's log and tracebacks.")]
 
@@ -84,11 +80,7 @@ def declared_from_options(
     if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
         given["target_model"] = absolute_place(given["target_model"])
     if given.get("target_model", known["target_model"]) != known["target_model"]:
-<<<<<<< HEAD
         known |= dict.fromkeys(_OF_THE_MODEL)  # they were the other model's
-=======
-        known["model_revision"] = None  # the revision belonged to the other model
->>>>>>> main
     try:
         selection = Selection(**{**known, **given, "source": location, "store": store})
     except ValidationError as error:
