@@ -121,6 +121,7 @@ def _of_model(
     yield from _of_model_alone(options, encoder, pool.rounds[3], images, limit)
     few = pool.rounds[4][: options.whole_model]
     ours = measures.represented(encoder, pool.rounds[4], images, batch_tokens, options.workers)
+    vectors = np.stack([one.vector for one in ours])
     encoder._preparation.close()
     slow = _whole_model(folder, model, few, images, device, PRESETS[model].dtype)
     yield "whole model, eager, one at a time, samples/s", f"{slow:.1f}"
