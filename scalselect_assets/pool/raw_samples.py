@@ -67,7 +67,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """Every row of the shard, read, validated and given its content key, with what speaks against it."""
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = selection.open_pool(storage)
 
         def read(shard: str) -> Output:
             start = time.monotonic()
