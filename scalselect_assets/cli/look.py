@@ -56,7 +56,7 @@ def status(
             return
         artifacts = storage.artifacts(selection.store)
         discovery = discover(
-            storage.samples(selection.source, selection.image_root, selection.store, selection.ignore),
+            selection.open_pool(storage),
             artifacts,
             selection.settle_seconds,
             remember=deployment.is_writable_store(selection),
@@ -176,7 +176,7 @@ def verify(
         with deployment.opened_instance(selection, to_read=True) as instance:
             failed = Staleness(selection, storage, VlmResource(), instance).problems()
         if found:
-            # A damaged file is named; comparing with it would say the same in other words.
+            # A damaged file is named already; a comparison with it would repeat the fault in other words.
             if as_json:
                 print_json({"problems": [*found, *failed], "equal": False})
             _end_with([*found, *failed, f"made anew by: {run} --repair"])

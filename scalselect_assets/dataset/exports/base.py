@@ -19,7 +19,7 @@ from scalselect_assets.dataset.exports.rows import ExportRow
 from scalselect_assets.declaration.export_specs import ExportSpec
 from scalselect_assets.method.representation.conversation import Role
 from scalselect_assets.resources.folders import HashedStream, NewFolder
-from scalselect_assets.resources.samples import IMAGE_MARK
+from scalselect_assets.resources.row_images import IMAGE_MARK
 from scalselect_assets.resources.shard_reader import ShardFormatError, iter_rows
 
 HF_CHUNK_BYTES = 10 << 20

@@ -35,7 +35,7 @@ from scalselect_assets.dataset.exports.base import (
 )
 from scalselect_assets.dataset.exports.rows import ExportRow
 from scalselect_assets.resources.folders import NewFolder
-from scalselect_assets.resources.samples import IMAGE_MARK
+from scalselect_assets.resources.row_images import IMAGE_MARK
 
 FILE, META = "train.jsonl", "meta.json"
 _RESERVED = ("<img>", "</img>", "<IMG_CONTEXT>")

@@ -67,9 +67,13 @@ class Digest(Protocol):
 class Form(Protocol):
     """One form of shard."""
 
-    name: str
-    suffixes: tuple[str, ...]
-    """Endings of the files' names, in lower case."""
+    @property
+    def name(self) -> str:
+        """The name of the form in messages."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Endings of the files' names, in lower case."""
 
     def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
         """Every row of a shard, in order, memory of some rows.

@@ -29,6 +29,7 @@ class _TableForm:
     """What both kinds of table have in common."""
 
     name: str
+    suffixes: tuple[str, ...]
 
     def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
         """As in `Form.rows`; a row's line is its number."""

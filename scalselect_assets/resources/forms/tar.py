@@ -118,7 +118,7 @@ def _samples(stream: BinaryIO, file: ShardFile) -> Iterator[tuple[str, list[_Fil
 
 def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, _File]]:
     for member in archive:
-        archive.members.clear()  # tarfile would remember every member
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would remember every member
         found = _MEMBER.fullmatch(member.name)
         if found and member.isreg() and not member.issparse():
             yield found[1], _File(found[2].lower(), member.name, member.offset_data, member.size)
@@ -198,13 +198,13 @@ def _name_images(row: dict[str, Any], key: str, images: list[_File], first: Addr
     for file, address in zip(images, addresses, strict=True):
         names = (file.field, f"{key}.{file.field}", file.name, file.name.rsplit("/", 1)[-1])
         known |= dict.fromkeys((name.lower() for name in names), address)
-    found = [known.get(image.name.lower()) for image in named]
+    found: list[str | None] = [known.get(image.name.lower()) for image in named]
     if not any(found) and len(named) == len(images):
         found = list(addresses)
-    for image, address in reversed(list(zip(named, found, strict=True))):
-        if address is not None:
+    for image, place in reversed(list(zip(named, found, strict=True))):
+        if place is not None:
             for slot in image.slots:
-                slot.put(address)
+                slot.put(place)
 
 
 TAR = Tar()

@@ -30,8 +30,13 @@ _PLAIN_SUFFIXES = (".json", *LINES_SUFFIXES)
 class Decompressor(Protocol):
     """What `zlib` and `zstandard` call a decompression object; it ends with its frame."""
 
-    eof: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool:
+        """Whether the frame has ended."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """The bytes behind the end of the frame."""
 
     def decompress(self, data: bytes, /) -> bytes:
         """The next bytes."""
