@@ -335,9 +335,8 @@ class SampleSource:
         """The bytes of an image, by its path relative to the image root or its address in a shard.
 
         Raises:
-            FileNotFoundError: There is no such image.
+            FileNotFoundError: There is no such image, or the shard that holds it is damaged.
             PermissionError: The path leads out of the image root.
-            ShardFormatError: The shard that holds it is damaged.
             OSError: It cannot be read.
         """
         return self.image_files().read(relative_path)
