@@ -28,7 +28,7 @@ from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import importance_scores, subspace_basis
 
 NAME: Final = "removed_samples"
-CODE_VERSION: Final = "1"
+CODE_VERSION: Final = "2"
 
 REMOVED_SAMPLES: Table = {
     "shard": duplicate_removal.NEAR_DUPLICATES["shard"],
@@ -43,6 +43,9 @@ REMOVED_SAMPLES: Table = {
     "partner_row": duplicate_removal.NEAR_DUPLICATES["partner_row"],
     "partner_key": duplicate_removal.NEAR_DUPLICATES["partner_key"],
     "cosine": duplicate_removal.NEAR_DUPLICATES["cosine"],
+    "same_pictures": duplicate_removal.NEAR_DUPLICATES["same_pictures"],
+    "question_likeness": duplicate_removal.NEAR_DUPLICATES["question_likeness"],
+    "text_likeness": duplicate_removal.NEAR_DUPLICATES["text_likeness"],
     "distance": decontamination.DECONTAMINATION["distance"],
     "overlap": decontamination.DECONTAMINATION["overlap"],
     "detail": Column(pl.String(), "What was found, and what else matches; null for duplicates."),

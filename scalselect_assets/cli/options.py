@@ -179,6 +179,18 @@ def evaluation_options(images: str | None, texts: str | None) -> dict[str, Any]:
     }
 
 
+def near_duplicates_option(text: str | None) -> dict[str, Any]:
+    """The declared removal of near-duplicates, if the option is given."""
+    if text is None:
+        return {}
+    try:
+        return {"near_duplicates": {"cosine": text if text == "suggested" else float(text)}}
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--near-duplicates: {text!r} is neither a cosine, such as 0.995, nor `suggested`"
+        ) from error
+
+
 def export_options(options: list[str] | None) -> dict[str, Any]:
     """The declared exports, if an option names one."""
     if not options:

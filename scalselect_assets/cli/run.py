@@ -22,6 +22,7 @@ from scalselect_assets.cli.options import (
     declared_from_options,
     evaluation_options,
     export_options,
+    near_duplicates_option,
     quota_options,
     rank_option,
     text_only_option,
@@ -147,9 +148,12 @@ def run(
         typer.Option(help="The same, of samples that must not.", rich_help_panel=CHOICE_PANEL),
     ] = None,
     near_duplicates: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="Remove samples within this cosine of one of higher leverage.", rich_help_panel=CHOICE_PANEL
+            metavar="COSINE",
+            help="Remove samples with like text within this cosine of one of higher leverage; `suggested` "
+            "takes the cosine from the pool.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
     evaluation_images: Annotated[
@@ -204,7 +208,7 @@ def run(
             "source_label": source_label,
             "include": include and absolute_place(include),
             "exclude": exclude and absolute_place(exclude),
-            "near_duplicates": None if near_duplicates is None else {"cosine": near_duplicates},
+            **near_duplicates_option(near_duplicates),
             **wanted_budget(budget, image_tokens, text_tokens),
             **quota_options(floor or [], ceiling or []),
             **evaluation_options(evaluation_images, evaluation_texts),

@@ -4,10 +4,13 @@ Only the settings lie here, so that a declaration can be read without what they 
 (`decontamination`, `near_duplicates`).
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import dagster as dg
 from pydantic import ConfigDict, Field, model_validator
+
+DEFAULT_LIKENESS: Final = 0.9
+"""From which likeness on two texts say the same: rewordings stay, rather than other questions go."""
 
 
 class Decontamination(dg.Model, dg.Resolvable):
@@ -62,20 +65,28 @@ class Decontamination(dg.Model, dg.Resolvable):
 
 
 class NearDuplicates(dg.Model, dg.Resolvable):
-    """How alike samples have to be for one to go."""
+    """How alike samples have to be for one to go: by their vectors, and by their texts as well."""
 
     model_config = ConfigDict(frozen=True)
 
-    cosine: float = Field(
-        default=0.995,
-        gt=0,
-        le=1,
+    cosine: Annotated[float, Field(gt=0, le=1)] | Literal["suggested"] = Field(
+        default="suggested",
         description="Cosine of two samples' vectors, from the pool's mean, from which on they are "
-        "near-duplicates. What it means depends on the model: look at what a threshold removes.",
+        "near-duplicates. What a number means depends on the model; `suggested` takes the cosine that only "
+        "one in a hundred samples reaches with a sample of another picture and another text.",
+    )
+    text_likeness: float = Field(
+        default=DEFAULT_LIKENESS,
+        ge=0,
+        le=1,
+        description="How much of the shorter text two samples must share, what is asked and what is answered "
+        "each, weighted by how rare the words are in the pool. Samples of the same pictures and like texts "
+        "are near-duplicates whatever their cosine. 0 compares vectors only, which takes different "
+        "questions about one picture for copies.",
     )
     exact_up_to: int = Field(
         default=50_000,
         ge=0,
         description="Pools of so many samples are searched exactly; larger ones with LanceDB's IVF index, "
-        "whose measured recall is told.",
+        "whose recall is measured and recorded.",
     )
