@@ -6,7 +6,7 @@ DEMO := .scalselect
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train dev test e2e faults lint format screenshots clean
+.PHONY: help install demo train dev test e2e faults lint format constraints screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -45,15 +45,22 @@ e2e: install  ## Run the test of a real Dagster deployment on loopback (seven mi
 faults: install  ## Run the tests that kill processes, fill disks and move clocks
 	$(BIN)/python -m pytest -m faults -n auto
 
-lint: install  ## Check style, types and the import contract
+lint: install  ## Check style, types, the import contract and the declared dependencies
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@# The product may import its own dependencies only; tests and training also those of the extras.
+	$(BIN)/deptry scalselect_assets
+	$(BIN)/deptry . --ignore DEP002,DEP004
 
 format: install  ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+constraints: install  ## Renew constraints.txt: pins stay, what is new is pinned; UPGRADE=torch moves a pin
+	$(BIN)/uv pip compile --quiet --universal --all-extras --no-annotate --output-file constraints.txt \
+		--custom-compile-command 'make constraints' $(addprefix --upgrade-package=,$(UPGRADE)) pyproject.toml
 
 screenshots: install  ## Take the README's pictures of the UI again (after `make demo`; needs Chromium)
 	$(BIN)/python docs/images/screenshots.py --store $(DEMO)/demo

@@ -2,11 +2,10 @@
 
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 
 import dagster as dg
 
-from scalselect_assets import ASSET_MODULES
+from scalselect_assets.asset_path import path_of
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.operations.automation import automation_condition
 from scalselect_assets.operations.jobs import maintenance_job, nightly_schedule, refresh_job
@@ -43,9 +42,7 @@ def selection_defs(selection: Selection) -> dg.Definitions:
 
 def _assets(selection: Selection) -> Sequence[dg.AssetsDefinition]:
     """The assets of the path, each with the condition on which Dagster requests it, if any."""
-    built: list[dg.AssetsDefinition] = [
-        import_module(ASSET_MODULES[name]).build(selection) for name in selection.assets
-    ]
+    built: list[dg.AssetsDefinition] = [asset.build(selection) for asset in path_of(selection)]
     # A condition is about the whole path, so an asset module does not know its own.
     return dg.map_asset_specs(
         lambda spec: spec.replace_attributes(

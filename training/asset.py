@@ -103,17 +103,18 @@ def build(selection: str, store: str) -> dg.Definitions:
     ) -> dg.MaterializeResult:
         """The target model, fine-tuned on the selected subset."""
         _require_the_extra()
+        from scalselect_assets.method.representation.loading import ModelLoadError
         from training.fine_tuning import TrainingError, fine_tune
 
         tell = deferred()(context.log.info)
-        # Both errors say what to do; trying again would not help.
+        # All three errors say what to do; trying again would not help.
         try:
             export = read_export(training_runs.outputs(store))
             tell(f"{len(export.rows)} rows of version {export.version}, verified")
             result = fine_tune(
                 export, config, training_runs.of(selection), tell, training_runs.fsspec_options
             )
-        except (ExportError, TrainingError) as error:
+        except (ExportError, TrainingError, ModelLoadError) as error:
             raise dg.Failure(str(error), allow_retries=False) from error
         first, last = result.fell()
         return dg.MaterializeResult(

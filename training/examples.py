@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from upath import UPath
 
 from scalselect_assets.method.representation.chat import ChatTemplateError, render_chat
+from scalselect_assets.method.representation.image_place import EffectivePlace, placed
 from scalselect_assets.method.representation.images import (
     ImageTooLargeError,
     UndecodableImageError,
@@ -54,7 +55,12 @@ class Rows(Dataset[Prompt]):
     """Rows of a training file as prompts, made when asked for. Picklable, for worker processes."""
 
     def __init__(
-        self, texts: Sequence[str], processor: Any, images_folder: str, options: dict[str, str]
+        self,
+        texts: Sequence[str],
+        processor: Any,
+        images_folder: str,
+        options: dict[str, str],
+        image_place: EffectivePlace = "as_written",
     ) -> None:
         """Rows whose image references start from ``images_folder``.
 
@@ -63,8 +69,9 @@ class Rows(Dataset[Prompt]):
             processor: The model's.
             images_folder: Local folder or URI; nothing outside it is opened.
             options: fsspec's storage options, for a folder that is not local.
+            image_place: Where images stand in the prompts; that of the selection.
         """
-        self._texts, self._processor = texts, processor
+        self._texts, self._processor, self._image_place = texts, processor, image_place
         self._folder, self._options = images_folder, options
 
     def __len__(self) -> int:
@@ -98,7 +105,7 @@ class Rows(Dataset[Prompt]):
         if isinstance(images, Rejection):
             return images
         try:
-            chat = render_chat(self._processor, parsed.sample.conversation)
+            chat = render_chat(self._processor, placed(parsed.sample.conversation, self._image_place))
         except ChatTemplateError as error:
             return Rejection(RejectionReason.TEMPLATE_REFUSED, str(error))
         return Prompt(*with_turn_ends(chat.text, chat.answer_spans, self._processor.tokenizer), images)

@@ -41,6 +41,8 @@ from transformers import (
     set_seed,
 )
 
+from scalselect_assets.method.representation.image_size import ImageSize, ask_for
+from scalselect_assets.method.representation.loading import load_card
 from scalselect_assets.method.representation.model_card import weights_sha256
 from scalselect_assets.method.representation.processors import load_processor
 from scalselect_assets.method.representation.quiet import quiet_transformers
@@ -132,14 +134,18 @@ def fine_tune(
         fsspec_options: Of the images' folder, where that is not local.
 
     Raises:
-        TrainingError: Another process trains the same, no row can be trained on, or there are several GPUs.
+        TrainingError: Another process trains the same, no row can be trained on, there are several GPUs, or
+            the model is not the one that the samples were chosen for.
+        ModelLoadError: The model cannot be read.
         OSError: The model, an image or the folder cannot be read or written.
     """
     start = time.monotonic()
     _require_one_device(recipe)
-    source, revision = export.model["model"], export.model["commit"] or export.model["revision"]
+    source, commit = export.model["model"], export.model["commit"]
+    _require_the_chosen_model(export, recipe)
     with quiet_transformers(keep_bars=not Path(source).is_dir()):
-        model, processor = _load_model(source, revision, recipe), _load_processor(source, revision)
+        model, processor = _load_model(source, commit, recipe), _load_processor(source, commit)
+        ask_for(processor.image_processor, _image_size(export))
         base = weights_sha256(model)
         settings = digest(CODE_VERSION, recipe.result_settings(), export.model["fingerprint"], base)
         folder = runs / f"{export.version[:16]}-{settings[:8]}"
@@ -149,7 +155,13 @@ def fine_tune(
             if (folder / _RESULT).exists():
                 tell(f"{folder} holds the result of these rows and this recipe")
                 return _read_result(folder, time.monotonic() - start)
-            rows = Rows(export.rows, processor, export.manifest["images_relative_to"], fsspec_options or {})
+            rows = Rows(
+                export.rows,
+                processor,
+                export.manifest["images_relative_to"],
+                fsspec_options or {},
+                export.model.get("image_place", "as_written"),
+            )
             lengths, left_out = _judged(
                 folder, rows, Collator(processor), _max_tokens(export, recipe), recipe
             )
@@ -197,6 +209,47 @@ def _require_one_device(recipe: Recipe) -> None:
         raise TrainingError(
             f"torch sees {n} GPUs, and a run trains on one: set CUDA_VISIBLE_DEVICES to the one to use"
         )
+
+
+def _require_the_chosen_model(export: Export, recipe: Recipe) -> None:
+    """The samples were chosen for one model, so no other is trained on them unawares.
+
+    Raises:
+        TrainingError: It is a hub id without a commit, or its files are others now.
+    """
+    chosen_for, source = export.model, export.model["model"]
+    if chosen_for["commit"] is None and not Path(source).expanduser().is_dir():
+        raise TrainingError(
+            f"the manifest names the hub id {source!r} without a commit, and what is there may have changed "
+            "since; run the selection again, which records one"
+        )
+    if recipe.other_model:
+        return
+    found = load_card(
+        source,
+        revision=chosen_for["commit"],
+        dtype=chosen_for["dtype"],
+        attention_mass=chosen_for["attention_mass"],
+        image_place="first" if chosen_for.get("image_place") == "first" else "as_written",
+        image_size=_image_size(export),
+    )
+    if found.fingerprint == chosen_for["fingerprint"]:
+        return
+    others = [
+        part
+        for part in ("weights", "config", "processor")
+        if getattr(found, f"{part}_sha256") != chosen_for[f"{part}_sha256"]
+    ]
+    raise TrainingError(
+        f"{source!r} is not the model that the samples were chosen for: {', '.join(others) or 'settings'} "
+        f"differ (fingerprint {found.fingerprint}, chosen for {chosen_for['fingerprint']}). Bring its files "
+        "back, use the versions of transformers and tokenizers that the selection used, or run the selection "
+        "again; other_model: true trains all the same"
+    )
+
+
+def _image_size(export: Export) -> ImageSize:
+    return ImageSize(**export.model.get("image_size", {}))
 
 
 def _load_processor(source: str, revision: str | None) -> Any:

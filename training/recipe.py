@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import Field, model_validator
 
 # Fields that change how long a run takes or what is kept on the way, and no weight.
-_NO_EFFECT = {"save_every", "workers", "train_again"}
+_NO_EFFECT = {"save_every", "workers", "train_again", "other_model"}
 
 
 class Recipe(dg.Config):
@@ -57,6 +57,11 @@ class Recipe(dg.Config):
     )
     workers: int = Field(default=0, ge=0, le=128, description="Processes that prepare rows ahead.")
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto is a GPU where there is one.")
+    other_model: bool = Field(
+        default=False,
+        description="Train also where weights, configuration or processor of the model are not those that "
+        "the samples were chosen for.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Decides the order of rows and LoRA's start.")
     train_again: bool = Field(
         default=False, description="Train from the start also where this result is there already."

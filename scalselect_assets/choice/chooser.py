@@ -1,6 +1,7 @@
 """The choice over the whole pool, and its comparison with other strategies."""
 
 from contextlib import ExitStack
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -9,7 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scalselect_assets.choice import comparison
-from scalselect_assets.choice.lists import Listed, find_listed
+from scalselect_assets.choice.lists import Listed, Lists, find_listed
 from scalselect_assets.choice.pool_rows import PoolRows, candidates
 from scalselect_assets.choice.projections import Projections
 from scalselect_assets.declaration.selection import Selection
@@ -18,13 +19,12 @@ from scalselect_assets.subspace.sample_directions import directions_of_rows
 
 if TYPE_CHECKING:
     from scalselect_assets.method.choice.choose import Choice
+    from scalselect_assets.method.choice.terms import Terms
     from scalselect_assets.method.subspace.basis import Subspace
-
-from scalselect_assets.choice.lists import Lists
 
 
 class Chooser:
-    """Chooses once, and knows what the choice was made from.
+    """Chooses from the whole pool, and describes what was chosen.
 
     Attributes:
         rows: Every embedded row of the pool.
@@ -41,44 +41,55 @@ class Chooser:
         before: pl.DataFrame | None,
         stack: ExitStack,
     ) -> None:
+        self._selection, self._pool, self._subspace, self._stack = selection, pool, subspace, stack
+        self.rows = pool.all()
+        self._candidates = candidates(self.rows, selection.labels)
+        self._include, self._exclude = self._listed(lists.include), self._listed(lists.exclude)
+        self.unknown = self._include.unknown + self._exclude.unknown
+        self._removed = self._places(removed)
+        self._n_removed = removed.height
+        self._earlier = None if before is None else self._places(before)
+        self._opened: Projections | None = None
+
+    @cached_property
+    def _terms(self) -> "Terms":
         from scalselect_assets.method.choice.agreement import agree
+
+        return agree(
+            self._candidates,
+            self._selection.declared_budget,
+            [quota.to_quota(self._selection.source_label) for quota in self._selection.quotas],
+            include=self._include.rows,
+            exclude=np.union1d(self._exclude.rows, self._removed),
+        )
+
+    def choose(self) -> "Choice":
+        """Choose as the selection declares.
+
+        Raises:
+            dg.Failure: The terms cannot be met.
+        """
         from scalselect_assets.method.choice.choose import choose
         from scalselect_assets.method.choice.strategies import strategy_named
         from scalselect_assets.method.choice.terms import InfeasibleError
 
-        self._selection, self._pool, self._subspace, self._stack = selection, pool, subspace, stack
-        self.rows = pool.all()
-        self._candidates = candidates(self.rows, selection.labels)
-        include, exclude = self._listed(lists.include), self._listed(lists.exclude)
-        self.unknown = include.unknown + exclude.unknown
-        self._n_removed = removed.height
-        self._earlier = None if before is None else self._places(before)
+        selection = self._selection
         strategy = strategy_named(selection.strategy, seed=selection.seed, stratify_by=selection.source_label)
         declared = None if self._earlier is None else selection.keep_earlier
-        keep = None if declared is None else declared.to_keep()
-        self._opened: Projections | None = None
         try:
-            self._terms = agree(
-                self._candidates,
-                selection.declared_budget,
-                [quota.to_quota(selection.source_label) for quota in selection.quotas],
-                include=include.rows,
-                exclude=np.union1d(exclude.rows, self._places(removed)),
-            )
-            self._choice: Choice = choose(
+            return choose(
                 self._candidates,
                 strategy,
                 self._terms,
                 self._projections().blocks if strategy.needs_projections else None,
-                earlier=self._earlier if keep is not None else None,
-                keep=keep,
+                earlier=self._earlier if declared is not None else None,
+                keep=None if declared is None else declared.to_keep(),
             )
         except (InfeasibleError, ValueError) as error:
             raise dg.Failure(f"the choice cannot be made: {error}", allow_retries=False) from error
 
-    def chosen(self) -> pl.DataFrame:
-        """A frame of `SELECTED_SUBSET`."""
-        choice = self._choice
+    def chosen(self, choice: "Choice") -> pl.DataFrame:
+        """The chosen rows in order of preference, a frame of `SELECTED_SUBSET`."""
         rows = self.rows[choice.rows]
         recorded = {
             name: pl.Series(choice.recorded[name]).fill_nan(None)
@@ -89,7 +100,7 @@ class Chooser:
             rows.with_columns(
                 rank=pl.int_range(1, rows.height + 1, dtype=pl.Int64),
                 source=pl.col(self._selection.source_label),
-                why=self._why(),
+                why=self._why(choice),
                 **{
                     name: recorded.get(name, pl.lit(None, pl.Float64))
                     for name in ("gain", "inclusion_probability")
@@ -114,8 +125,11 @@ class Chooser:
             found.append(directions.with_columns(shard=pl.lit(shard, pl.String)))
         return pl.concat(found)
 
-    def compared(self) -> pl.DataFrame:
-        """A frame of `comparison.SUBSET_COMPARISON`; empty where nothing is to be compared."""
+    def compared(self, choice: "Choice") -> pl.DataFrame:
+        """The choice beside other strategies' choices, a frame of `comparison.SUBSET_COMPARISON`.
+
+        It is empty where the selection declares no comparison, or the pool has too many rows for one.
+        """
         settings = self._selection.compare
         if settings is None or self.rows.height > settings.max_rows or not self._subspace.k:
             return pl.DataFrame(schema=polars_schema(comparison.SUBSET_COMPARISON))
@@ -129,7 +143,7 @@ class Chooser:
             stratify_by=self._selection.source_label,
         )
         return comparison.compare(
-            [comparison.Compared(comparison.CHOICE, None, self._choice.rows), *others],
+            [comparison.Compared(comparison.CHOICE, None, choice.rows), *others],
             self._pool,
             self.rows,
             self._candidates,
@@ -141,9 +155,8 @@ class Chooser:
             unit_rows=self._selection.unit_rows,
         )
 
-    def told(self) -> dict[str, Any]:
+    def numbers(self, choice: "Choice") -> dict[str, Any]:
         """Plain numbers of the choice, for the UI."""
-        choice = self._choice
         kept = choice.kept
         return {
             "strategy": self._selection.strategy,
@@ -164,8 +177,7 @@ class Chooser:
             ),
         }
 
-    def _why(self) -> pl.Series:
-        choice = self._choice
+    def _why(self, choice: "Choice") -> pl.Series:
         held = self._terms.held[choice.rows]
         why = np.where(held, "included", "chosen").astype(object)
         if choice.kept is not None:

@@ -132,7 +132,7 @@ def compare(
     )
 
     moments = pool_moments.stored(
-        pool.artifacts, {shard: header["data_version"] for shard, header in pool.shards.items()}
+        pool.artifacts, {shard: moments.data_version for shard, moments in pool.basis.shards.items()}
     )
     sampled = [_sample(subset.rows) for subset in subsets]
     vectors = _vectors(sampled, pool, rows, unit_rows=unit_rows)

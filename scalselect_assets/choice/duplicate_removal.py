@@ -31,6 +31,7 @@ from scalselect_assets.resources.embedding_store import EmbeddingStore, Embeddin
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.samples import parse_row
 from scalselect_assets.subspace import importance_scores
+from scalselect_assets.subspace.basis_header import BasisHeader
 
 if TYPE_CHECKING:
     from scalselect_assets.method.choice.near_duplicates import Contents, Removals
@@ -103,26 +104,24 @@ class Pool:
 def read_pool(
     artifacts: ArtifactStore,
     embeddings: EmbeddingStore,
-    in_basis: Mapping[str, Mapping[str, str]],
-    basis_version: str,
+    basis: BasisHeader,
 ) -> Pool:
     """The samples of all shards by leverage; memory of one shard's texts, and of keys and contents of all.
 
     Args:
         artifacts: The store.
         embeddings: Its tables.
-        in_basis: By shard, the header of the moments that the basis was fitted on.
-        basis_version: The version of the basis that the scores must be of.
+        basis: The header of the basis that the scores must be of.
 
     Raises:
         dg.Failure: Vectors or scores are not those of the basis.
     """
     tables: dict[str, EmbeddingTable] = {}
     frames = [pl.DataFrame(schema=_RANKED)]
-    for shard in sorted(in_basis):
-        tables[shard], _ = receipts.fitted_table(artifacts, shard, in_basis)
+    for shard in sorted(basis.shards):
+        tables[shard], _ = receipts.fitted_table(artifacts, shard, basis.vectors_of(shard))
         scores = importance_scores.read_scores(
-            artifacts, basis_version, shard, ["row", "sample_key", "normalised_leverage"]
+            artifacts, basis.data_version, shard, ["row", "sample_key", "normalised_leverage"]
         )
         rows = scores.join(_contents(embeddings, tables[shard]), on=["row", "sample_key"])
         if rows.height != tables[shard].n_rows or rows.height != scores.height:

@@ -5,7 +5,7 @@ and, of its vectors' table, the columns that something asks for. Costs: some 300
 held; the texts of a shard are read only where a field of the row names the source.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,15 +13,16 @@ import dagster as dg
 import numpy as np
 import polars as pl
 
+from scalselect_assets.choice.labels import label_of
+from scalselect_assets.embedding import receipts
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
 from scalselect_assets.subspace import importance_scores
+from scalselect_assets.subspace.basis_header import BasisHeader
 
 if TYPE_CHECKING:
     from scalselect_assets.method.choice.candidates import Candidates
 
-from scalselect_assets.choice.labels import label_of
-from scalselect_assets.embedding import receipts
 
 _SCORES = ("row", "sample_key", "source_id", "leverage", "normalised_leverage")
 
@@ -33,16 +34,14 @@ class PoolRows:
     Attributes:
         artifacts: The store.
         embeddings: Its vectors.
-        basis_version: The version of the basis that the scores must be of.
-        shards: By shard in the basis, what the basis says of it.
+        basis: The header of the basis that the scores must be of.
         labels: The labels that rows are to have, each a column.
         with_images: Whether rows are to have the hashes of their images.
     """
 
     artifacts: ArtifactStore
     embeddings: EmbeddingStore
-    basis_version: str
-    shards: Mapping[str, Mapping[str, str]]
+    basis: BasisHeader
     labels: Sequence[str]
     with_images: bool = False
 
@@ -52,8 +51,11 @@ class PoolRows:
         Raises:
             dg.Failure: A shard was scored with another basis.
         """
-        for shard in sorted(self.shards):
-            yield shard, importance_scores.read_scores(self.artifacts, self.basis_version, shard, columns)
+        for shard in sorted(self.basis.shards):
+            yield (
+                shard,
+                importance_scores.read_scores(self.artifacts, self.basis.data_version, shard, columns),
+            )
 
     def all(self) -> pl.DataFrame:
         """Every embedded row; see ``described``."""
@@ -105,17 +107,19 @@ class PoolRows:
         Raises:
             dg.Failure: The shard has other vectors by now.
         """
-        return receipts.fitted_table(self.artifacts, shard, self.shards)[0]
+        return receipts.fitted_table(self.artifacts, shard, self.basis.vectors_of(shard))[0]
 
 
 def candidates(rows: pl.DataFrame, labels: Sequence[str]) -> "Candidates":
     """The rows as the method takes them, in their order."""
-    from scalselect_assets.method.choice.candidates import Candidates, Labels
+    from scalselect_assets.method.choice.candidates import Candidates, Labels, levelled
 
+    # Samples of one key are copies in several shards, as long as their images are the same.
+    copies = rows.select(pl.col("sample_key").rank("dense").cast(pl.Int64) - 1).to_series().to_numpy()
     order = np.empty(rows.height, np.int64)
     order[rows.select(pl.arg_sort_by("sample_key", "shard")).to_series().to_numpy()] = np.arange(rows.height)
     return Candidates(
-        rows["normalised_leverage"].to_numpy(),
+        levelled(rows["normalised_leverage"].to_numpy(), copies),
         order,
         rows["n_text_tokens"].to_numpy(),
         rows["n_image_tokens"].to_numpy(),

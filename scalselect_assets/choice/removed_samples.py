@@ -8,21 +8,21 @@ search over the vectors of the pool.
 """
 
 import hashlib
-import json
 import time
 from typing import Any, Final
 
 import dagster as dg
 import polars as pl
 
-from scalselect_assets.choice import decontamination, duplicate_removal
+from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
+from scalselect_assets.choice import decontamination, duplicate_removal, image_hashes
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import Column, Table, column_schema, polars_schema
 from scalselect_assets.recording.materialization import Output, at_work
-from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.artifacts import FRAME, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import importance_scores, subspace_basis
@@ -124,52 +124,58 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     def removed_samples(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
         """Duplicates and samples of the evaluation set, each with what it repeats."""
         with at_work(context, storage.locks(selection.store)):
-            start = time.monotonic()
-            artifacts = storage.artifacts(selection.store)
-            subspace, basis = subspace_basis.read_basis(artifacts)
-            basis_version, in_basis = basis["data_version"], json.loads(basis["shards"])
-            evaluation = decontamination.evaluation_of(storage, selection)
-            looked = decontamination.look(storage, selection, evaluation, sorted(in_basis))
-            told: dict[str, Any] = dict(looked.told)
-            duplicates = pl.DataFrame(schema=polars_schema(duplicate_removal.NEAR_DUPLICATES))
-            if selection.near_duplicates is not None:
-                pool = duplicate_removal.read_pool(
-                    artifacts, storage.embeddings(selection.store), in_basis, basis_version
-                )
-                clean = duplicate_removal.without(pool, looked.frame)
-                duplicates, found = duplicate_removal.find(
-                    clean, subspace, selection.near_duplicates, to_unit_length=selection.unit_rows
-                )
-                told |= found
-            frame = _joined(looked.frame, duplicates)
-            data_version = digest(hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
-            made_from = provenance(selection, storage, basis_version)
-            path, size = artifacts.write_frame(NAME, frame, data_versions.header(data_version, made_from))
-            return Output(
-                data_version,
-                made_from,
-                {
-                    "dagster/row_count": frame.height,
-                    "embedded": subspace.n,
-                    "removed_by_reason": raw_samples.reason_counts(frame),
-                    **told,
-                    "basis_version": basis_version,
-                    "seconds": time.monotonic() - start,
-                    "bytes": size,
-                    "dagster/uri": str(path),
-                },
-                (
-                    duplicate_removal.partners_kept(duplicates),
-                    dg.AssetCheckResult(
-                        check_name="no_shard_is_removed_whole",
-                        passed=not looked.whole_shards,
-                        severity=dg.AssetCheckSeverity.WARN,
-                        metadata={"shards": list(looked.whole_shards)[:100]},
-                    ),
-                ),
-            ).result()
+            return find_removed(selection, storage).result()
 
     return removed_samples
+
+
+def find_removed(selection: Selection, storage: StorageResource) -> Output:
+    """Find the samples that are not to be chosen, and write them.
+
+    Raises:
+        dg.Failure: The evaluation set cannot be used, or a shard was scored with another basis.
+    """
+    start = time.monotonic()
+    artifacts = storage.artifacts(selection.store)
+    subspace, basis = subspace_basis.read_basis(artifacts)
+    evaluation = decontamination.evaluation_of(storage, selection)
+    looked = decontamination.look(storage, selection, evaluation, sorted(basis.shards))
+    numbers: dict[str, Any] = dict(looked.told)
+    duplicates = pl.DataFrame(schema=polars_schema(duplicate_removal.NEAR_DUPLICATES))
+    if selection.near_duplicates is not None:
+        pool = duplicate_removal.read_pool(artifacts, storage.embeddings(selection.store), basis)
+        clean = duplicate_removal.without(pool, looked.frame)
+        duplicates, found = duplicate_removal.find(
+            clean, subspace, selection.near_duplicates, to_unit_length=selection.unit_rows
+        )
+        numbers |= found
+    frame = _joined(looked.frame, duplicates)
+    data_version = digest(hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
+    made_from = provenance(selection, storage, basis.data_version)
+    path, size = artifacts.write_frame(NAME, frame, data_versions.header(data_version, made_from))
+    return Output(
+        data_version,
+        made_from,
+        {
+            "dagster/row_count": frame.height,
+            "embedded": subspace.n,
+            "removed_by_reason": raw_samples.reason_counts(frame),
+            **numbers,
+            "basis_version": basis.data_version,
+            "seconds": time.monotonic() - start,
+            "bytes": size,
+            "dagster/uri": str(path),
+        },
+        (
+            duplicate_removal.partners_kept(duplicates),
+            dg.AssetCheckResult(
+                check_name="no_shard_is_removed_whole",
+                passed=not looked.whole_shards,
+                severity=dg.AssetCheckSeverity.WARN,
+                metadata={"shards": list(looked.whole_shards)[:100]},
+            ),
+        ),
+    )
 
 
 def _joined(contaminated: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFrame:
@@ -183,3 +189,29 @@ def _joined(contaminated: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFram
         for frame in (contaminated, duplicates)
     ]
     return pl.concat(frames).sort(["shard", "row"])
+
+
+def is_declared(selection: Selection) -> bool:
+    """Whether a selection removes samples before the choice."""
+    return selection.removes_samples
+
+
+def expected(state: StoreState) -> str:
+    """The provenance that the list would have now."""
+    return provenance(state.selection, state.storage, state.version(subspace_basis.ASSET))
+
+
+def header(state: StoreState) -> OutputHeader:
+    """The header of the list; empty where it is missing or damaged."""
+    return state.frame_header(NAME)
+
+
+ASSET = PoolAsset(
+    name=NAME,
+    code_version=CODE_VERSION,
+    build=build,
+    is_declared=is_declared,
+    expected=expected,
+    header=header,
+    shard_files=((decontamination.NAME, FRAME), (image_hashes.IMAGE_HASHES, FRAME)),
+)

@@ -8,14 +8,16 @@ the comparison costs (`comparison`).
 """
 
 import hashlib
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
 
+from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
 from scalselect_assets.choice import comparison, removed_samples
 from scalselect_assets.choice.chooser import Chooser, comparison_metadata
 from scalselect_assets.choice.lists import Lists
@@ -31,6 +33,10 @@ from scalselect_assets.resources.artifacts import ArtifactCorruptError, Artifact
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import embedding_moments, importance_scores, subspace_basis
+from scalselect_assets.subspace.basis_header import BasisHeader
+
+if TYPE_CHECKING:
+    from scalselect_assets.method.subspace.basis import Subspace
 
 NAME = "selected_subset"
 CODE_VERSION = "3"
@@ -93,88 +99,101 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     )
     def selected_subset(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
         """The samples that the strategy prefers within the budget and its terms, over all shards."""
-        with at_work(context, storage.locks(selection.store)), ExitStack() as stack:
-            start = time.monotonic()
-            artifacts = storage.artifacts(selection.store)
-            subspace, basis = subspace_basis.read_basis(artifacts)
-            in_basis = json.loads(basis["shards"])
-            pool = pool_shards(context, selection.partitions)
-            before = _last_selected(artifacts)
-            lists = Lists.read(selection, storage)
-            removed, removed_version = removed_samples.read_removed(artifacts, selection)
-            chooser = Chooser(
-                selection,
-                PoolRows(
-                    artifacts,
-                    storage.embeddings(selection.store),
-                    basis["data_version"],
-                    in_basis,
-                    selection.labels,
-                    with_images=bool(lists.include or lists.exclude),
-                ),
-                subspace,
-                lists,
-                removed,
-                before,
-                stack,
-            )
-            chosen, compared = chooser.chosen(), chooser.compared()
-            data_version = _content_version(chosen)
-            made_from = provenance(selection, basis["data_version"], lists.version, removed_version)
-            header = data_versions.header(data_version, made_from, subspace_basis=basis["data_version"])
-            artifacts.write_frame(comparison.NAME, compared, header)
-            path, n_bytes = artifacts.write_frame(NAME, chosen, header)
-            scores = chooser.rows
-            normalised_sum, leverage_sum = (
-                float(scores[name].to_numpy().sum()) for name in ("normalised_leverage", "leverage")
-            )
-            return Output(
-                data_version,
-                made_from,
-                {
-                    "dagster/row_count": chosen.height,
-                    "embedded": scores.height,
-                    **_churn(before, chosen),
-                    **chooser.told(),
-                    "rank": subspace.k,
-                    "leverage_sum": leverage_sum,
-                    "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
-                    "leverage_threshold": float(chosen["leverage"].to_numpy().min()),
-                    "normalised_leverage_threshold": float(chosen["normalised_leverage"].to_numpy().min()),
-                    "basis_version": basis["data_version"],
-                    **{f"drift_{name}": value for name, value in json.loads(basis["drift"]).items()},
-                    **comparison_metadata(compared),
-                    **_cycle(context, selection, in_basis).metadata(),
-                    "seconds": time.monotonic() - start,
-                    "bytes": n_bytes,
-                    "dagster/uri": str(path),
-                },
-                (
-                    dg.AssetCheckResult(
-                        check_name="leverage_scores_sum_to_rank",
-                        passed=scores.height == subspace.n
-                        and (
-                            abs(normalised_sum - subspace.n) <= _SUM_TOLERANCE * subspace.n
-                            if subspace.k
-                            else normalised_sum <= _SUM_TOLERANCE * subspace.n
-                        ),
-                        metadata={
-                            "leverage_sum": leverage_sum,
-                            "normalised_mean": normalised_sum / scores.height,
-                            "rank": subspace.k,
-                            "scored": scores.height,
-                            "samples_in_basis": subspace.n,
-                            "tolerance": _SUM_TOLERANCE,
-                        },
-                    ),
-                    missing_shards_check(
-                        "selection_covers_every_shard", [shard for shard in pool if shard not in in_basis]
-                    ),
-                    _listed_check(chooser.unknown),
-                ),
-            ).result()
+        with at_work(context, storage.locks(selection.store)):
+            shards = pool_shards(context, selection.partitions)
+            return choose_subset(selection, storage, shards, cost=partial(_cost, context, selection)).result()
 
     return selected_subset
+
+
+def choose_subset(
+    selection: Selection,
+    storage: StorageResource,
+    shards: Sequence[str],
+    *,
+    cost: Callable[[BasisHeader], Mapping[str, Any]] = lambda _: {},
+) -> Output:
+    """Choose the subset, compare it with other strategies' and write both.
+
+    Args:
+        selection: What is asked for.
+        storage: Opens pool and store.
+        shards: All shards of the pool; a check names those that could not be chosen from.
+        cost: Gives what this cycle has cost, as metadata.
+
+    Raises:
+        dg.Failure: The terms cannot be met, or a shard was scored with another basis.
+    """
+    start = time.monotonic()
+    artifacts = storage.artifacts(selection.store)
+    subspace, basis = subspace_basis.read_basis(artifacts)
+    before = _last_selected(artifacts)
+    lists = Lists.read(selection, storage)
+    removed, removed_version = removed_samples.read_removed(artifacts, selection)
+    pool = PoolRows(
+        artifacts,
+        storage.embeddings(selection.store),
+        basis,
+        selection.labels,
+        with_images=bool(lists.include or lists.exclude),
+    )
+    with ExitStack() as stack:
+        chooser = Chooser(selection, pool, subspace, lists, removed, before, stack)
+        choice = chooser.choose()
+        chosen, compared = chooser.chosen(choice), chooser.compared(choice)
+        numbers = chooser.numbers(choice)
+    data_version = _content_version(chosen)
+    made_from = provenance(selection, basis.data_version, lists.version, removed_version)
+    stated = data_versions.header(data_version, made_from, subspace_basis=basis.data_version)
+    artifacts.write_frame(comparison.NAME, compared, stated)
+    path, n_bytes = artifacts.write_frame(NAME, chosen, stated)
+    return Output(
+        data_version,
+        made_from,
+        {
+            "dagster/row_count": chosen.height,
+            "embedded": chooser.rows.height,
+            **_churn(before, chosen),
+            **numbers,
+            "rank": subspace.k,
+            "leverage_sum": float(chooser.rows["leverage"].to_numpy().sum()),
+            "repeated_across_shards": chosen.height - chosen["sample_key"].n_unique(),
+            "leverage_threshold": float(chosen["leverage"].to_numpy().min()),
+            "normalised_leverage_threshold": float(chosen["normalised_leverage"].to_numpy().min()),
+            "basis_version": basis.data_version,
+            **{f"drift_{name}": value for name, value in basis.drift.items()},
+            **comparison_metadata(compared),
+            **cost(basis),
+            "seconds": time.monotonic() - start,
+            "bytes": n_bytes,
+            "dagster/uri": str(path),
+        },
+        (
+            _sum_check(chooser.rows, subspace),
+            missing_shards_check(
+                "selection_covers_every_shard", [shard for shard in shards if shard not in basis.shards]
+            ),
+            _listed_check(chooser.unknown),
+        ),
+    )
+
+
+def _sum_check(scores: pl.DataFrame, subspace: "Subspace") -> dg.AssetCheckResult:
+    """Whether the scores of all rows sum to k, which normalised scores do where they sum to n."""
+    normalised_sum = float(scores["normalised_leverage"].to_numpy().sum())
+    wanted = subspace.n if subspace.k else 0
+    return dg.AssetCheckResult(
+        check_name="leverage_scores_sum_to_rank",
+        passed=scores.height == subspace.n and abs(normalised_sum - wanted) <= _SUM_TOLERANCE * subspace.n,
+        metadata={
+            "leverage_sum": float(scores["leverage"].to_numpy().sum()),
+            "normalised_mean": normalised_sum / scores.height,
+            "rank": subspace.k,
+            "scored": scores.height,
+            "samples_in_basis": subspace.n,
+            "tolerance": _SUM_TOLERANCE,
+        },
+    )
 
 
 def _listed_check(unknown: tuple[str, ...]) -> dg.AssetCheckResult:
@@ -186,10 +205,8 @@ def _listed_check(unknown: tuple[str, ...]) -> dg.AssetCheckResult:
     )
 
 
-def _cycle(
-    context: dg.AssetExecutionContext, selection: Selection, in_basis: Mapping[str, Mapping[str, str]]
-) -> cycle.Cycle:
-    """What this subset cost, from the last one on."""
+def _cost(context: dg.AssetExecutionContext, selection: Selection, basis: BasisHeader) -> Mapping[str, Any]:
+    """What this subset has cost, from the last one on."""
     return cycle.since_last(
         context.instance,
         selection.key(NAME),
@@ -198,8 +215,8 @@ def _cycle(
             selection.key(module.NAME)
             for module in (raw_samples, embedding_moments, subspace_basis, importance_scores)
         ],
-        {shard: int(moments["rows"]) for shard, moments in in_basis.items()},
-    )
+        {shard: moments.rows for shard, moments in basis.shards.items()},
+    ).metadata()
 
 
 def _last_selected(artifacts: ArtifactStore) -> pl.DataFrame | None:
@@ -229,3 +246,21 @@ def _content_version(chosen: pl.DataFrame) -> str:
     for part in chosen.iter_slices(100_000):  # as text, a row takes some hundred bytes
         content.update(part.write_ndjson().encode())
     return digest(content.hexdigest())
+
+
+def expected(state: StoreState) -> str:
+    """The provenance that the choice would have now."""
+    return provenance(
+        state.selection,
+        state.version(subspace_basis.ASSET),
+        Lists.read(state.selection, state.storage).version,
+        state.version(removed_samples.ASSET),
+    )
+
+
+def header(state: StoreState) -> OutputHeader:
+    """The header of the choice; empty where it is missing or damaged."""
+    return state.frame_header(NAME)
+
+
+ASSET = PoolAsset(name=NAME, code_version=CODE_VERSION, build=build, expected=expected, header=header)

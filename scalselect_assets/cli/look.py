@@ -12,18 +12,17 @@ from scalselect_assets.cli.printing import (
     ERR,
     OUT,
     PLAIN,
-    ProgressBars,
     print_json,
     print_summary,
     user_errors,
 )
-from scalselect_assets.cli.run import make_refresh
 from scalselect_assets.dataset.training_manifest import is_complete
 from scalselect_assets.declaration.selection import read_selection
 from scalselect_assets.explain.explanation import DEFAULT_SIMILAR
 from scalselect_assets.explain.sample_attention import SampleAttention, attention_of
 from scalselect_assets.explain.sample_lineage import SampleLineage, trace
 from scalselect_assets.explain.why import explain as explain_sample
+from scalselect_assets.operations.staleness import Staleness
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.pool.discovery import discover
 from scalselect_assets.recording.partitions import known_shards
@@ -61,8 +60,7 @@ def status(
             selection.settle_seconds,
         )
         with deployment.open_instance(selection) as instance:
-            refresh = make_refresh(selection, instance, VlmResource(), ProgressBars(), verbose=verbose)
-            pending = refresh.pending(discovery)
+            pending = Staleness(selection, storage, VlmResource(), instance).pending(discovery)
             known = set(known_shards(instance, selection.name))
         result = summary(artifacts) if is_complete(artifacts) else {}
         state = {

@@ -7,10 +7,9 @@ in memory; exports add a temporary file of the chosen texts and what `exports.pu
 """
 
 import hashlib
-import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING, Any
@@ -19,21 +18,23 @@ import dagster as dg
 import polars as pl
 from upath import UPath
 
+from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState, path_of
 from scalselect_assets.choice import selected_subset
 from scalselect_assets.dataset.exports import publish
 from scalselect_assets.dataset.exports.rows import RowSpool
+from scalselect_assets.dataset.training_manifest import is_complete, read_manifest
 from scalselect_assets.declaration.selection import Selection
-from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import TRAINING_ROWS, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
 from scalselect_assets.recording.partitions import pool_shards
-from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.artifacts import FRAME, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
-from scalselect_assets.subspace import embedding_moments, importance_scores, subspace_basis
+from scalselect_assets.subspace import subspace_basis
+from scalselect_assets.subspace.basis_header import BasisHeader, parse_basis_header
 
 if TYPE_CHECKING:
     from scalselect_assets.method.subspace.basis import Subspace
@@ -73,81 +74,95 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
     ) -> dg.MaterializeResult:
         """The selected rows in the pool's own format, with a manifest that leads back to every input."""
-        with at_work(context, storage.locks(selection.store)), ExitStack() as spools:
-            start = time.monotonic()
-            artifacts = storage.artifacts(selection.store)
-            source = storage.samples(selection.source, selection.image_root, selection.store)
-            subset, subset_header = artifacts.read_frame(selected_subset.NAME)
-            subspace, basis = subspace_basis.read_basis(artifacts)
-            inputs = json.loads(basis["shards"])
-            spool = spools.enter_context(RowSpool()) if selection.exports else None
-            writer = DatasetWriter(
-                artifacts,
-                storage.embeddings(selection.store),
-                source,
-                sorted(inputs),
-                text_only=text_only_rows(artifacts, selection, sorted(inputs)),
-                spool=spool,
-            )
-            path, n_bytes = writer.write(subset)
-            exports = _write_exports(selection, artifacts, spool, source)
-            data_version = _data_version(writer.sha256, exports)
-            pool = pool_shards(context, selection.partitions)
-            left_out = [shard for shard in pool if shard not in inputs]
-            made_from = provenance(
-                selection,
-                subset_header["provenance"],
-                subset_header["data_version"],
-                basis["data_version"],
-                left_out,
-            )
-            manifest = {
-                **data_versions.header(data_version, made_from),
-                "shards_left_out": left_out,
-                "model": vlm.card(artifacts, **selection.target),
-                "basis_version": basis["data_version"],
-                "basis_drift": json.loads(basis["drift"]),
-                "images_relative_to": str(source.images_folder()),
-                "training_file": path.name,
-                **_settings(selection),
-                **_counts(subspace, subset, writer),
-                "shards": {
-                    shard: _shard_lineage(writer, shard, moments, basis["data_version"])
-                    for shard, moments in inputs.items()
-                },
-                "files": _files(artifacts, subset, writer, path, n_bytes),
-            }
-            if exports:
-                manifest["exports"] = {name: report.to_json() for name, report in exports.items()}
-                manifest["files"] |= publish.files(exports)
-            manifest_path, _ = artifacts.write_json(NAME, manifest, MANIFEST)
-            publish.remove_others(artifacts.root / NAME / publish.FOLDER, list(exports))
-            return Output(
-                data_version,
-                made_from,
-                {
-                    "dagster/row_count": writer.n_rows,
-                    "selected_rows": subset.height,
-                    "text_only_rows": writer.n_text_only,
-                    "seconds": time.monotonic() - start,
-                    "bytes": n_bytes,
-                    "dagster/uri": str(path),
-                    "manifest": dg.MetadataValue.path(str(manifest_path)),
-                    "sha256": writer.sha256,
-                    **publish.metadata(exports),
-                },
-                (
-                    dg.AssetCheckResult(
-                        check_name="every_selected_row_is_written",
-                        passed=writer.n_selected == subset.height
-                        and writer.n_rows == writer.n_selected + writer.n_text_only,
-                        metadata={"written": writer.n_rows, "selected": subset.height},
-                    ),
-                    *_export_results(exports),
-                ),
-            ).result()
+        with at_work(context, storage.locks(selection.store)):
+            shards = pool_shards(context, selection.partitions)
+            return write_dataset(selection, storage, vlm, shards).result()
 
     return training_dataset
+
+
+def write_dataset(
+    selection: Selection, storage: StorageResource, vlm: VlmResource, shards: Sequence[str]
+) -> Output:
+    """Write the training file, the exports and the manifest.
+
+    Args:
+        selection: Whose dataset.
+        storage: Opens pool and store.
+        vlm: Describes the target model.
+        shards: All shards of the pool; the manifest names those that were left out.
+
+    Raises:
+        dg.Failure: The files cannot be written as declared.
+    """
+    start = time.monotonic()
+    artifacts = storage.artifacts(selection.store)
+    source = storage.samples(selection.source, selection.image_root, selection.store)
+    subset, subset_header = artifacts.read_frame(selected_subset.NAME)
+    subspace, basis = subspace_basis.read_basis(artifacts)
+    in_basis = sorted(basis.shards)
+    with ExitStack() as spools:
+        spool = spools.enter_context(RowSpool()) if selection.exports else None
+        writer = DatasetWriter(
+            artifacts,
+            storage.embeddings(selection.store),
+            source,
+            in_basis,
+            text_only=text_only_rows(artifacts, selection, in_basis),
+            spool=spool,
+        )
+        path, n_bytes = writer.write(subset)
+        exports = _write_exports(selection, artifacts, spool, source)
+    left_out = [shard for shard in shards if shard not in basis.shards]
+    data_version = _data_version(writer.sha256, exports)
+    made_from = provenance(
+        selection,
+        subset_header["provenance"],
+        subset_header["data_version"],
+        basis.data_version,
+        left_out,
+    )
+    manifest = {
+        **data_versions.header(data_version, made_from),
+        "shards_left_out": left_out,
+        "model": vlm.card(artifacts, **selection.target),
+        "basis_version": basis.data_version,
+        "basis_drift": basis.drift,
+        "images_relative_to": str(source.images_folder()),
+        "training_file": path.name,
+        **_settings(selection),
+        **_counts(subspace, subset, writer),
+        "shards": {shard: _shard_lineage(writer, shard, basis) for shard in basis.shards},
+        "files": {**_files(artifacts, subset, writer, path, n_bytes), **publish.files(exports)},
+        **({"exports": {name: report.to_json() for name, report in exports.items()}} if exports else {}),
+    }
+    manifest_path, _ = artifacts.write_json(NAME, manifest, MANIFEST)
+    publish.remove_others(artifacts.root / NAME / publish.FOLDER, list(exports))
+    return Output(
+        data_version,
+        made_from,
+        {
+            "dagster/row_count": writer.n_rows,
+            "selected_rows": subset.height,
+            "text_only_rows": writer.n_text_only,
+            "seconds": time.monotonic() - start,
+            "bytes": n_bytes,
+            "dagster/uri": str(path),
+            "manifest": dg.MetadataValue.path(str(manifest_path)),
+            "sha256": writer.sha256,
+            **publish.metadata(exports),
+        },
+        (_every_row_check(writer, subset), *_export_results(exports)),
+    )
+
+
+def _every_row_check(writer: DatasetWriter, subset: pl.DataFrame) -> dg.AssetCheckResult:
+    """Whether the file holds each selected row once, and nothing else but text-only rows."""
+    return dg.AssetCheckResult(
+        check_name="every_selected_row_is_written",
+        passed=writer.n_selected == subset.height and writer.n_rows == writer.n_selected + writer.n_text_only,
+        metadata={"written": writer.n_rows, "selected": subset.height},
+    )
 
 
 def _export_checks(selection: Selection) -> list[dg.AssetCheckSpec]:
@@ -222,13 +237,7 @@ def _settings(selection: Selection) -> dict[str, Any]:
         },
         "code": {
             "scalselect-dagster": package_version("scalselect-dagster"),
-            raw_samples.NAME: raw_samples.CODE_VERSION,
-            receipts.NAME: receipts.CODE_VERSION,
-            embedding_moments.NAME: embedding_moments.CODE_VERSION,
-            subspace_basis.NAME: subspace_basis.CODE_VERSION,
-            importance_scores.NAME: importance_scores.CODE_VERSION,
-            selected_subset.NAME: selected_subset.CODE_VERSION,
-            NAME: CODE_VERSION,
+            **{asset.name: asset.code_version for asset in path_of(selection)},
         },
     }
 
@@ -252,15 +261,14 @@ def _counts(subspace: "Subspace", subset: pl.DataFrame, writer: DatasetWriter) -
     }
 
 
-def _shard_lineage(
-    writer: DatasetWriter, shard: str, moments: Mapping[str, str], basis_version: str
-) -> dict[str, Any]:
+def _shard_lineage(writer: DatasetWriter, shard: str, basis: BasisHeader) -> dict[str, Any]:
     """The versions that one shard went in with."""
+    moments = basis.shards[shard]
     return {
         "raw_samples": writer.headers[shard]["raw_samples"],
-        "attention_embeddings": moments["attention_embeddings"],
-        "embedding_moments": moments["data_version"],
-        "scored_with_basis": basis_version,
+        "attention_embeddings": moments.attention_embeddings,
+        "embedding_moments": moments.data_version,
+        "scored_with_basis": basis.data_version,
         "lance_table": writer.tables[shard].table,
         "lance_version": writer.tables[shard].version,
         "rejected": sum(writer.rejected[shard].values()),
@@ -271,7 +279,7 @@ def _files(
     artifacts: ArtifactStore, subset: pl.DataFrame, writer: DatasetWriter, path: UPath, n_bytes: int
 ) -> dict[str, Any]:
     """Hash, rows and size of each file, by its path from the manifest."""
-    subset_path = artifacts.path(selected_subset.NAME, suffix=".parquet")
+    subset_path = artifacts.path(selected_subset.NAME, suffix=FRAME)
     subset_bytes = subset_path.read_bytes()
     return {
         path.name: {"sha256": writer.sha256, "rows": writer.n_rows, "bytes": n_bytes},
@@ -281,3 +289,25 @@ def _files(
             "bytes": len(subset_bytes),
         },
     }
+
+
+def expected(state: StoreState) -> str:
+    """The provenance that the files would have now."""
+    subset = state.header(selected_subset.ASSET)
+    basis = state.header(subspace_basis.ASSET)
+    in_basis = parse_basis_header(state.artifacts, basis).shards if basis else {}
+    return provenance(
+        state.selection,
+        subset.get("provenance", ""),
+        subset.get("data_version", ""),
+        state.version(subspace_basis.ASSET),
+        sorted(set(state.shards) - set(in_basis)),
+    )
+
+
+def header(state: StoreState) -> OutputHeader:
+    """The manifest; empty where it or a file that it names is missing or damaged."""
+    return read_manifest(state.artifacts) if is_complete(state.artifacts) else {}
+
+
+ASSET = PoolAsset(name=NAME, code_version=CODE_VERSION, build=build, expected=expected, header=header)

@@ -13,7 +13,6 @@ import dagster as dg
 import yaml
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from scalselect_assets import ASSET_MODULES
 from scalselect_assets.declaration.choice_settings import (
     Comparison,
     DeclaredQuota,
@@ -26,6 +25,8 @@ from scalselect_assets.declaration.curation import Decontamination, NearDuplicat
 from scalselect_assets.declaration.export_specs import ExportSpecs
 from scalselect_assets.method.choice.budget import budget_size
 from scalselect_assets.method.choice.terms import Budget
+from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PLACE
+from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
 from scalselect_assets.resources.vlm import TargetModel
@@ -101,6 +102,33 @@ class Selection(dg.Model):
     )
     attention_mass: float = Field(
         default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."
+    )
+    image_place: Literal["first", "as_written"] = Field(
+        default=DEFAULT_IMAGE_PLACE,
+        description="Where a row's images stand in the prompt: in front of the first user turn if all its "
+        "marks are in that turn (the published code), or where the marks are written. It should be what the "
+        "training will do.",
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels that the longest side of an image is scaled to at most, for models whose "
+        "processor knows it (Idefics3, SmolVLM); by default the processor's own.",
+    )
+    min_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels that a smaller image is scaled up to (Qwen-VL); by default the processor's own.",
+    )
+    max_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels that a larger image is scaled down to (Qwen-VL); by default the processor's own.",
+    )
+    max_tiles: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tiles that an image is cut into at most (InternVL); by default the processor's own.",
     )
     energy: float = Field(
         default=DEFAULT_ENERGY_THRESHOLD,
@@ -224,6 +252,11 @@ class Selection(dg.Model):
         return rank
 
     @model_validator(mode="after")
+    def _image_size_is_possible(self) -> Self:
+        ImageSize(self.image_size, self.min_pixels, self.max_pixels, self.max_tiles)
+        return self
+
+    @model_validator(mode="after")
     def _schedule_is_possible(self) -> Self:
         try:
             dg.ScheduleDefinition(
@@ -256,15 +289,6 @@ class Selection(dg.Model):
         return min(1.0, budget.amount / n_rows) if budget.unit == "rows" else _EXPECTED_SHARE
 
     @property
-    def assets(self) -> list[str]:
-        """The asset modules of its path, in order."""
-        absent = {
-            *([] if self.removes_samples else ["removed_samples"]),
-            *([] if self.report else ["selection_report"]),
-        }
-        return [name for name in ASSET_MODULES if name not in absent]
-
-    @property
     def removes_samples(self) -> bool:
         """Whether duplicates or contaminated samples are removed before the choice."""
         return bool(self.near_duplicates or self.decontamination)
@@ -293,6 +317,11 @@ class Selection(dg.Model):
             "revision": self.model_revision,
             "dtype": self.dtype,
             "attention_mass": self.attention_mass,
+            "image_place": self.image_place,
+            "image_size": self.image_size,
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "max_tiles": self.max_tiles,
         }
 
     def result_settings(self) -> dict[str, Any]:

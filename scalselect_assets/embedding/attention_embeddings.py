@@ -18,6 +18,7 @@ import polars as pl
 import pyarrow as pa
 from pydantic import Field
 
+from scalselect_assets.asset_path import OutputHeader, ShardAsset, StoreState
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import reuse
 from scalselect_assets.pool import raw_samples
@@ -30,7 +31,7 @@ from scalselect_assets.recording.columns import (
 )
 from scalselect_assets.recording.materialization import Output, materialize_shards
 from scalselect_assets.recording.partitions import shard_check
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactCorruptError, ArtifactMissingError
 from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.progress import Progress
@@ -136,7 +137,7 @@ class _Embedding:
             hashlib.sha256(rejected.write_ndjson().encode()).hexdigest(),
         )
         made_from = provenance(table.fingerprint, self._vlm.max_image_pixels, raw_header["data_version"])
-        header = data_versions.header(
+        stated = data_versions.header(
             data_version,
             made_from,
             raw_samples=raw_header["data_version"],
@@ -144,9 +145,9 @@ class _Embedding:
             container=raw_header["container"],
             max_image_pixels=self._conditions["max_image_pixels"],
         )
-        rejected_path, _ = self._artifacts.write_frame(REJECTED, rejected, header, shard)
+        rejected_path, _ = self._artifacts.write_frame(REJECTED, rejected, stated, shard)
         # The receipt comes last: it is what makes the new table the shard's table.
-        self._artifacts.write_json(NAME, {"table": table.to_json(), "header": header}, shard)
+        self._artifacts.write_json(NAME, {"table": table.to_json(), "header": stated}, shard)
         reuse.forget(self._artifacts, shard)
         seconds = time.monotonic() - start
         return Output(
@@ -188,14 +189,14 @@ class _Embedding:
         Where the receipt names another model's, the present one's may be there from before.
         """
         try:
-            table, header = recorded_table(self._artifacts, shard)
+            table, stated = recorded_table(self._artifacts, shard)
         except (ArtifactMissingError, ArtifactCorruptError):
             return None
         fingerprint = self._conditions["fingerprint"]
         if table.fingerprint == fingerprint:
             return table, {
                 "fingerprint": fingerprint,
-                "max_image_pixels": header.get("max_image_pixels", ""),
+                "max_image_pixels": stated.get("max_image_pixels", ""),
             }
         earlier = self._tables.newest(fingerprint, shard)
         return earlier and (earlier[0], {"fingerprint": fingerprint, **earlier[1]})
@@ -319,3 +320,30 @@ def _not_empty(raw: pl.DataFrame, table: EmbeddingTable) -> dg.AssetCheckResult:
         severity=dg.AssetCheckSeverity.WARN,
         metadata={"raw": raw.height, "embedded": table.n_rows},
     )
+
+
+def expected(state: StoreState, shard: str) -> str | None:
+    """The provenance that a shard's vectors would have now."""
+    raw_version = state.version(raw_samples.ASSET, shard)
+    return provenance(state.model_fingerprint(), state.vlm.max_image_pixels, raw_version)
+
+
+def header(state: StoreState, shard: str) -> OutputHeader:
+    """The header of a shard's vectors; empty where receipt, table or rejected rows are missing or damaged."""
+    try:
+        table, stated = recorded_table(state.artifacts, shard)
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return {}
+    rejected = state.frame_header(REJECTED, shard)
+    is_whole = table.table in state.table_names and rejected.get("provenance") == stated["provenance"]
+    return stated if is_whole else {}
+
+
+ASSET = ShardAsset(
+    name=NAME,
+    code_version=CODE_VERSION,
+    build=build,
+    expected=expected,
+    header=header,
+    shard_files=((NAME, RECORD), (REJECTED, FRAME)),
+)

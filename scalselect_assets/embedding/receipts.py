@@ -1,7 +1,5 @@
 """The receipt that commits a shard's vectors, and the rows that have none."""
 
-from collections.abc import Mapping
-
 import dagster as dg
 import polars as pl
 from pydantic import BaseModel, field_validator
@@ -58,14 +56,14 @@ def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable
 
 
 def fitted_table(
-    artifacts: ArtifactStore, shard: str, in_basis: Mapping[str, Mapping[str, str]]
+    artifacts: ArtifactStore, shard: str, fitted_on: str | None
 ) -> tuple[EmbeddingTable, dict[str, str]]:
     """As ``recorded_table``, of a shard whose vectors are still those that the basis was fitted on.
 
     Args:
         artifacts: The store.
         shard: Which one.
-        in_basis: By shard, what the basis says of it.
+        fitted_on: The version of the vectors that the basis was fitted on; none where it has no part of them.
 
     Raises:
         ArtifactMissingError: The shard is not embedded.
@@ -73,7 +71,6 @@ def fitted_table(
         dg.Failure: The basis was fitted on other vectors of the shard, or without it.
     """
     table, header = recorded_table(artifacts, shard)
-    fitted_on = in_basis.get(shard, {}).get(NAME)
     if header["data_version"] != fitted_on:
         raise dg.Failure(
             f"the basis was fitted on version {fitted_on} of shard {shard!r}, its vectors are now "

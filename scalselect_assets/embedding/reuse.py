@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactStore
+from scalselect_assets.resources.artifacts import FRAME, ArtifactCorruptError, ArtifactStore
 from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable, EmbeddingTableError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def forget(artifacts: ArtifactStore, shard: str) -> None:
     """Remove what was set aside for a shard: it is committed."""
     # From the last on, so that a crash on the way leaves numbers without a gap, which the next time finds.
     for part in reversed(parts(artifacts, shard)):
-        artifacts.path(SET_ASIDE, part, suffix=".parquet").unlink(missing_ok=True)
+        artifacts.path(SET_ASIDE, part, suffix=FRAME).unlink(missing_ok=True)
 
 
 def _part(shard: str, number: int) -> str:
@@ -128,7 +128,7 @@ def _part(shard: str, number: int) -> str:
 def parts(artifacts: ArtifactStore, shard: str) -> list[str]:
     """The parts of a shard, which are numbered from 0 without a gap."""
     found: list[str] = []
-    while artifacts.exists(SET_ASIDE, part := _part(shard, len(found)), suffix=".parquet"):
+    while artifacts.exists(SET_ASIDE, part := _part(shard, len(found)), suffix=FRAME):
         found.append(part)
     return found
 

@@ -19,6 +19,7 @@ from urllib.parse import quote
 import dagster as dg
 import polars as pl
 
+from scalselect_assets.asset_path import ShardAsset, StoreState, path_of
 from scalselect_assets.choice import selected_subset
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.declaration.selection import Selection
@@ -28,11 +29,17 @@ from scalselect_assets.method.representation.rejection import RejectionReason
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording.partitions import known_shards
 from scalselect_assets.recording.records import MadeBy, made_by
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.artifacts import (
+    ARRAYS,
+    FRAME,
+    RECORD,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+)
 from scalselect_assets.resources.embedding_store import EmbeddingTableError
 from scalselect_assets.resources.sample_source import ShardIndex
 from scalselect_assets.resources.storage import StorageResource
-from scalselect_assets.resources.vlm import CARDS
+from scalselect_assets.resources.vlm import CARDS, VlmResource
 from scalselect_assets.subspace import embedding_moments, importance_scores, subspace_basis
 
 
@@ -137,11 +144,15 @@ def trace(
     return _Trace(selection, storage, instance).of(key)
 
 
+def _no_fingerprint() -> str:
+    raise RuntimeError("a sample is followed by what outputs state, without the target model")
+
+
 class _Trace:
     """Follows one sample, and collects steps and problems on the way."""
 
     def __init__(self, selection: Selection, storage: StorageResource, instance: dg.DagsterInstance) -> None:
-        self._selection, self._instance = selection, instance
+        self._selection, self._storage, self._instance = selection, storage, instance
         self._artifacts = storage.artifacts(selection.store)
         self._embeddings = storage.embeddings(selection.store)
         self._source = storage.samples(selection.source, selection.image_root, selection.store)
@@ -158,7 +169,7 @@ class _Trace:
         raw, header = self._artifacts.read_frame(raw_samples.NAME, place.shard)
         row = raw.row(by_predicate=pl.col("row") == place.row, named=True)
         shard_file = self._shard_file(place.shard, header)
-        file = self._artifacts.path(raw_samples.NAME, place.shard, suffix=".parquet")
+        file = self._artifacts.path(raw_samples.NAME, place.shard, suffix=FRAME)
         self._add(raw_samples.NAME, header, place.shard, file=str(file))
         vector = self._embedding(place, header)
         if vector is not None:
@@ -237,7 +248,7 @@ class _Trace:
     def _model(self, fingerprint: str) -> dict[str, Any]:
         """What the store knows of a model."""
         facts = {"model_fingerprint": fingerprint, "model": None, "model_commit": None}
-        for path in self._artifacts.paths(CARDS, suffix=".json"):
+        for path in self._artifacts.paths(CARDS, suffix=RECORD):
             with suppress(ValueError, KeyError, TypeError):  # a damaged card says nothing of this model
                 card = loads(path.read_bytes())
                 if card["fingerprint"] == fingerprint:
@@ -256,7 +267,7 @@ class _Trace:
         if fate["reason"] is None:
             return None
         if fate["reason"] == RejectionReason.TEXT_ONLY and self._selection.text_only == "keep":
-            self._dataset(self._header(subspace_basis.NAME, suffix=".safetensors"))
+            self._dataset(self._header(subspace_basis.NAME, suffix=ARRAYS))
         return fate
 
     def _choice(self, place: SamplePlace) -> dict[str, Any]:
@@ -266,6 +277,7 @@ class _Trace:
         scored = self._scores(place, basis)
         rank = self._subset(place, basis)
         self._dataset(basis)
+        self._others(place.shard)
         if not scored and not self._problems:
             self._problems.append(f"the sample has no score; {self._remedy}")
         if rank is not None:
@@ -273,7 +285,7 @@ class _Trace:
         return {"state": "not selected" if scored else "not scored"}
 
     def _moments(self, shard: str) -> Mapping[str, str]:
-        header = self._header(embedding_moments.NAME, shard, suffix=".safetensors")
+        header = self._header(embedding_moments.NAME, shard, suffix=ARRAYS)
         with self._told():
             _, embedded = receipts.recorded_table(self._artifacts, shard)
             self._compare(
@@ -288,7 +300,7 @@ class _Trace:
     def _basis(self, shard: str, moments: Mapping[str, str]) -> Mapping[str, str]:
         with self._told():
             subspace, header = subspace_basis.read_basis(self._artifacts)
-            held = loads(header["shards"]).get(shard)
+            held = header.shards.get(shard)
             if held is None:
                 self._problems.append(
                     f"{subspace_basis.NAME} was made without this shard: either it is newer, or it could not "
@@ -298,18 +310,18 @@ class _Trace:
                 self._compare(
                     subspace_basis.NAME,
                     f"{embedding_moments.NAME}[{shard}]",
-                    held["data_version"],
+                    held.data_version,
                     moments.get("data_version"),
                 )
             self._add(
                 subspace_basis.NAME,
-                header,
+                header.model_dump(include={"data_version"}),
                 rank=subspace.k,
                 energy=subspace.energy,
                 samples=subspace.n,
-                drift=loads(header["drift"]).get("score_change"),
+                drift=header.drift.get("score_change"),
             )
-            return header
+            return header.model_dump(include={"data_version"})
         return {}
 
     def _scores(self, place: SamplePlace, basis: Mapping[str, str]) -> bool:
@@ -353,7 +365,7 @@ class _Trace:
                 rank=rank,
                 selected=subset.height,
                 lowest_normalised_leverage=lowest,
-                file=str(self._artifacts.path(selected_subset.NAME, suffix=".parquet")),
+                file=str(self._artifacts.path(selected_subset.NAME, suffix=FRAME)),
             )
             return rank
         return None
@@ -378,9 +390,21 @@ class _Trace:
                 file=str(self._artifacts.root / training_manifest.NAME / file),
                 sha256=manifest["files"][file]["sha256"],
                 manifest=str(
-                    self._artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=".json")
+                    self._artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)
                 ),
             )
+
+    def _others(self, shard: str) -> None:
+        """The assets of the path that have nothing to add about one sample but their version."""
+        state = StoreState(self._selection, self._storage, VlmResource(), _no_fingerprint)
+        names = [asset.name for asset in path_of(self._selection)]
+        seen = {step.asset for step in self._steps}
+        for asset in path_of(self._selection):
+            if asset.name not in seen:
+                place = shard if isinstance(asset, ShardAsset) else None
+                if header := state.header(asset, place):
+                    self._add(asset.name, header, place)
+        self._steps.sort(key=lambda step: names.index(step.asset))
 
     # What is collected
 
@@ -409,7 +433,7 @@ class _Trace:
             self._problems.append(f"{error}; {self._remedy}")
         except EmbeddingTableError as error:
             # A table that is there and damaged is not seen until it is read; without its receipt, it is.
-            receipt = self._artifacts.path(receipts.NAME, error.shard, suffix=".json")
+            receipt = self._artifacts.path(receipts.NAME, error.shard, suffix=RECORD)
             self._problems.append(f"{error}: where its receipt {receipt} is deleted, {self._remedy}")
 
     def _page(self, asset: str, shard: str | None) -> str:

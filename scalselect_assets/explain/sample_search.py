@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from json import loads
 from typing import Any, Final
 
 import polars as pl
@@ -11,8 +10,12 @@ import polars as pl
 from scalselect_assets.choice import selected_subset
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.pool import raw_samples
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from scalselect_assets.subspace import subspace_basis
+from scalselect_assets.resources.artifacts import (
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
+from scalselect_assets.subspace.basis_header import read_basis_header
 
 SHORTEST_PREFIX: Final = 6
 _CANDIDATES_SHOWN = 10
@@ -109,7 +112,7 @@ def find_sample(
 def last_shards(artifacts: ArtifactStore) -> set[str]:
     """The shards that the last basis is of; none where there is no basis that can be read."""
     with suppress(ArtifactMissingError, ArtifactCorruptError):
-        return set(loads(artifacts.read_header(subspace_basis.NAME, suffix=".safetensors")["shards"]))
+        return set(read_basis_header(artifacts).shards)
     return set()
 
 

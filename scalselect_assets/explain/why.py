@@ -1,7 +1,6 @@
 """Why a sample was chosen, or not: its score, its place and its directions."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from json import loads
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,9 +136,9 @@ class _Scored:
         self._store, self._place = store, place
         self._artifacts, self._selection = store.artifacts, store.selection
         self._subspace, basis = subspace_basis.read_basis(self._artifacts)
-        self._basis_version, self._in_basis = basis["data_version"], loads(basis["shards"])
+        self._basis_version, self._in_basis = basis.data_version, basis.shards
         self._table, header = store.table(place)
-        fitted = self._in_basis.get(place.shard, {}).get("attention_embeddings")
+        fitted = basis.vectors_of(place.shard)
         if fitted != header["data_version"]:
             raise ExplanationError(
                 f"the vectors of shard {place.shard!r} are not those that the basis was fitted on "
@@ -270,7 +269,7 @@ class _Scored:
 
         for shard in sorted(self._in_basis):
             table, header = receipts.recorded_table(self._artifacts, shard)
-            if header["data_version"] != self._in_basis[shard]["attention_embeddings"]:
+            if header["data_version"] != self._in_basis[shard].attention_embeddings:
                 self._problems.append(
                     f"the vectors of shard {shard!r} are newer than the basis and were not compared; "
                     f"{self._store.remedy}"

@@ -30,21 +30,31 @@ from typing import Any, TypeAlias
 
 import dagster as dg
 
-from scalselect_assets import ASSET_MODULES
+from scalselect_assets.asset_path import path_of
+from scalselect_assets.choice import removed_samples, selected_subset
+from scalselect_assets.dataset import training_manifest
 from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.embedding import receipts
+from scalselect_assets.pool import raw_samples
 from scalselect_assets.pool.discovery import SHARD_FILES, SHARD_MANIFEST
+from scalselect_assets.subspace import embedding_moments, importance_scores, subspace_basis
 
 AC = dg.AutomationCondition
 Condition: TypeAlias = dg.AutomationCondition[Any]
 
-RAW, EMBEDDINGS, MOMENTS, BASIS, SCORES, REMOVED, SUBSET, DATASET, REPORT = ASSET_MODULES
+RAW, EMBEDDINGS, MOMENTS = raw_samples.NAME, receipts.NAME, embedding_moments.NAME
+BASIS, SCORES = subspace_basis.NAME, importance_scores.NAME
+REMOVED, SUBSET, DATASET = removed_samples.NAME, selected_subset.NAME, training_manifest.NAME
 
 AUTOMATION_TAG = "scalselect/automation"
 """On every run that the conditions ask for: the selection's name."""
 
 
 def automation_condition(selection: Selection, asset: str) -> Condition | None:
-    """When Dagster requests ``asset`` by itself; never, where the refresh drives the selection."""
+    """When Dagster requests ``asset`` by itself; never, where the refresh drives the selection.
+
+    An asset that has no condition of its own here follows the one before it on the path.
+    """
     if not selection.is_declarative:
         return None
     conditions: dict[str, Callable[[Selection], Condition]] = {
@@ -56,9 +66,11 @@ def automation_condition(selection: Selection, asset: str) -> Condition | None:
         REMOVED: removed_samples_condition,
         SUBSET: selected_subset_condition,
         DATASET: training_dataset_condition,
-        REPORT: selection_report_condition,
     }
-    return conditions[asset](selection)
+    if condition := conditions.get(asset):
+        return condition(selection)
+    names = [step.name for step in path_of(selection)]
+    return following_condition(selection, names[names.index(asset) - 1])
 
 
 # The conditions, in path order
@@ -182,16 +194,16 @@ def training_dataset_condition(selection: Selection) -> Condition:
     )
 
 
-def selection_report_condition(selection: Selection) -> Condition:
-    """Fires with the training dataset, in one run with it, or if its settings change.
+def following_condition(selection: Selection, before: str) -> Condition:
+    """Fires with the asset ``before`` it on the path, in one run with it, or if its settings change.
 
-    It would loop if the report changed what it tells of.
+    This is how the report follows the training dataset. It would loop if an asset changed what it follows.
     """
-    with_dataset = AC.asset_matches(selection.key(DATASET), AC.will_be_requested())
-    changed = AC.asset_matches(selection.key(DATASET), _changed_by_others(selection))
+    with_it = AC.asset_matches(selection.key(before), AC.will_be_requested())
+    changed = AC.asset_matches(selection.key(before), _changed_by_others(selection))
     return (
-        (with_dataset | _due(changed) | _begun(selection, AC.code_version_changed()))
-        & AC.asset_matches(selection.key(DATASET), _present_and_quiet())
+        (with_it | _due(changed) | _begun(selection, AC.code_version_changed()))
+        & AC.asset_matches(selection.key(before), _present_and_quiet())
         & ~AC.run_in_progress()
     )
 
@@ -315,6 +327,7 @@ def _basis_busy(selection: Selection) -> Condition:
 def _in_progress_from_basis(selection: Selection) -> Condition:
     """As seen from the basis: it, scores of any shard, or an asset after them is in progress."""
     busy: Condition = AC.run_in_progress()
-    for asset in selection.assets[selection.assets.index(SCORES) :]:
+    names = [step.name for step in path_of(selection)]
+    for asset in names[names.index(SCORES) :]:
         busy |= AC.asset_matches(selection.key(asset), AC.run_in_progress())
     return busy

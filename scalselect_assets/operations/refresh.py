@@ -10,34 +10,30 @@ query per asset.
 """
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import dagster as dg
 
-from scalselect_assets.choice import lists, removed_samples, selected_subset
-from scalselect_assets.dataset import training_manifest
+from scalselect_assets.asset_path import ShardAsset
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts, reuse
 from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.operations.faults import RefreshError, error_cause, error_message
-from scalselect_assets.operations.staleness import SHARD_ASSETS, Headers, is_current
+from scalselect_assets.operations.staleness import Staleness, contiguous_ranges
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.pool.discovery import Discovery, report_discovery, settled_discovery
-from scalselect_assets.recording.data_versions import recorded
-from scalselect_assets.recording.partitions import known_shards
-from scalselect_assets.recording.records import latest_versions
-from scalselect_assets.report import page_receipt
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.artifacts import (
+    RECORD,
+    ArtifactCorruptError,
+)
 from scalselect_assets.resources.embedding_store import EmbeddingTableError
 from scalselect_assets.resources.progress import Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
-from scalselect_assets.subspace import embedding_moments, importance_scores, subspace_basis
+from scalselect_assets.subspace import subspace_basis
 
 REFRESH_TAG = "scalselect/refresh"
 
@@ -114,6 +110,7 @@ class Refresh:
         self._should_stop = should_stop
         self._artifacts = storage.artifacts(selection.store)
         self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._staleness = Staleness(selection, storage, vlm, instance)
         self._report = RefreshReport()
 
     def run(self) -> RefreshReport:
@@ -151,97 +148,31 @@ class Refresh:
             for shard in self._report.removed:
                 reuse.forget(self._artifacts, shard)
             self._refresh_shards(discovery)
-            if self._model_fingerprint() != self._fingerprint:
+            if self._staleness.model_fingerprint_now() != self._staleness.model_fingerprint:
                 raise RefreshError("the target model's files changed during the refresh; run it again")
-            self._refresh_whole()
+            self._refresh_pool()
             return self._report
-
-    def pending(self, discovery: Discovery) -> list[str]:
-        """What a run would compute now: shards, else assets over all shards; changes nothing.
-
-        Where shards are pending, what follows from them cannot be known and is not listed.
-        """
-        if shards := list(self._stale_shards(discovery)):
-            return shards
-        pool = self._pool()
-        if set(pool) - set(discovery.unsettled) != set(discovery.versions):
-            return self._whole_assets
-        inputs = self._basis_inputs(pool)
-        for position, asset in enumerate(self._whole_assets):
-            if self._is_stale(asset, pool, inputs):
-                return self._whole_assets[position:]
-        return []
-
-    @property
-    def _whole_assets(self) -> list[str]:
-        """The assets after those by shard."""
-        return [asset for asset in self._selection.assets if asset not in SHARD_ASSETS]
-
-    def _pool(self) -> Sequence[str]:
-        """The shards that Dagster knows, in its order."""
-        return known_shards(self._instance, self._selection.name)
-
-    def _model_fingerprint(self) -> str:
-        return str(self._vlm.card(self._artifacts, **self._selection.target)["fingerprint"])
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return self._model_fingerprint()
 
     # Shards
 
     def _refresh_shards(self, discovery: Discovery) -> None:
-        stale = self._stale_shards(discovery)
+        stale = self._staleness.stale_shards(discovery.versions)
         embedding = [shard for shard, assets in stale.items() if receipts.NAME in assets]
         self._progress.planned(len(embedding), sum(discovery.n_rows[shard] or 0 for shard in embedding))
         if embedding:
             # A model that cannot be loaded is said once, before anything is touched.
             self._vlm.encoder(self._artifacts, **self._selection.target)
         for shard, assets in stale.items():
-            if assets[0] == raw_samples.NAME and self._artifacts.exists(receipts.NAME, shard, suffix=".json"):
+            if assets[0] == raw_samples.NAME and self._artifacts.exists(receipts.NAME, shard, suffix=RECORD):
                 # Where the rows turn out as they were, after a change of code say, their vectors stand.
                 if not self._materialize_shard([raw_samples.NAME], shard):
                     continue
-                alone = Discovery({shard: discovery.versions[shard]}, discovery.n_rows)
-                assets = self._stale_shards(alone).get(shard, [])  # noqa: PLW2901
+                alone = {shard: discovery.versions[shard]}
+                assets = self._staleness.stale_shards(alone).get(shard, [])  # noqa: PLW2901
             if not assets or not self._materialize_shard(assets, shard):
                 continue
             if receipts.NAME in assets:
                 self._report.embedded.append(shard)
-
-    def _stale_shards(self, discovery: Discovery) -> dict[str, list[str]]:
-        """By shard, the assets that must run, in order: the first stale one and all after it."""
-        versions = {asset: self.latest_versions(asset, set(discovery.versions)) for asset in SHARD_ASSETS}
-        tables = self._storage.embeddings(self._selection.store).table_names()
-        stale = {}
-        for shard, shard_version in discovery.versions.items():
-            expected = raw_samples.provenance(self._selection, shard_version)
-            for position, asset in enumerate(SHARD_ASSETS):
-                header = self._shard_header(asset, shard, tables)
-                if not is_current(header, versions[asset].get(shard, {}), expected):
-                    stale[shard] = list(SHARD_ASSETS[position:])
-                    break
-                expected = self._next_provenance(asset, header["data_version"])
-        return stale
-
-    def _shard_header(self, asset: str, shard: str, tables: set[str]) -> Mapping[str, str]:
-        """What the shard's output says of itself; empty where any part of it is missing or damaged."""
-        try:
-            if asset != receipts.NAME:
-                suffix = ".parquet" if asset == raw_samples.NAME else ".safetensors"
-                return self._artifacts.read_header(asset, shard, suffix=suffix)
-            table, header = receipts.recorded_table(self._artifacts, shard)
-            rejected = self._artifacts.read_header(receipts.REJECTED, shard)
-        except (ArtifactMissingError, ArtifactCorruptError):
-            return {}
-        whole = table.table in tables and rejected.get("provenance") == header["provenance"]
-        return header if whole else {}
-
-    def _next_provenance(self, asset: str, version: str) -> str:
-        """What the asset after `asset` would be computed from."""
-        if asset == raw_samples.NAME:
-            return receipts.provenance(self._fingerprint, self._vlm.max_image_pixels, version)
-        return embedding_moments.provenance(self._selection, version)
 
     def _materialize_shard(self, assets: Sequence[str], shard: str) -> bool:
         """Whether it succeeded; a shard that cannot be computed does not stop the others."""
@@ -259,96 +190,22 @@ class Refresh:
 
     # All shards
 
-    def _refresh_whole(self) -> None:
-        pool = self._pool()
-        inputs = self._basis_inputs(pool)
-        if not inputs:
+    def _refresh_pool(self) -> None:
+        staleness = self._staleness
+        state = staleness.state()
+        if not state.once(subspace_basis.inputs):
             raise RefreshError(f"no shard could be embedded: {'; '.join(self._report.problems())}")
-        for asset in self._whole_assets:
-            if asset == importance_scores.NAME:
-                for shard_range in contiguous_ranges(pool, self._unscored_shards(inputs)):
-                    self._materialize_or_raise([asset], shard_range)
-            elif self._is_stale(asset, pool, inputs) or (
-                self._rebuild_basis and asset == subspace_basis.NAME
-            ):
-                self._materialize_or_raise([asset])
+        for asset in staleness.rest:
+            if isinstance(asset, ShardAsset):
+                stale = staleness.stale_shards_of(asset, state)
+                for shard_range in contiguous_ranges(state.shards, stale):
+                    self._materialize_or_raise(asset.name, shard_range)
+                    state.forget(asset)
+            elif staleness.is_stale(asset, state) or (self._rebuild_basis and asset is subspace_basis.ASSET):
+                self._materialize_or_raise(asset.name)
+                state.forget(asset)
 
-    def _is_stale(self, asset: str, pool: Sequence[str], inputs: Headers) -> bool:
-        """Whether an asset over all shards has to be computed, given those before it."""
-        if asset == importance_scores.NAME:
-            return bool(self._unscored_shards(inputs))
-        basis = self._whole_header(subspace_basis.NAME)
-        basis_version = basis.get("data_version", "")
-        if asset == subspace_basis.NAME:
-            expected = subspace_basis.provenance(
-                self._selection, {shard: moments["data_version"] for shard, moments in inputs.items()}
-            )
-        elif asset == removed_samples.NAME:
-            expected = removed_samples.provenance(self._selection, self._storage, basis_version)
-        elif asset == selected_subset.NAME:
-            expected = selected_subset.provenance(
-                self._selection,
-                basis_version,
-                lists.Lists.read(self._selection, self._storage).version,
-                self._whole_header(removed_samples.NAME).get("data_version", ""),
-            )
-        elif asset == page_receipt.NAME:
-            expected = page_receipt.provenance(self._selection, self._whole_header(training_manifest.NAME))
-        else:
-            subset = self._whole_header(selected_subset.NAME)
-            expected = training_manifest.provenance(
-                self._selection,
-                subset.get("provenance", ""),
-                subset.get("data_version", ""),
-                basis_version,
-                sorted(set(pool) - set(json.loads(basis.get("shards", "{}")))),
-            )
-        with deferred():
-            event = self._instance.get_latest_materialization_event(self._selection.key(asset))
-        found = recorded(event.asset_materialization) if event else {}
-        return not is_current(self._whole_header(asset), found, expected)
-
-    def _whole_header(self, asset: str) -> Mapping[str, str]:
-        """What the output of an asset over all shards says of itself; empty where it is not whole."""
-        try:
-            if asset == training_manifest.NAME:
-                manifest = training_manifest.read_manifest(self._artifacts)
-                return manifest if training_manifest.is_complete(self._artifacts) else {}
-            if asset == page_receipt.NAME:
-                receipt = page_receipt.read_receipt(self._artifacts)
-                return receipt if page_receipt.is_complete(self._artifacts) else {}
-            suffix = ".safetensors" if asset == subspace_basis.NAME else ".parquet"
-            return self._artifacts.read_header(asset, suffix=suffix)
-        except (ArtifactMissingError, ArtifactCorruptError):
-            return {}
-
-    def _basis_inputs(self, pool: Sequence[str]) -> Headers:
-        return subspace_basis.moments_headers(self._selection, self._artifacts, pool, self._fingerprint)
-
-    def _unscored_shards(self, inputs: Headers) -> set[str]:
-        """The shards of the basis without scores of the present basis."""
-        basis_version = self._whole_header(subspace_basis.NAME).get("data_version", "")
-        expected = importance_scores.provenance(basis_version)
-        recorded_of = self.latest_versions(importance_scores.NAME, set(inputs))
-        unscored = set()
-        for shard in inputs:
-            try:
-                header = self._artifacts.read_header(importance_scores.NAME, shard)
-            except (ArtifactMissingError, ArtifactCorruptError):
-                header = {}
-            if not is_current(header, recorded_of.get(shard, {}), expected):
-                unscored.add(shard)
-        return unscored
-
-    def latest_versions(self, asset: str, shards: set[str]) -> dict[str, Mapping[str, str]]:
-        """The versions that the latest materialization of each shard recorded."""
-        return latest_versions(
-            self._instance, self._selection.key(asset), dg.DagsterEventType.ASSET_MATERIALIZATION, shards
-        )
-
-    def _materialize_or_raise(
-        self, assets: Sequence[str], shard_range: tuple[str, str] | None = None
-    ) -> None:
+    def _materialize_or_raise(self, asset: str, shard_range: tuple[str, str] | None = None) -> None:
         tags = {}
         if shard_range:
             tags = {
@@ -356,20 +213,20 @@ class Refresh:
                 "dagster/asset_partition_range_end": shard_range[1],
             }
         try:
-            self._materialize(assets, tags=tags)
+            self._materialize([asset], tags=tags)
         except dg.Failure as failure:
-            told = [failure.description or f"{assets[0]} failed", *self._report.problems()]
-            raise RefreshError("; ".join(told)) from failure
+            messages = [failure.description or f"{asset} failed", *self._report.problems()]
+            raise RefreshError("; ".join(messages)) from failure
         except Exception as error:
             if remedy := self._forget_unreadable(error):
                 raise RefreshError(f"{error_cause(error)}: {remedy}") from error
-            raise RefreshError(f"{', '.join(assets)}: {error_message(error)}") from error
+            raise RefreshError(f"{asset}: {error_message(error)}") from error
 
     def _forget_unreadable(self, error: Exception) -> str | None:
-        """Remove what could not be read, so that the next run makes it again; returns how that is told."""
+        """Remove what could not be read, so that the next run makes it again; returns the remedy."""
         cause = error_cause(error)
         if isinstance(cause, EmbeddingTableError):
-            receipt = self._artifacts.path(receipts.NAME, cause.shard, suffix=".json")
+            receipt = self._artifacts.path(receipts.NAME, cause.shard, suffix=RECORD)
             receipt.unlink(missing_ok=True)
             return "run again, which embeds the shard anew"
         if isinstance(cause, ArtifactCorruptError):
@@ -451,17 +308,3 @@ class Refresh:
         )
         for run in interrupted:
             self._instance.report_run_failed(run, "The refresh that made this run was stopped.")
-
-
-def contiguous_ranges(order: Sequence[str], wanted: set[str]) -> list[tuple[str, str]]:
-    """The first and last key of each unbroken run of `wanted` keys in Dagster's partition `order`."""
-    ranges: list[tuple[str, str]] = []
-    previous: str | None = None
-    for key in order:
-        if key in wanted:
-            if ranges and ranges[-1][1] == previous:
-                ranges[-1] = (ranges[-1][0], key)
-            else:
-                ranges.append((key, key))
-        previous = key
-    return ranges

@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 import dagster as dg
 from upath import UPath
 
-from scalselect_assets import ASSET_MODULES
-from scalselect_assets.choice import decontamination, image_hashes
+from scalselect_assets.asset_path import all_assets
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts, reuse
@@ -31,28 +30,26 @@ from scalselect_assets.operations.leftovers import (
 )
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording.partitions import known_shards
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import (
+    ARRAYS,
+    FRAME,
+    RECORD,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
 from scalselect_assets.resources.image_root import is_local
 from scalselect_assets.resources.names import decode_name, encode_name
 from scalselect_assets.resources.search_table import SEARCH_TABLE
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.table_versions import TableVersion, TableVersions
 from scalselect_assets.resources.vlm import CARDS, model_signature
-from scalselect_assets.subspace import embedding_moments, importance_scores, pool_moments, subspace_basis
+from scalselect_assets.subspace import pool_moments
+from scalselect_assets.subspace.basis_header import MomentsHeader, read_basis_header
 
 _WRITING = re.compile(r"\.writing-[0-9a-f]{32}")  # as `ArtifactStore` names a file until it is complete
 # Versions made closer together are left alone: LanceDB removes by time, and reads the clock itself.
 _APART_SECONDS = 1.0
-# The first is what makes the others count.
-_OUTPUTS = (
-    (receipts.NAME, ".json"),
-    (importance_scores.NAME, ".parquet"),
-    (embedding_moments.NAME, ".safetensors"),
-    (receipts.REJECTED, ".parquet"),
-    (raw_samples.NAME, ".parquet"),
-    (decontamination.NAME, ".parquet"),
-    (image_hashes.IMAGE_HASHES, ".parquet"),
-)
 
 
 class Survey:
@@ -72,7 +69,7 @@ class Survey:
 
         totals = self._header(pool_moments.NAME)
         self._held: dict[str, str] = json.loads(totals.get("shards", "{}"))
-        basis = json.loads(self._header(subspace_basis.NAME).get("shards", "{}"))
+        basis = self._basis_shards()
         manifest = self._manifest()
         pool = set(storage.samples(selection.source, selection.image_root, selection.store).shard_keys())
         # Why a shard that has left the pool is still needed.
@@ -93,7 +90,9 @@ class Survey:
         # Which versions of which tables are needed, and the names of shards whose receipt does not tell.
         self._needed: dict[str, set[int]] = defaultdict(set)
         self._untold: set[str] = set()
-        for shard_lineage in (*basis.values(), *manifest.values()):
+        for moments in basis.values():
+            self._needed[moments.lance_table].add(moments.lance_version)
+        for shard_lineage in manifest.values():
             self._needed[shard_lineage["lance_table"]].add(int(shard_lineage["lance_version"]))
         self._read_receipts()
 
@@ -119,7 +118,13 @@ class Survey:
 
     def _header(self, asset: str) -> dict[str, str]:
         try:
-            return self._artifacts.read_header(asset, suffix=".safetensors")
+            return self._artifacts.read_header(asset, suffix=ARRAYS)
+        except ArtifactMissingError:
+            return {}
+
+    def _basis_shards(self) -> Mapping[str, MomentsHeader]:
+        try:
+            return read_basis_header(self._artifacts).shards
         except ArtifactMissingError:
             return {}
 
@@ -132,7 +137,7 @@ class Survey:
 
     def _read_receipts(self) -> None:
         # By file, since shards that have left the pool have receipts, too.
-        for path in self._artifacts.paths(receipts.NAME, suffix=".json"):
+        for path in self._artifacts.paths(receipts.NAME, suffix=RECORD):
             try:
                 table = json.loads(path.read_bytes())["table"]
                 self._needed[table["table"]].add(int(table["version"]))
@@ -182,7 +187,7 @@ class Survey:
 
     def _set_aside(self) -> Iterator[Found]:
         """Parts of shards that have left the pool, or that are committed."""
-        files = list(map(StoredFile.at, self._artifacts.paths(reuse.SET_ASIDE, suffix=".parquet")))
+        files = list(map(StoredFile.at, self._artifacts.paths(reuse.SET_ASIDE, suffix=FRAME)))
         shard_of = {
             encode_name(part): shard for shard in self._shards for part in reuse.parts(self._artifacts, shard)
         }
@@ -197,7 +202,7 @@ class Survey:
             leftover = Leftover(
                 Kind.SET_ASIDE, shard, total(parts), "the shard's table is committed", len(parts)
             )
-            receipt = self._artifacts.path(receipts.NAME, shard, suffix=".json")
+            receipt = self._artifacts.path(receipts.NAME, shard, suffix=RECORD)
             committed = StoredFile.at(receipt).changed if receipt.exists() else None
             if committed is None or committed < max(file.changed for file in parts):
                 yield kept(leftover, "the shard's next embedding goes on from them")
@@ -206,7 +211,7 @@ class Survey:
 
     def _retired_moments(self) -> Iterator[Found]:
         held = {encode_name(pool_moments.retired_name(*one)) for one in self._held.items()}
-        for path in self._artifacts.paths(pool_moments.RETIRED, suffix=".safetensors"):
+        for path in self._artifacts.paths(pool_moments.RETIRED, suffix=ARRAYS):
             if path.stem not in held:
                 file = StoredFile.at(path)
                 leftover = self._leftover(
@@ -216,9 +221,9 @@ class Survey:
 
     def _lock_files(self) -> Iterator[Found]:
         """Nobody waits at them while the store is held alone; who comes makes them anew."""
-        assets = [*ASSET_MODULES, ""]
+        assets = [*(asset.name for asset in all_assets()), ""]
         works = {f"{asset}/{shard}".lstrip("/") for asset in assets for shard in self._shards}
-        in_force = {f"writing-{encode_name(work)}.lock" for work in works.union(ASSET_MODULES)}
+        in_force = {f"writing-{encode_name(work)}.lock" for work in works.union(assets)}
         for path in sorted(self._locks.glob("writing-*.lock")):
             if path.name not in in_force:
                 name = f"{self._locks.name}/{path.name}"
@@ -263,11 +268,15 @@ class Survey:
                 yield self._if_due(leftover, since, partial(self._remove_shard, files, tables))
 
     def _outputs(self) -> dict[str, list[StoredFile]]:
-        """The files of each shard, by its name in file names, the receipt first."""
+        """The files of each shard, by its name in file names, in the order in which they are to be removed.
+
+        Later assets of the path refer to earlier ones, so they go first.
+        """
         names = [folder.name for folder in self._folders()]
         indexes = [name for name in names if name.startswith(raw_samples.SHARD_INDEXES)]
         outputs: dict[str, list[StoredFile]] = defaultdict(list)
-        for asset, suffix in (*_OUTPUTS, *((index, ".json") for index in indexes)):
+        kept = [files for asset in reversed(all_assets()) for files in asset.shard_files]
+        for asset, suffix in (*kept, *((index, RECORD) for index in indexes)):
             for path in self._artifacts.paths(asset, suffix=suffix):
                 outputs[path.stem].append(StoredFile.at(path))
         return outputs

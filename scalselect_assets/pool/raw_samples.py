@@ -11,10 +11,12 @@ import time
 import dagster as dg
 import polars as pl
 
+from scalselect_assets.asset_path import OutputHeader, ShardAsset, StoreState
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import RAW_SAMPLES, column_schema, polars_schema
 from scalselect_assets.recording.materialization import Output, materialize_shards, retry_or_fail
+from scalselect_assets.resources.artifacts import FRAME
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.sample_source import PoolRow, SampleSource
 from scalselect_assets.resources.shard_reader import ShardFormatError
@@ -55,8 +57,8 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 retry_or_fail(context, f"shard {shard!r} or one of its images changed while it was read")
             data_version = digest(version, hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
             made_from = provenance(selection, version)
-            header = data_versions.header(data_version, made_from, container=source.container(shard))
-            path, size = artifacts.write_frame(NAME, frame, header, shard)
+            stated = data_versions.header(data_version, made_from, container=source.container(shard))
+            path, size = artifacts.write_frame(NAME, frame, stated, shard)
             rejected = frame.filter(pl.col("reason").is_not_null())
             return Output(
                 data_version,
@@ -114,3 +116,24 @@ def _record(row: PoolRow) -> tuple[object, ...]:
         rejection.reason.value if rejection else None,
         rejection.detail if rejection else None,
     )
+
+
+def expected(state: StoreState, shard: str) -> str | None:
+    """The provenance that a shard's rows would have now; none where discovery did not read the shard."""
+    version = state.shard_versions.get(shard)
+    return None if version is None else provenance(state.selection, version)
+
+
+def header(state: StoreState, shard: str) -> OutputHeader:
+    """The header of a shard's rows; empty where they are missing or damaged."""
+    return state.frame_header(NAME, shard)
+
+
+ASSET = ShardAsset(
+    name=NAME,
+    code_version=CODE_VERSION,
+    build=build,
+    expected=expected,
+    header=header,
+    shard_files=((NAME, FRAME),),
+)

@@ -75,7 +75,9 @@ IMPORTANCE_SCORES: Table = {
         pl.Float64(), "Rank-k leverage score in [0, 1]; under one basis they sum to k over all shards."
     ),
     "normalised_leverage": Column(
-        pl.Float64(), "n·leverage/k: 1 on average, whatever the size of the pool; what is ranked."
+        pl.Float64(),
+        "n·leverage/k, rounded to the digits that are exact: 1 on average, whatever the size of the pool. "
+        "Samples are ranked by it.",
     ),
 }
 

@@ -18,9 +18,10 @@ from scalselect_assets.report.gallery import ReportRows, galleries
 from scalselect_assets.report.gallery_sample import Overlay
 from scalselect_assets.report.page_receipt import CODE_VERSION
 from scalselect_assets.report.profile import ReportScores
-from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.artifacts import RECORD, ArtifactStore
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import rank_alternatives, subspace_basis
+from scalselect_assets.subspace.basis_header import BasisHeader
 
 _MANIFEST_SHARDS: Final = 40
 
@@ -68,8 +69,8 @@ def gather(
         selected_subset.NAME, columns=["shard", "row", "normalised_leverage"]
     )
     _require_one_piece(selection, manifest, subset_header, basis)
-    shards = sorted(json.loads(basis["shards"]))
-    scores = ReportScores(artifacts, basis["data_version"], shards, subspace.n)
+    shards = sorted(basis.shards)
+    scores = ReportScores(artifacts, basis.data_version, shards, subspace.n)
     profile, picks = scores.profile_and_picks(subset)
     rows = ReportRows(storage, selection, subset, overlay, subspace.n)
     rows.read(shards, picks)
@@ -79,7 +80,7 @@ def gather(
         settings=_settings(selection, manifest),
         counts=Counts(manifest["rows"], subspace.n, sum(rows.rejected.values()), subset.height),
         energy=in_dagster.energy_points(
-            subspace, rank_alternatives.rule_told(selection.rank_rule.describe())
+            subspace, rank_alternatives.rule_in_words(selection.rank_rule.describe())
         ),
         leverage=profile,
         composition=rows.composition(),
@@ -98,7 +99,7 @@ def _require_one_piece(
     selection: Selection,
     manifest: Mapping[str, Any],
     subset_header: Mapping[str, str],
-    basis: Mapping[str, str],
+    basis: BasisHeader,
 ) -> None:
     """The dataset was written from the present selection and basis, under the present settings.
 
@@ -109,7 +110,7 @@ def _require_one_piece(
         selection,
         subset_header["provenance"],
         subset_header["data_version"],
-        basis["data_version"],
+        basis.data_version,
         manifest["shards_left_out"],
     )
     if manifest["provenance"] != expected:
@@ -158,7 +159,7 @@ def _shown_manifest(artifacts: ArtifactStore, manifest: Mapping[str, Any]) -> di
         "shards": dict(list(shards.items())[:_MANIFEST_SHARDS]),
         "shards_left_out": left_out[:_MANIFEST_SHARDS],
     }
-    path = artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=".json")
+    path = artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)
     note = f"The file is {path}."
     if max(len(shards), len(left_out)) > _MANIFEST_SHARDS:
         note = f"Only the first {_MANIFEST_SHARDS} shards are shown; all {len(shards):,} are in {path}."

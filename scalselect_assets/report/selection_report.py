@@ -14,12 +14,14 @@ from typing import Any
 import dagster as dg
 from upath import UPath
 
+from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
 from scalselect_assets.charts import captions, figures, in_dagster
 from scalselect_assets.charts.chart_data import Churn
 from scalselect_assets.choice import selected_subset
-from scalselect_assets.dataset import training_manifest
+from scalselect_assets.dataset import training_dataset, training_manifest
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts
+from scalselect_assets.embedding.device_pool import DEVICE_POOL
 from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import COMPOSITION, column_schema
@@ -33,9 +35,11 @@ from scalselect_assets.report.page_receipt import (
     CODE_VERSION,
     NAME,
     RECEIPT,
+    is_complete,
     labels_version,
     page_path,
     provenance,
+    read_receipt,
 )
 from scalselect_assets.resources.image_root import is_local
 from scalselect_assets.resources.storage import StorageResource
@@ -48,6 +52,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
     @dg.asset(
         **selection.asset_options(NAME, by_shard=False),
+        pool=DEVICE_POOL,  # overlays are drawn with the model
         deps=[
             selection.key(name)
             for name in (
@@ -78,37 +83,55 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
     ) -> dg.MaterializeResult:
         """The selection as one page to open in a browser: curves, composition, rejected rows, galleries."""
-        from scalselect_assets.report.render import render
-
         with at_work(context, storage.locks(selection.store)):
-            start = time.monotonic()
-            artifacts = storage.artifacts(selection.store)
-            manifest = training_manifest.read_manifest(artifacts)
-            overlays = AttentionOverlays(selection, storage, vlm)
             churn = last_churn(context.instance, selection)
-            content = gather(storage, selection, churn=churn, overlay=overlays.of)
-            page = render(content)
-            overlays.forget_others()
-            n_bytes = artifacts.write_text(path := page_path(artifacts), [page])
-            data_version = hashlib.sha256(page.encode()).hexdigest()
-            made_from = provenance(selection, manifest)
-            receipt = {**data_versions.header(data_version, made_from), "bytes": n_bytes}
-            artifacts.write_json(NAME, receipt, RECEIPT)
-            return Output(
-                data_version,
-                made_from,
-                {
-                    "report": dg.MetadataValue.url(_link(path)),
-                    **_numbers(content),
-                    **_inline_plots(content),
-                    "seconds": time.monotonic() - start,
-                    "bytes": n_bytes,
-                    "dagster/uri": str(path),
-                },
-                (_counts_check(content, manifest), _pictures_check(content)),
-            ).result()
+            return write_report(selection, storage, vlm, churn=churn).result()
 
     return selection_report
+
+
+def write_report(
+    selection: Selection, storage: StorageResource, vlm: VlmResource, *, churn: Churn | None
+) -> Output:
+    """Write the page and its receipt.
+
+    Args:
+        selection: Whose report.
+        storage: Opens pool and store.
+        vlm: Loads the target model, which the overlays of attention need.
+        churn: What became of the selection before; none if that is not known.
+
+    Raises:
+        ArtifactMissingError: Something that the page shows is not materialized.
+        dg.Failure: The stored results are not of one piece.
+    """
+    from scalselect_assets.report.render import render
+
+    start = time.monotonic()
+    artifacts = storage.artifacts(selection.store)
+    manifest = training_manifest.read_manifest(artifacts)
+    overlays = AttentionOverlays(selection, storage, vlm)
+    content = gather(storage, selection, churn=churn, overlay=overlays.of)
+    page = render(content)
+    overlays.forget_others()
+    n_bytes = artifacts.write_text(path := page_path(artifacts), [page])
+    data_version = hashlib.sha256(page.encode()).hexdigest()
+    made_from = provenance(selection, manifest)
+    receipt = {**data_versions.header(data_version, made_from), "bytes": n_bytes}
+    artifacts.write_json(NAME, receipt, RECEIPT)
+    return Output(
+        data_version,
+        made_from,
+        {
+            "report": dg.MetadataValue.url(_link(path)),
+            **_numbers(content),
+            **_inline_plots(content),
+            "seconds": time.monotonic() - start,
+            "bytes": n_bytes,
+            "dagster/uri": str(path),
+        },
+        (_counts_check(content, manifest), _pictures_check(content)),
+    )
 
 
 @deferred()
@@ -201,3 +224,28 @@ def _pictures_check(content: ReportContent) -> dg.AssetCheckResult:
         severity=dg.AssetCheckSeverity.WARN,
         metadata={"pictures": len(pictures), "missing": len(problems), "problems": problems},
     )
+
+
+def is_declared(selection: Selection) -> bool:
+    """Whether a selection has a report."""
+    return selection.report
+
+
+def expected(state: StoreState) -> str:
+    """The provenance that the page would have now."""
+    return provenance(state.selection, state.header(training_dataset.ASSET))
+
+
+def header(state: StoreState) -> OutputHeader:
+    """The receipt of the page; empty where it or the page is missing or damaged."""
+    return read_receipt(state.artifacts) if is_complete(state.artifacts) else {}
+
+
+ASSET = PoolAsset(
+    name=NAME,
+    code_version=CODE_VERSION,
+    build=build,
+    is_declared=is_declared,
+    expected=expected,
+    header=header,
+)

@@ -29,6 +29,9 @@ from scalselect_assets.resources.image_root import is_local
 from scalselect_assets.resources.names import encode_name
 
 Header = Mapping[str, str]
+FRAME, ARRAYS, RECORD = ".parquet", ".safetensors", ".json"
+"""Suffixes of the three kinds of files: Parquet frames, safetensors arrays and JSON."""
+
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
 
@@ -65,7 +68,7 @@ class ArtifactStore:
         """Replace a Parquet file; returns its path and size in bytes."""
         buffer = io.BytesIO()
         frame.write_parquet(buffer, metadata=dict(header))
-        return self._replace(self.path(asset, shard, suffix=".parquet"), buffer.getvalue())
+        return self._replace(self.path(asset, shard, suffix=FRAME), buffer.getvalue())
 
     def read_frame(
         self, asset: str, shard: str | None = None, *, columns: list[str] | None = None
@@ -76,7 +79,7 @@ class ArtifactStore:
             ArtifactMissingError: Not materialized.
             ArtifactCorruptError: Truncated or damaged.
         """
-        path = self.path(asset, shard, suffix=".parquet")
+        path = self.path(asset, shard, suffix=FRAME)
         with (
             self._present(asset, shard, path),
             self._readable(asset, shard, path),
@@ -86,9 +89,7 @@ class ArtifactStore:
             file.seek(0)
             return pl.read_parquet(file, columns=columns), header
 
-    def read_header(
-        self, asset: str, shard: str | None = None, *, suffix: str = ".parquet"
-    ) -> dict[str, str]:
+    def read_header(self, asset: str, shard: str | None = None, *, suffix: str = FRAME) -> dict[str, str]:
         """The header of a Parquet or safetensors file without its content; raises as ``read_frame``."""
         path = self.path(asset, shard, suffix=suffix)
         with (
@@ -96,7 +97,7 @@ class ArtifactStore:
             self._readable(asset, shard, path),
             path.open("rb") as file,
         ):
-            return pl.read_parquet_metadata(file) if suffix == ".parquet" else _safetensors_header(file)
+            return pl.read_parquet_metadata(file) if suffix == FRAME else _safetensors_header(file)
 
     def write_arrays(
         self, asset: str, arrays: Mapping[str, NDArray[Any]], header: Header, shard: str | None = None
@@ -104,13 +105,13 @@ class ArtifactStore:
         """Replace a safetensors file; returns its path and size in bytes."""
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         data = save_safetensors(contiguous, metadata=dict(header))
-        return self._replace(self.path(asset, shard, suffix=".safetensors"), data)
+        return self._replace(self.path(asset, shard, suffix=ARRAYS), data)
 
     def read_arrays(
         self, asset: str, shard: str | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         """A safetensors file and its header; raises as ``read_frame``."""
-        path = self.path(asset, shard, suffix=".safetensors")
+        path = self.path(asset, shard, suffix=ARRAYS)
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
             return load_safetensors(data), _safetensors_header(io.BytesIO(data))
@@ -124,11 +125,11 @@ class ArtifactStore:
         power cut may leave it damaged, which reading it tells.
         """
         data = json.dumps(value, ensure_ascii=False, indent=1).encode()
-        return self._replace(self.path(asset, shard, suffix=".json"), data, durable=durable)
+        return self._replace(self.path(asset, shard, suffix=RECORD), data, durable=durable)
 
     def read_json(self, asset: str, shard: str | None = None, *, shape: Any = Any) -> Any:
         """A JSON file of a given shape (a type that pydantic validates); raises as ``read_frame``."""
-        path = self.path(asset, shard, suffix=".json")
+        path = self.path(asset, shard, suffix=RECORD)
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
             try:

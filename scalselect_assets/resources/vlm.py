@@ -15,6 +15,7 @@ import dagster as dg
 from pydantic import Field
 
 from scalselect_assets.method import REPRESENTATION_VERSION
+from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from scalselect_assets.resources.identity import digest
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from scalselect_assets.method.representation.encoder import VlmEncoder
 
 CARDS = "model_cards"
+COMMITS = "model_commits"
+"""By hub id and revision, the commit that the store began with."""
+
 _LOADED: dict[tuple[str, str, int], "VlmEncoder"] = {}
 
 
@@ -32,6 +36,11 @@ class TargetModel(TypedDict):
     revision: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
     attention_mass: float
+    image_place: Literal["first", "as_written"]
+    image_size: int | None
+    min_pixels: int | None
+    max_pixels: int | None
+    max_tiles: int | None
 
 
 class Speed(TypedDict):
@@ -94,7 +103,7 @@ class VlmResource(dg.ConfigurableResource):
 
         Raises:
             ModelLoadError: See `method.representation.loading.load_encoder`.
-            UnsupportedModelError: Likewise.
+            UnsupportedModelError: The same.
         """
         # Threads that wait by spinning take the processor from those that compute; read when torch is
         # first imported, so what the environment says, or a process that has imported torch, prevails.
@@ -104,25 +113,31 @@ class VlmResource(dg.ConfigurableResource):
         signature = model_signature(**target)
         key = (signature, self.device, self.max_image_pixels)
         known = _known_card(artifacts, signature)
-        if key not in _LOADED:
+        commit = _first_commit(artifacts, target) or (known or {}).get("commit")
+        if key not in _LOADED or commit not in {None, _LOADED[key].card.commit}:
             _LOADED.clear()  # one model at a time: two would not fit where one just does
             _LOADED[key] = load_encoder(
                 target["model"],
-                # A branch moves; a store stays with the commit that it began with.
-                revision=(known or {}).get("commit") or target["revision"],
+                revision=commit or target["revision"],
                 device=self.device,
                 dtype=target["dtype"],
                 attention_mass=target["attention_mass"],
+                image_place=target["image_place"],
+                image_size=ImageSize(
+                    target["image_size"], target["min_pixels"], target["max_pixels"], target["max_tiles"]
+                ),
                 max_pixels=self.max_image_pixels,
             )
         encoder = _LOADED[key]
+        if encoder.card.commit is not None and _first_commit(artifacts, target) is None:
+            _keep_commit(artifacts, target, encoder.card.commit)
         if known is None:
             artifacts.write_json(CARDS, encoder.card.to_json(), signature)
         elif known["fingerprint"] != encoder.card.fingerprint:
             raise ModelLoadError(
                 f"{target['model']!r} has fingerprint {encoder.card.fingerprint}, the store knows it as "
-                f"{known['fingerprint']}; name another --revision, or delete {CARDS} in the store to embed "
-                "everything again"
+                f"{known['fingerprint']}; name another --revision, or delete {CARDS} and {COMMITS} in the "
+                "store to embed everything again"
             )
         return encoder
 
@@ -149,12 +164,29 @@ def _known_card(artifacts: ArtifactStore, signature: str) -> dict[str, Any] | No
     return card if "fingerprint" in card else None
 
 
-def model_signature(model: str, revision: str | None, dtype: str, attention_mass: float) -> str:
+def _first_commit(artifacts: ArtifactStore, target: TargetModel) -> str | None:
+    """The commit of a hub id at its first use in the store: a branch moves on, a store stays with it."""
+    key = digest(target["model"], target["revision"])
+    try:
+        kept: dict[str, Any] = artifacts.read_json(COMMITS, key, shape=dict[str, Any])
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return None
+    commit: str | None = kept.get("commit")
+    return commit
+
+
+def _keep_commit(artifacts: ArtifactStore, target: TargetModel, commit: str) -> None:
+    model, revision = target["model"], target["revision"]
+    kept = {"model": model, "revision": revision, "commit": commit}
+    artifacts.write_json(COMMITS, kept, digest(model, revision))
+
+
+def model_signature(**target: Unpack[TargetModel]) -> str:
     """A cheap stand-in for the fingerprint: it changes whenever the fingerprint could.
 
     For a local folder: size and modification time of each file. A hub id keeps the commit of its first use.
     """
-    folder = Path(model).expanduser()
+    folder = Path(target["model"]).expanduser()
     files = (
         sorted(
             (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
@@ -164,8 +196,9 @@ def model_signature(model: str, revision: str | None, dtype: str, attention_mass
         if folder.is_dir()
         else []
     )
-    identity = str(folder.resolve()) if folder.is_dir() else model
+    identity = str(folder.resolve()) if folder.is_dir() else target["model"]
     libraries: dict[str, str | None] = {name: version(name) for name in ("transformers", "tokenizers")}
     # With it, image processors are of another class, whose pixels differ by rounding.
     libraries["torchvision"] = version("torchvision") if find_spec("torchvision") else None
-    return digest(identity, revision, dtype, attention_mass, files, libraries, REPRESENTATION_VERSION)
+    settings = {name: value for name, value in target.items() if name != "model"}
+    return digest(identity, settings, files, libraries, REPRESENTATION_VERSION)

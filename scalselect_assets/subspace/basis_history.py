@@ -4,21 +4,18 @@ The number is shown and changes nothing: at every new basis all shards are score
 product over the pool. Costs: d² operations per direction, and one d × d matrix.
 """
 
-import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.subspace.basis_header import BASIS, BasisHeader, parse_basis_header
 
 if TYPE_CHECKING:
     from scalselect_assets.method.subspace.basis import Subspace
     from scalselect_assets.method.subspace.moments import Moments
 
-BASIS = "subspace_basis"
-
 
 def drift_since_last(
-    artifacts: ArtifactStore, subspace: "Subspace", moments: "Moments", header: Mapping[str, str]
+    artifacts: ArtifactStore, subspace: "Subspace", moments: "Moments", header: BasisHeader
 ) -> dict[str, float]:
     """The drift from the stored basis to a new one, as plain numbers for the UI to plot over time.
 
@@ -36,12 +33,14 @@ def drift_since_last(
     from scalselect_assets.method.subspace.drift import basis_drift
 
     last = _last_basis(artifacts)
-    if last is None or any(last[1][name] != header[name] for name in ("model_fingerprint", "unit_rows")):
+    if last is None:
         return {}
     last_subspace, last_header = last
-    if last_header["data_version"] == header["data_version"]:
+    if (last_header.model_fingerprint, last_header.unit_rows) != (header.model_fingerprint, header.unit_rows):
+        return {}
+    if last_header.data_version == header.data_version:
         # The basis is made again, after a crash or for a rebuild, and keeps the drift of the first time.
-        return dict(json.loads(last_header["drift"]))
+        return dict(last_header.drift)
     moved = basis_drift(last_subspace, subspace, moments)
     return {
         "score_change": moved.score_change,
@@ -50,12 +49,12 @@ def drift_since_last(
     }
 
 
-def _last_basis(artifacts: ArtifactStore) -> tuple["Subspace", dict[str, str]] | None:
+def _last_basis(artifacts: ArtifactStore) -> tuple["Subspace", BasisHeader] | None:
     """The stored basis and its header; none where there is none, or where it is damaged."""
     from scalselect_assets.method.subspace.basis import Subspace
 
     try:
         arrays, header = artifacts.read_arrays(BASIS)
-        return Subspace.from_arrays(arrays), header
+        return Subspace.from_arrays(arrays), parse_basis_header(artifacts, header)
     except (ArtifactMissingError, ArtifactCorruptError, ValueError):
         return None

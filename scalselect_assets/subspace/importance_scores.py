@@ -4,30 +4,25 @@ Holds: one row per embedded sample and, in the header, the version of the basis.
 shards. Costs: one pass over the shard's vectors, n·d·k multiplications, one batch in memory.
 """
 
-import json
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import dagster as dg
 import polars as pl
 
+from scalselect_assets.asset_path import OutputHeader, ShardAsset, StoreState
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import IMPORTANCE_SCORES, column_schema, polars_schema
 from scalselect_assets.recording.materialization import Output, materialize_shards
-from scalselect_assets.resources.artifacts import ArtifactStore
+from scalselect_assets.resources.artifacts import FRAME, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import subspace_basis
 
-if TYPE_CHECKING:
-    from scalselect_assets.method.subspace.leverage import LeverageScorer
-
 NAME = "importance_scores"
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
 def provenance(basis_version: str) -> str:
@@ -84,64 +79,92 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, storage: StorageResource, vlm: VlmResource
     ) -> dg.MaterializeResult:
         """The rank-k leverage score of each sample: how much the dominant subspace rests on it."""
-        from scalselect_assets.method.subspace.leverage import LeverageScorer
-
-        artifacts = storage.artifacts(selection.store)
-        subspace, basis = subspace_basis.read_basis(artifacts)
-        basis_version, fitted_on = basis["data_version"], json.loads(basis["shards"])
-        scorer = LeverageScorer(subspace, device=vlm.array_device())
-        made_from = provenance(basis_version)
-
-        def score(shard: str) -> Output:
-            start = time.monotonic()
-            frame = _score(storage, selection, shard, scorer, fitted_on)
-            header = data_versions.header(made_from, made_from, subspace_basis=basis_version)
-            path, size = artifacts.write_frame(NAME, frame, header, shard)
-            return Output(
-                made_from,
-                made_from,
-                {
-                    "dagster/partition_row_count": frame.height,
-                    "leverage_sum": float(frame["leverage"].sum()),
-                    "leverage_max": float(frame["leverage"].max() or 0.0),  # type: ignore[arg-type]
-                    "basis_version": basis_version,
-                    "seconds": time.monotonic() - start,
-                    "bytes": size,
-                    "dagster/uri": str(path),
-                },
-            )
-
+        scoring = _Scoring(selection, storage, vlm)
         # Scoring reads a version of the vectors, so it need not wait for whoever embeds the next one.
-        return materialize_shards(context, storage.locks(selection.store), score, work=NAME)
+        return materialize_shards(context, storage.locks(selection.store), scoring.make, work=NAME)
 
     return importance_scores
 
 
-def _score(
-    storage: StorageResource,
-    selection: Selection,
-    shard: str,
-    scorer: "LeverageScorer",
-    fitted_on: Mapping[str, Mapping[str, str]],
-) -> pl.DataFrame:
-    """Scores of one shard, in row order.
+class _Scoring:
+    """Scores shards with the basis that the store holds."""
 
-    Raises:
-        dg.Failure: The basis was not fitted on the shard's present vectors.
-    """
-    from scalselect_assets.method.subspace.preprocessing import prepared_rows
+    def __init__(self, selection: Selection, storage: StorageResource, vlm: VlmResource) -> None:
+        from scalselect_assets.method.subspace.leverage import LeverageScorer
 
-    table, _ = receipts.fitted_table(storage.artifacts(selection.store), shard, fitted_on)
-    frames = []
-    for batch in storage.embeddings(selection.store).read(table):
-        x = prepared_rows(batch.vector, to_unit_length=selection.unit_rows)
-        leverage = scorer.scores(x, names=batch.sample_key)
-        columns = {
-            "row": batch.row,
-            "sample_key": batch.sample_key,
-            "source_id": batch.source_id,
-            "leverage": leverage,
-            "normalised_leverage": leverage * scorer.normalisation,
-        }
-        frames.append(pl.DataFrame(columns, schema=polars_schema(IMPORTANCE_SCORES)))
-    return pl.concat([pl.DataFrame(schema=polars_schema(IMPORTANCE_SCORES)), *frames]).sort("row")
+        self._selection = selection
+        self._artifacts, self._tables = (
+            storage.artifacts(selection.store),
+            storage.embeddings(selection.store),
+        )
+        subspace, self._basis = subspace_basis.read_basis(self._artifacts)
+        self._scorer = LeverageScorer(subspace, device=vlm.array_device())
+
+    def make(self, shard: str) -> Output:
+        """Score a shard and write its scores.
+
+        Raises:
+            dg.Failure: The basis was not fitted on the shard's present vectors.
+        """
+        start = time.monotonic()
+        frame = self._scores(shard)
+        version = self._basis.data_version
+        made_from = provenance(version)  # the basis covers the vectors, so nothing else comes in
+        stated = data_versions.header(made_from, made_from, subspace_basis=version)
+        path, size = self._artifacts.write_frame(NAME, frame, stated, shard)
+        return Output(
+            made_from,
+            made_from,
+            {
+                "dagster/partition_row_count": frame.height,
+                "leverage_sum": float(frame["leverage"].sum()),
+                "leverage_max": float(frame["leverage"].max() or 0.0),  # type: ignore[arg-type]
+                "basis_version": version,
+                "seconds": time.monotonic() - start,
+                "bytes": size,
+                "dagster/uri": str(path),
+            },
+        )
+
+    def _scores(self, shard: str) -> pl.DataFrame:
+        """The scores of one shard, in row order."""
+        from scalselect_assets.method.subspace.leverage import ranked
+        from scalselect_assets.method.subspace.preprocessing import prepared_rows
+
+        table, _ = receipts.fitted_table(self._artifacts, shard, self._basis.vectors_of(shard))
+        schema = polars_schema(IMPORTANCE_SCORES)
+        frames = [pl.DataFrame(schema=schema)]
+        for batch in self._tables.read(table):
+            x = prepared_rows(batch.vector, to_unit_length=self._selection.unit_rows)
+            leverage = self._scorer.scores(x, names=batch.sample_key)
+            columns = {
+                "row": batch.row,
+                "sample_key": batch.sample_key,
+                "source_id": batch.source_id,
+                "leverage": leverage,
+                "normalised_leverage": ranked(leverage * self._scorer.normalisation),
+            }
+            frames.append(pl.DataFrame(columns, schema=schema))
+        return pl.concat(frames).sort("row")
+
+
+def expected(state: StoreState, shard: str) -> str | None:
+    """The provenance that a shard's scores would have now; none for a shard that has no part in the basis."""
+    if shard not in state.once(subspace_basis.inputs):
+        return None
+    return provenance(state.version(subspace_basis.ASSET))
+
+
+def header(state: StoreState, shard: str) -> OutputHeader:
+    """The header of a shard's scores; empty where they are missing or damaged."""
+    return state.frame_header(NAME, shard)
+
+
+ASSET = ShardAsset(
+    name=NAME,
+    code_version=CODE_VERSION,
+    build=build,
+    expected=expected,
+    header=header,
+    shard_files=((NAME, FRAME),),
+)

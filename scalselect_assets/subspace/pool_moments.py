@@ -12,7 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import (
+    ARRAYS,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
 
 if TYPE_CHECKING:
     from scalselect_assets.method.subspace.moments import Moments
@@ -50,7 +55,7 @@ def retire(artifacts: ArtifactStore, shard: str, new_version: str) -> None:
     except (ArtifactMissingError, ArtifactCorruptError):
         return
     if version == held != new_version:
-        artifacts.rename(SHARD_MOMENTS, shard, RETIRED, retired_name(shard, version), suffix=".safetensors")
+        artifacts.rename(SHARD_MOMENTS, shard, RETIRED, retired_name(shard, version), suffix=ARRAYS)
 
 
 def update(artifacts: ArtifactStore, wanted: Mapping[str, str], *, rebuild: bool) -> PoolMoments | None:
@@ -79,7 +84,7 @@ def update(artifacts: ArtifactStore, wanted: Mapping[str, str], *, rebuild: bool
     n_read = len(added) + len(removed)
     if n_read:
         artifacts.write_arrays(NAME, totals.to_arrays(), {"shards": json.dumps(dict(wanted), sort_keys=True)})
-    for path in artifacts.paths(RETIRED, suffix=".safetensors"):
+    for path in artifacts.paths(RETIRED, suffix=ARRAYS):
         path.unlink(missing_ok=True)
     return PoolMoments(totals.moments(), n_read, added, removed, rebuilt=updated is None)
 
@@ -160,12 +165,12 @@ def _shard_moments(artifacts: ArtifactStore, shard: str, version: str) -> "Momen
 
 def _held(artifacts: ArtifactStore) -> dict[str, str]:
     """The version of each shard's moments that the stored totals hold."""
-    held: dict[str, str] = json.loads(artifacts.read_header(NAME, suffix=".safetensors")["shards"])
+    held: dict[str, str] = json.loads(artifacts.read_header(NAME, suffix=ARRAYS)["shards"])
     return held
 
 
 def _version(artifacts: ArtifactStore, asset: str, name: str) -> str:
-    return artifacts.read_header(asset, name, suffix=".safetensors")["data_version"]
+    return artifacts.read_header(asset, name, suffix=ARRAYS)["data_version"]
 
 
 def retired_name(shard: str, version: str) -> str:

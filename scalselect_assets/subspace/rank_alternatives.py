@@ -1,4 +1,4 @@
-"""New."""
+"""The ranks that other rules would choose, and how far the choice of samples would differ."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -38,9 +38,9 @@ def rank_alternatives(
     rules.append(EffectiveRank())
     if 2 * axes.rank > min(axes.n - 1, axes.d):  # else the rule has no noise to measure
         rules.append(GavishDonoho())
-    ranks = {rule_told(selection.rank_rule.describe()): k}
+    ranks = {rule_in_words(selection.rank_rule.describe()): k}
     for rule in rules:
-        ranks.setdefault(rule_told(rule.describe()), rule.rank(axes.spectrum, axes.n, axes.d))
+        ranks.setdefault(rule_in_words(rule.describe()), rule.rank(axes.spectrum, axes.n, axes.d))
     compared = {rule: rank for rule, rank in ranks.items() if rank <= max(k, _COMPARED_RANK)}
     x = _sample(storage, selection, shards)
     size = budget_size(selection.expected_share(axes.n), len(x))
@@ -89,7 +89,7 @@ def _sample(storage: StorageResource, selection: Selection, shards: list[str]) -
     return prepared_rows(np.concatenate(vectors), to_unit_length=selection.unit_rows)
 
 
-def rule_told(rule: Mapping[str, Any]) -> str:
+def rule_in_words(rule: Mapping[str, Any]) -> str:
     """A rank rule in words."""
     name, *rest = rule.values()
     return " ".join([str(name), *(f"{value:g}" for value in rest)])

@@ -5,33 +5,46 @@ shard went in, and how far the basis has moved (`basis_history`). Costs: d² val
 operations per changed shard, one eigendecomposition of a d × d matrix (d³), and a bounded sample of vectors.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
 from scalselect_assets.charts import in_dagster
 from scalselect_assets.declaration.selection import RETIRED_SETTINGS, Selection
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import SPECTRUM, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
 from scalselect_assets.recording.partitions import missing_shards_check, pool_shards
-from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import (
+    ARRAYS,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import basis_history, embedding_moments, pool_moments
+from scalselect_assets.subspace.basis_header import (
+    BASIS,
+    BasisHeader,
+    MomentsHeader,
+    moments_header,
+    parse_basis_header,
+    read_basis_header,
+)
 
 if TYPE_CHECKING:
     from scalselect_assets.method.subspace.basis import Subspace
 
 from scalselect_assets.embedding import receipts
-from scalselect_assets.subspace.rank_alternatives import rank_alternatives, rule_told
+from scalselect_assets.subspace.rank_alternatives import rank_alternatives, rule_in_words
 
-NAME = basis_history.BASIS
+NAME = BASIS
 CODE_VERSION = "2"
 
 
@@ -72,16 +85,17 @@ def _shown_code_version(selection: Selection) -> str:
     )
 
 
-def read_basis(artifacts: ArtifactStore) -> tuple["Subspace", dict[str, str]]:
+def read_basis(artifacts: ArtifactStore) -> tuple["Subspace", BasisHeader]:
     """The basis and its header.
 
     Raises:
-        ArtifactMissingError: Not materialized.
+        ArtifactMissingError: There is no basis yet.
+        ArtifactCorruptError: It is damaged.
     """
     from scalselect_assets.method.subspace.basis import Subspace
 
     arrays, header = artifacts.read_arrays(NAME)
-    return Subspace.from_arrays(arrays), header
+    return Subspace.from_arrays(arrays), parse_basis_header(artifacts, header)
 
 
 def build(selection: Selection) -> dg.AssetsDefinition:
@@ -105,80 +119,97 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, config: BasisConfig, storage: StorageResource, vlm: VlmResource
     ) -> dg.MaterializeResult:
         """The directions of all embeddings, centred, that the rank rule keeps."""
-        from scalselect_assets.method.subspace.basis import principal_axes
-
         with at_work(context, storage.locks(selection.store)):
-            start = time.monotonic()
-            artifacts = storage.artifacts(selection.store)
             shards = pool_shards(context, selection.partitions)
-            fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
-            inputs = moments_headers(selection, artifacts, shards, fingerprint)
-            _require_moments(artifacts, shards, inputs, fingerprint)
-            versions = {shard: header["data_version"] for shard, header in inputs.items()}
-            pool = pool_moments.update(artifacts, versions, rebuild=config.rebuild)
-            if pool is None or pool.moments.n == 0:
-                raise dg.Failure(
-                    "no sample of the pool is embedded, so there is nothing to select from; the "
-                    "rejected_rows files and the failed shards' runs say why",
-                    allow_retries=False,
-                )
-            axes = principal_axes(pool.moments, standardise=selection.standardise)
-            k = selection.rank_rule.rank(axes.spectrum, axes.n, axes.d)
-            subspace = axes.subspace(k)
-            alternatives = rank_alternatives(storage, selection, axes, k, list(inputs))
-            basis_version, made_from = version(selection, versions), provenance(selection, versions)
-            header = data_versions.header(
-                basis_version,
-                made_from,
-                model_fingerprint=fingerprint,
-                rank_rule=json.dumps(selection.rank_rule.describe()),
-                standardise=json.dumps(selection.standardise),
-                unit_rows=json.dumps(selection.unit_rows),
-                shards=json.dumps(inputs, sort_keys=True),
-            )
-            drift = basis_history.drift_since_last(artifacts, subspace, pool.moments, header)
-            path, size = artifacts.write_arrays(
-                NAME, subspace.to_arrays(), {**header, "drift": json.dumps(drift)}
-            )
-            return Output(
-                basis_version,
-                made_from,
-                {
-                    "rank": subspace.k,
-                    "numerical_rank": subspace.rank,
-                    "energy": subspace.energy,
-                    "samples": subspace.n,
-                    "shards": len(inputs),
-                    "dimension": subspace.d,
-                    "moments_read": pool.n_read,
-                    "rebuilt": pool.rebuilt,
-                    "shards_added": len(pool.added),
-                    "shards_removed": len(pool.removed),
-                    **{f"drift_{name}": value for name, value in drift.items()},
-                    "energy_curve": in_dagster.energy_curve(
-                        subspace, rule_told(selection.rank_rule.describe())
-                    ),
-                    "rank_alternatives": alternatives,
-                    "spectrum": dg.MetadataValue.table(
-                        _spectrum_head(subspace), schema=column_schema(SPECTRUM)
-                    ),
-                    "seconds": time.monotonic() - start,
-                    "bytes": size,
-                    "dagster/uri": str(path),
-                },
-                (
-                    missing_shards_check(
-                        "basis_covers_every_shard", [shard for shard in shards if shard not in inputs]
-                    ),
-                ),
-            ).result()
+            return fit_basis(selection, storage, vlm, shards, rebuild=config.rebuild).result()
 
     return subspace_basis
 
 
+def fit_basis(
+    selection: Selection, storage: StorageResource, vlm: VlmResource, shards: Sequence[str], *, rebuild: bool
+) -> Output:
+    """Fit the basis of a pool and write it.
+
+    Args:
+        selection: Whose basis.
+        storage: Opens the store.
+        vlm: Knows the fingerprint of the target model.
+        shards: All shards of the pool; those without moments are left out, and the check names them.
+        rebuild: Whether to add up the moments of all shards anew instead of updating the stored totals.
+
+    Raises:
+        dg.Failure: No sample is embedded, or a shard of the last basis lacks the moments of its vectors.
+    """
+    from scalselect_assets.method.subspace.basis import principal_axes
+
+    start = time.monotonic()
+    artifacts = storage.artifacts(selection.store)
+    fingerprint = vlm.card(artifacts, **selection.target)["fingerprint"]
+    found = moments_headers(selection, artifacts, shards, fingerprint)
+    _require_moments(artifacts, shards, found, fingerprint)
+    versions = {shard: moments.data_version for shard, moments in found.items()}
+    pool = pool_moments.update(artifacts, versions, rebuild=rebuild)
+    if pool is None or pool.moments.n == 0:
+        raise dg.Failure(
+            "no sample of the pool is embedded, so there is nothing to select from; the "
+            "rejected_rows files and the failed shards' runs say why",
+            allow_retries=False,
+        )
+    axes = principal_axes(pool.moments, standardise=selection.standardise)
+    k = selection.rank_rule.rank(axes.spectrum, axes.n, axes.d)
+    subspace = axes.subspace(k)
+    stated = BasisHeader.model_construct(
+        data_version=version(selection, versions),
+        provenance=provenance(selection, versions),
+        model_fingerprint=fingerprint,
+        rank_rule=selection.rank_rule.describe(),
+        standardise=selection.standardise,
+        unit_rows=selection.unit_rows,
+        shards=found,
+        drift={},
+    )
+    alternatives = rank_alternatives(storage, selection, axes, k, list(found))
+    drift = basis_history.drift_since_last(artifacts, subspace, pool.moments, stated)
+    stated = stated.model_copy(update={"drift": drift})
+    path, size = artifacts.write_arrays(NAME, subspace.to_arrays(), stated.to_header())
+    missing = [shard for shard in shards if shard not in found]
+    return Output(
+        stated.data_version,
+        stated.provenance,
+        {
+            "shards": len(found),
+            **_numbers(subspace, pool),
+            **{f"drift_{name}": value for name, value in drift.items()},
+            "energy_curve": in_dagster.energy_curve(subspace, rule_in_words(stated.rank_rule)),
+            "rank_alternatives": alternatives,
+            "spectrum": dg.MetadataValue.table(_spectrum_head(subspace), schema=column_schema(SPECTRUM)),
+            "seconds": time.monotonic() - start,
+            "bytes": size,
+            "dagster/uri": str(path),
+        },
+        (missing_shards_check("basis_covers_every_shard", missing),),
+    )
+
+
+def _numbers(subspace: "Subspace", pool: pool_moments.PoolMoments) -> dict[str, Any]:
+    """Numbers of the basis and of the moments that it was fitted on, for the UI to plot over time."""
+    return {
+        "rank": subspace.k,
+        "numerical_rank": subspace.rank,
+        "energy": subspace.energy,
+        "samples": subspace.n,
+        "dimension": subspace.d,
+        "moments_read": pool.n_read,
+        "rebuilt": pool.rebuilt,
+        "shards_added": len(pool.added),
+        "shards_removed": len(pool.removed),
+    }
+
+
 def moments_headers(
     selection: Selection, artifacts: ArtifactStore, shards: Sequence[str], fingerprint: str
-) -> dict[str, dict[str, str]]:
+) -> dict[str, MomentsHeader]:
     """The headers of the moments that belong into a basis, by shard.
 
     A shard is left out where its moments could not be made (again): it has none, or they are another
@@ -188,18 +219,18 @@ def moments_headers(
     headers = {}
     for shard in shards:
         try:
-            header = artifacts.read_header(embedding_moments.NAME, shard, suffix=".safetensors")
+            stated = moments_header(artifacts.read_header(embedding_moments.NAME, shard, suffix=ARRAYS))
             _, embeddings = receipts.recorded_table(artifacts, shard)
-        except (ArtifactMissingError, ArtifactCorruptError):
+        except (ArtifactMissingError, ArtifactCorruptError, ValidationError):
             continue
-        expected = embedding_moments.provenance(selection, embeddings["data_version"])
-        if (header["model_fingerprint"], header["provenance"]) == (fingerprint, expected):
-            headers[shard] = header
+        wanted = embedding_moments.provenance(selection, embeddings["data_version"])
+        if (stated.model_fingerprint, stated.provenance) == (fingerprint, wanted):
+            headers[shard] = stated
     return headers
 
 
 def _require_moments(
-    artifacts: ArtifactStore, shards: Sequence[str], inputs: Mapping[str, object], fingerprint: str
+    artifacts: ArtifactStore, shards: Sequence[str], found: Mapping[str, MomentsHeader], fingerprint: str
 ) -> None:
     """No shard drops out of the selection because a fault came between its vectors and its moments.
 
@@ -207,13 +238,13 @@ def _require_moments(
         dg.Failure: A shard of the last basis has vectors of the present model, but not their moments.
     """
     try:
-        last = json.loads(artifacts.read_header(NAME, suffix=".safetensors")["shards"])
+        last = read_basis_header(artifacts).shards
     except (ArtifactMissingError, ArtifactCorruptError):
         return
     behind = [
         shard
         for shard in shards
-        if shard in last and shard not in inputs and _model_of(artifacts, shard) == fingerprint
+        if shard in last and shard not in found and _model_of(artifacts, shard) == fingerprint
     ]
     if behind:
         raise dg.Failure(
@@ -245,3 +276,22 @@ def _spectrum_head(subspace: "Subspace", n_directions: int = 20) -> list[dg.Tabl
         )
     ]
     return [dg.TableRecord(row) for row in rows]
+
+
+def inputs(state: StoreState) -> dict[str, MomentsHeader]:
+    """The headers of the moments that belong into the basis now, by shard."""
+    return moments_headers(state.selection, state.artifacts, state.shards, state.model_fingerprint())
+
+
+def expected(state: StoreState) -> str:
+    """The provenance that the basis would have now."""
+    versions = {shard: moments.data_version for shard, moments in state.once(inputs).items()}
+    return provenance(state.selection, versions)
+
+
+def header(state: StoreState) -> OutputHeader:
+    """The header of the basis; empty where it is missing or damaged."""
+    return state.arrays_header(NAME)
+
+
+ASSET = PoolAsset(name=NAME, code_version=CODE_VERSION, build=build, expected=expected, header=header)

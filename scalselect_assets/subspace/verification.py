@@ -1,6 +1,4 @@
-"""New."""
-
-import json
+"""The comparison of the stored basis with one computed anew from the moments of all shards."""
 
 import dagster as dg
 import numpy as np
@@ -59,10 +57,10 @@ def rebuild_difference(artifacts: ArtifactStore) -> dict[str, float]:
     from scalselect_assets.method.subspace.rank import described_rule
 
     stored, header = read_basis(artifacts)
-    versions = {shard: moments["data_version"] for shard, moments in json.loads(header["shards"]).items()}
+    versions = {shard: held.data_version for shard, held in header.shards.items()}
     moments = pool_moments.rebuilt_totals(artifacts, versions).moments()
-    rule = described_rule(json.loads(header["rank_rule"]))
-    rebuilt = fit_subspace(moments, rule, standardise=json.loads(header["standardise"]))
+    rule = described_rule(header.rank_rule)
+    rebuilt = fit_subspace(moments, rule, standardise=header.standardise)
     width = max(stored.rank, rebuilt.rank)
     energies = [np.pad(one.spectrum, (0, width - one.rank)) for one in (stored, rebuilt)]
     largest = max(float(energies[1].max(initial=0.0)), np.finfo(np.float64).tiny)

@@ -25,6 +25,7 @@ from scalselect_assets.resources.samples import content_key, occurrence_key, par
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import importance_scores, subspace_basis
 from tests.conftest import sharegpt_row
+from tests.headers import basis_header, moments_header
 
 D = 16
 FINGERPRINT = "f" * 32
@@ -92,14 +93,12 @@ def write_store(folder: Path, shards: Mapping[str, Sequence[Row]]) -> None:
         header = {"data_version": version, "provenance": "p", "raw_samples": "r", "raw_rows": "9"}
         receipt = {"table": table.to_json(), "header": {**header, "container": "lines"}}
         artifacts.write_json(receipts.NAME, receipt, shard)
-        in_basis[shard] = {"attention_embeddings": version}
+        in_basis[shard] = moments_header(version, rows=len(rows))
         moments.add(vectors)
     subspace = principal_axes(moments.moments()).subspace(4)
-    basis = {
-        "data_version": "basis-1",
-        "shards": json.dumps(in_basis),
-    }
-    artifacts.write_arrays(subspace_basis.NAME, subspace.to_arrays(), basis)
+    artifacts.write_arrays(
+        subspace_basis.NAME, subspace.to_arrays(), basis_header("basis-1", in_basis).to_header()
+    )
     for shard, rows in shards.items():
         leverage = [row.leverage for row in rows]
         frame = pl.DataFrame(

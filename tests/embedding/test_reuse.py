@@ -200,9 +200,9 @@ def test_a_removed_shard_leaves_nothing_set_aside(bench: Bench, tmp_path: Path) 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from resources.vlm import VlmResource
-from scalselect_assets.method.encoder import VlmEncoder
-from tests.test_refresh import Bench
+from scalselect_assets.resources.vlm import VlmResource
+from scalselect_assets.method.representation.encoder import VlmEncoder
+from tests.bench import Bench
 
 original = VlmEncoder.encode_as_done
 

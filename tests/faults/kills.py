@@ -136,7 +136,7 @@ def _stage(file: Path, function: str) -> str | None:
         return TABLE
     if file.stem == function and function in ASSET_MODULES:  # the asset's body
         return function
-    return DISCOVERY if (file.stem, function) == ("refresh", "discover") else None
+    return DISCOVERY if (file.stem, function) == ("discovery", "discover") else None
 
 
 def refresh(pool: Path, store: Path, ledger: Path, kill: Kill | None, record: Path) -> Counter[str]:

@@ -19,8 +19,7 @@ import pytest
 from scalselect_assets.choice import decontamination, image_hashes
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.embedding import receipts, reuse
-from scalselect_assets.operations import cleaning as maintenance
-from scalselect_assets.operations import leftovers
+from scalselect_assets.operations import leftovers, survey
 from scalselect_assets.operations.cleaning import clean
 from scalselect_assets.operations.leftovers import Kind, MaintenanceReport
 from scalselect_assets.resources import table_versions
@@ -67,7 +66,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let cleaning read a clock that is some days ahead; LanceDB, which reads its own, is not told."""
 
     def ahead(days: float) -> None:
-        monkeypatch.setattr(maintenance.time, "time", lambda: time.time_ns() / 1e9 + days * DAY)
+        monkeypatch.setattr(survey.time, "time", lambda: time.time_ns() / 1e9 + days * DAY)
 
     return ahead
 

@@ -14,10 +14,11 @@ from scalselect_assets.choice.pool_rows import PoolRows
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.embedding import attention_embeddings
 from scalselect_assets.operations.faults import RefreshError
-from scalselect_assets.operations.refresh import contiguous_ranges
+from scalselect_assets.operations.staleness import contiguous_ranges
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.pool.discovery import discover
 from scalselect_assets.resources.locks import StoreBusyError
+from scalselect_assets.subspace.basis_header import read_basis_header
 from tests.bench import SHARD, WHOLE, Bench, ran
 from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
 
@@ -417,12 +418,11 @@ def test_scores_of_another_basis_are_refused(bench: Bench) -> None:
     bench.first_refresh()
     frame, header = bench.artifacts.read_frame("importance_scores", "b.jsonl")
     bench.artifacts.write_frame("importance_scores", frame, {**header, "subspace_basis": "older"}, "b.jsonl")
-    header = bench.artifacts.read_arrays("subspace_basis")[1]
+    header = read_basis_header(bench.artifacts)
     pool = PoolRows(
         bench.artifacts,
         bench.storage.embeddings(str(bench.store)),
-        header["data_version"],
-        json.loads(header["shards"]),
+        header,
         ["shard"],
     )
     with pytest.raises(dg.Failure, match=r"'b\.jsonl' was scored with basis older"):

@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 
 from scalselect_assets.declaration.selection import Selection
-from scalselect_assets.operations import refresh
+from scalselect_assets.pool import discovery
 from scalselect_assets.pool.discovery import Discovery, discover, report_discovery, settled_discovery
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.sample_source import SampleSource
@@ -89,7 +89,7 @@ def test_a_refresh_waits_once_for_what_was_just_written(pool: Pool, monkeypatch:
         waited.append(seconds)
         pool.age()
 
-    monkeypatch.setattr(refresh.time, "sleep", sleep)
+    monkeypatch.setattr(discovery.time, "sleep", sleep)
     assert set(settled_discovery(pool.source, pool.artifacts, SETTLE).versions) == {"a.jsonl", "b.jsonl"}
     assert settled_discovery(pool.source, pool.artifacts, SETTLE).unsettled == ()
     assert waited == [SETTLE]

@@ -16,7 +16,8 @@ from PIL import Image
 
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.deployment import open_instance
-from scalselect_assets.report import gallery, gathering, overlays, selection_report
+from scalselect_assets.method.representation.rejection import RejectionReason
+from scalselect_assets.report import gallery, gathering, overlays, profile, selection_report
 from scalselect_assets.report.content import ReportContent
 from scalselect_assets.report.gallery_sample import GallerySample, Overlay
 from scalselect_assets.report.gathering import gather
@@ -211,7 +212,7 @@ def test_rejected_rows_are_told_by_reason_with_what_it_means(content: ReportCont
 
 
 def test_every_reason_has_a_meaning() -> None:
-    assert set(gathering._MEANINGS) == set(selection_report.RejectionReason)
+    assert set(gathering._MEANINGS) == set(RejectionReason)
 
 
 def test_energy_and_leverage_are_those_of_the_basis_and_the_scores(
@@ -260,7 +261,7 @@ def shown(content: ReportContent, place: str) -> Any:
 
 def everything(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> ReportContent:
     """The report with galleries that hold the whole pool."""
-    monkeypatch.setattr(selection_report, "GALLERY_SIZE", 100)
+    monkeypatch.setattr(profile, "GALLERY_SIZE", 100)
     return gathered(bench)
 
 
@@ -307,7 +308,7 @@ def test_an_image_that_went_or_broke_leaves_its_place_and_the_reason(
 
 def labelled(monkeypatch: pytest.MonkeyPatch, label: Callable[[str, str], str]) -> None:
     """Let rows have any labels, which may come from the pool's own rows."""
-    monkeypatch.setattr(selection_report, "source_of", lambda _: label)
+    monkeypatch.setattr(gallery, "source_of", lambda _: label)
 
 
 def test_overlays_are_shown_and_labels_of_any_text_are_written(

@@ -454,7 +454,7 @@ _WRITE_FOREVER = textwrap.dedent(
     import numpy as np
     from upath import UPath
 
-    from resources.embedding_store import EmbeddingStore
+    from scalselect_assets.resources.embedding_store import EmbeddingStore
 
     store = EmbeddingStore(UPath(sys.argv[1]), {})
     store._connect()  # imports LanceDB

@@ -14,12 +14,14 @@ from pydantic import ValidationError
 from upath import UPath
 
 from scalselect_assets.method.representation import loading
+from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.representation.loading import ModelLoadError
 from scalselect_assets.resources import vlm
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.vlm import CARDS, VlmResource, model_signature
 
 ROOT = Path(__file__).parents[2]
+COMMITS_OF_A_HUB = ("c0ffee", "decade")
 CPU = VlmResource(device="cpu")
 
 
@@ -46,9 +48,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def load(model: str, **options: Any) -> SimpleNamespace:
         calls.append({"model": model, **options})
         weights = Path(model, "weights").read_text() if Path(model).is_dir() else model
-        fingerprint = f"{weights}, {options['dtype']}, {options['attention_mass']}"
-        card = {"fingerprint": fingerprint, "model": model, "commit": "c0ffee"}
-        return SimpleNamespace(card=SimpleNamespace(to_json=lambda: card, fingerprint=fingerprint))
+        settings = [options[name] for name in ("dtype", "attention_mass", "image_place", "image_size")]
+        card = {"fingerprint": f"{weights}, {settings}", "model": model, "commit": None}
+        if not Path(model).is_dir():
+            card["commit"] = options["revision"] if options["revision"] in COMMITS_OF_A_HUB else "c0ffee"
+        return SimpleNamespace(card=SimpleNamespace(to_json=lambda: card, **card))
 
     monkeypatch.setattr(loading, "load_encoder", load)
     return calls
@@ -56,7 +60,16 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def target(model: str | Path, **changes: Any) -> dict[str, Any]:
     """What a selection says of its model."""
-    return {"model": str(model), "revision": None, "dtype": "float32", "attention_mass": 0.9, **changes}
+    sizes = dict.fromkeys(("image_size", "min_pixels", "max_pixels", "max_tiles"))
+    return {
+        "model": str(model),
+        "revision": None,
+        "dtype": "float32",
+        "attention_mass": 0.9,
+        "image_place": "first",
+        **sizes,
+        **changes,
+    }
 
 
 def folder_with(path: Path, **files: str) -> Path:
@@ -73,7 +86,10 @@ def test_the_card_is_that_of_the_loaded_model(demo_vlm: Path, artifacts: Artifac
     encoder = CPU.encoder(artifacts, **target(demo_vlm))
 
     assert CPU.card(artifacts, **target(demo_vlm)) == encoder.card.to_json()
-    assert encoder.card.to_json().items() >= target(demo_vlm).items()
+    told = ("model", "revision", "dtype", "attention_mass")
+    assert {name: encoder.card.to_json()[name] for name in told} == {
+        name: target(demo_vlm)[name] for name in told
+    }
 
 
 def test_a_store_that_does_not_know_the_model_loads_it_and_then_knows_it(
@@ -119,7 +135,7 @@ def test_another_store_gets_the_card_of_a_model_that_is_already_loaded(
     CPU.encoder(artifacts, **target("org/name"))
     CPU.encoder(other, **target("org/name"))
 
-    signature = model_signature(*target("org/name").values())
+    signature = model_signature(**target("org/name"))
     assert artifacts.read_json(CARDS, signature) == other.read_json(CARDS, signature)
     assert len(loads) == 1
 
@@ -130,7 +146,7 @@ def test_a_card_that_is_damaged_is_made_again(artifacts: ArtifactStore, loads: l
     file.write_text('{"fingerprint": "12')
 
     assert CPU.card(artifacts, **target("org/name")) == card
-    assert artifacts.read_json(CARDS, model_signature(*target("org/name").values())) == card
+    assert artifacts.read_json(CARDS, model_signature(**target("org/name"))) == card
 
 
 def test_a_model_that_cannot_be_loaded_leaves_no_card(tmp_path: Path, artifacts: ArtifactStore) -> None:
@@ -154,7 +170,18 @@ def test_a_model_is_loaded_once_per_process(demo_vlm: Path, artifacts: ArtifactS
 def test_the_settings_reach_the_model(artifacts: ArtifactStore, loads: list) -> None:
     resource = VlmResource(device="cuda", max_image_pixels=123)
 
-    resource.encoder(artifacts, **target("org/name", revision="abc", dtype="bfloat16", attention_mass=0.8))
+    resource.encoder(
+        artifacts,
+        **target(
+            "org/name",
+            revision="abc",
+            dtype="bfloat16",
+            attention_mass=0.8,
+            image_place="as_written",
+            min_pixels=4,
+            max_pixels=9,
+        ),
+    )
 
     assert loads == [
         {
@@ -163,6 +190,8 @@ def test_the_settings_reach_the_model(artifacts: ArtifactStore, loads: list) -> 
             "device": "cuda",
             "dtype": "bfloat16",
             "attention_mass": 0.8,
+            "image_place": "as_written",
+            "image_size": ImageSize(min_pixels=4, max_pixels=9),
             "max_pixels": 123,
         }
     ]
@@ -177,6 +206,11 @@ def test_the_settings_reach_the_model(artifacts: ArtifactStore, loads: list) -> 
         (CPU, {"revision": "abc"}),
         (CPU, {"dtype": "bfloat16"}),
         (CPU, {"attention_mass": 0.8}),
+        (CPU, {"image_place": "as_written"}),
+        (CPU, {"image_size": 100}),
+        (CPU, {"min_pixels": 100}),
+        (CPU, {"max_pixels": 100}),
+        (CPU, {"max_tiles": 3}),
     ],
 )
 def test_other_settings_load_the_model_anew_and_only_one_is_kept(
@@ -222,6 +256,44 @@ def test_a_model_that_is_not_the_one_that_the_store_knows_is_refused(
 
     with pytest.raises(ModelLoadError, match="the store knows it as another"):
         CPU.encoder(artifacts, **target("org/name"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"max_pixels": 100}])
+def test_other_settings_and_other_libraries_stay_with_the_commit(
+    changes: dict[str, Any], artifacts: ArtifactStore, loads: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CPU.encoder(artifacts, **target("org/name", revision="main"))
+    forget_models(monkeypatch)
+    monkeypatch.setattr(vlm, "version", lambda _package: "another version")
+
+    CPU.encoder(artifacts, **target("org/name", revision="main", **changes))
+
+    assert [call["revision"] for call in loads] == ["main", "c0ffee"]
+
+
+def test_a_store_that_has_lost_its_commit_takes_that_of_its_card(
+    artifacts: ArtifactStore, loads: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CPU.encoder(artifacts, **target("org/name"))
+    (kept,) = (artifacts.root / vlm.COMMITS).iterdir()
+    kept.write_text("{")
+    forget_models(monkeypatch)
+
+    CPU.encoder(artifacts, **target("org/name"))
+
+    assert [call["revision"] for call in loads] == [None, "c0ffee"]
+
+
+def test_two_stores_with_other_commits_of_one_branch_each_get_their_own(
+    tmp_path: Path, artifacts: ArtifactStore, loads: list
+) -> None:
+    other = ArtifactStore(UPath(tmp_path / "another store"))
+    vlm._keep_commit(other, target("org/name"), "decade")
+
+    commits = [CPU.encoder(store, **target("org/name")).card.commit for store in (artifacts, other)]
+
+    assert commits == ["c0ffee", "decade"]
+    assert [call["revision"] for call in loads] == [None, "decade"]
 
 
 # Speed
@@ -271,7 +343,7 @@ def test_the_speed_is_one_that_the_encoder_takes(demo_vlm: Path, artifacts: Arti
 
 
 def signature(model: str | Path, **changes: Any) -> str:
-    return model_signature(*target(model, **changes).values())
+    return model_signature(**target(model, **changes))
 
 
 def _touch(folder: Path) -> None:
@@ -337,6 +409,8 @@ def test_every_setting_changes_the_signature(tmp_path: Path, is_folder: bool) ->
         signature(model, attention_mass=0.9 + 1e-15),
         signature(model, revision="abc"),
         signature(model, revision="None"),
+        signature(model, image_place="as_written"),
+        *(signature(model, **{name: 9}) for name in ("image_size", "min_pixels", "max_pixels", "max_tiles")),
         signature(folder_with(tmp_path / "other") if is_folder else "org/other"),
     ]
 

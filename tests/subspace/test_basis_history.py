@@ -1,7 +1,7 @@
 """A new basis is compared with the last one where that makes sense."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from scalselect_assets.method.subspace.drift import basis_drift
 from scalselect_assets.method.subspace.moments import Moments
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.subspace.basis_history import BASIS, drift_since_last
+from tests.headers import basis_header
 
 
 def pool_of(n: int, seed: int = 0) -> NDArray[np.float64]:
@@ -26,14 +27,15 @@ class Nights:
         self.artifacts = ArtifactStore(UPath(root))
 
     def rebase(
-        self, x: NDArray[np.float64], version: str, *, model: str = "model", unit_rows: str = "false"
+        self, x: NDArray[np.float64], version: str, *, model: str = "model", unit_rows: bool = False
     ) -> dict[str, float]:
         """Replace the stored basis by one of the rows; returns the drift that it carries."""
         moments = Moments.of(x)
         subspace = fit_subspace(moments)
-        header = {"data_version": version, "model_fingerprint": model, "unit_rows": unit_rows}
+        header = basis_header(version, model=model, unit_rows=unit_rows)
         drift = drift_since_last(self.artifacts, subspace, moments, header)
-        self.artifacts.write_arrays(BASIS, subspace.to_arrays(), {**header, "drift": json.dumps(drift)})
+        stated = header.model_copy(update={"drift": drift}).to_header()
+        self.artifacts.write_arrays(BASIS, subspace.to_arrays(), stated)
         return drift
 
     def stored(self) -> Subspace:
@@ -62,8 +64,8 @@ def test_the_drift_is_that_from_the_stored_basis(nights: Nights):
     assert drift["score_change"] > 0
 
 
-@pytest.mark.parametrize("other", [{"model": "another"}, {"unit_rows": "true"}])
-def test_bases_of_other_vectors_are_not_compared(nights: Nights, other: dict[str, str]):
+@pytest.mark.parametrize("other", [{"model": "another"}, {"unit_rows": True}])
+def test_bases_of_other_vectors_are_not_compared(nights: Nights, other: dict[str, Any]):
     nights.rebase(pool_of(400), "1")
     assert nights.rebase(pool_of(450), "2", **other) == {}
 

@@ -16,7 +16,8 @@ pytest.importorskip("accelerate", reason="the extra `training` is not installed"
 pytest.importorskip("peft", reason="the extra `training` is not installed")
 
 from filelock import FileLock
-from safetensors.torch import load_file
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from scalselect_assets.method.representation.quiet import quiet_transformers
@@ -248,13 +249,68 @@ def test_bfloat16_keeps_what_is_trained_in_float32(outputs: Outputs, fresh: Path
     assert {tensor.dtype for tensor in weights(result).values()} == {torch.float32}
 
 
+def _edit_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(tensors) if "embed_tokens" in name)
+    tensors[name] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _edit_processor(folder: Path) -> None:
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"]["rescale_factor"] = 0.004
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(("edit", "part"), [(_edit_weights, "weights"), (_edit_processor, "processor")])
+def test_a_model_that_is_not_the_one_that_was_chosen_for_is_trained_only_where_asked(
+    edit: Callable[[Path], None], part: str, outputs: Outputs, fresh: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(outputs.manifest["model"]["model"], tmp_path / "model")
+    outputs.write(ROWS, model={**outputs.manifest["model"], "model": str(folder)})
+    assert train(outputs, fresh, max_steps=1).steps == 1  # the same files in another folder
+    edit(folder)
+    with pytest.raises(TrainingError, match=f"not the model that the samples were chosen for: {part} differ"):
+        train(outputs, fresh, max_steps=1)
+    assert train(outputs, fresh, max_steps=1, other_model=True).steps == 1
+
+
+def test_a_hub_id_without_a_commit_is_not_trained(outputs: Outputs, fresh: Path) -> None:
+    outputs.write(ROWS, model={**outputs.manifest["model"], "model": "org/name", "revision": "main"})
+    for other_model in (False, True):
+        with pytest.raises(TrainingError, match="'org/name' without a commit"):
+            train(outputs, fresh, other_model=other_model)
+
+
+def test_a_hub_id_is_trained_at_the_commit_that_was_chosen_for(
+    outputs: Outputs, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of the hub holds that commit and a later one, which its branch names."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    source, cache, commits = Path(outputs.manifest["model"]["model"]), tmp_path / "models--org--name", "ab"
+    for commit in commits:
+        shutil.copytree(source, cache / "snapshots" / (commit * 40))
+    _edit_weights(cache / "snapshots" / ("b" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("b" * 40)
+    model = {**outputs.manifest["model"], "model": "org/name", "revision": "main"}
+
+    outputs.write(ROWS, model={**model, "commit": "a" * 40})
+    assert train(outputs, fresh, max_steps=1).steps == 1
+
+    outputs.write(ROWS, model={**model, "commit": "b" * 40})
+    with pytest.raises(TrainingError, match="weights differ"):
+        train(outputs, fresh, max_steps=1)
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
 def test_other_families_are_trained_by_the_same_code(
     family: str, outputs: Outputs, fresh: Path, tiny_vlm: Callable[[str], Path]
 ) -> None:
     model = {**outputs.manifest["model"], "model": str(tiny_vlm(family))}
     outputs.write(ROWS, model=model)
-    result = train(outputs, fresh, max_steps=8)
+    result = train(outputs, fresh, max_steps=8, other_model=True)
     first, last = result.fell()
     assert last < first
     if family == "qwen2_5_vl":  # its projector is a part of its tower

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from scalselect_assets.method.subspace.basis import Subspace
 
+_LEVEL = 2.0**-16
+"""Relative: four steps of the rounding of scores."""
+
 Blocks = Callable[[], Iterable[NDArray[Any]]]
 """Gives the same rows again at every call, in the order of the candidates, as (m, width) blocks, m >= 0."""
 
@@ -117,6 +120,24 @@ class Candidates:
         """
         ordered: NDArray[np.int64] = rows[np.lexsort((self.tie_order[rows], -score[rows]))]
         return ordered
+
+
+def levelled(score: NDArray[np.float64], copies: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Scores in which the copies of a sample have one, the highest of theirs.
+
+    Copies that were embedded apart have scores that differ by rounding; without this, rounding would decide
+    which of them is chosen. Rows of one name whose scores differ by more are different samples, and keep
+    theirs.
+
+    Args:
+        score: (n,) float64, finite and >= 0, rounded by `leverage.ranked`.
+        copies: (n,) int64, a number that rows have in common which may be copies of each other; 0 to n - 1.
+    """
+    highest = np.zeros(len(score))
+    np.maximum.at(highest, copies, score)
+    of_row = highest[copies]
+    level: NDArray[np.float64] = np.where(score >= of_row * (1 - _LEVEL), of_row, score)
+    return level
 
 
 def projected(x: NDArray[Any], subspace: Subspace) -> NDArray[np.float64]:

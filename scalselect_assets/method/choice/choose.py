@@ -22,7 +22,8 @@ class KeepEarlier:
             of the choice that would be made without it. At 0 it stays only where it would be chosen anyway,
             or is level with the last.
         max_churn: In [0, 1], or None for no bound: at most this share of the chosen rows, rounded down, is
-            new, as far as there are enough earlier rows; those of highest score stay.
+            new, as far as the terms allow; the earlier rows of highest score stay. With a budget of tokens
+            earlier rows come first until the share is reached, as far as there are any.
 
     Raises:
         ValueError: A number is outside its range.
@@ -108,7 +109,7 @@ def choose(
     if keep is not None:
         without = rows
         was_chosen = _was_chosen(candidates.n, earlier)
-        rows = terms.take(_earlier_first(ranking, terms, without, was_chosen, keep))
+        rows = _kept_choice(ranking, terms, without, was_chosen, keep)
         kept = _cost(candidates, was_chosen, rows, without)
     return Choice(
         rows,
@@ -120,14 +121,14 @@ def choose(
     )
 
 
-def _earlier_first(
+def _kept_choice(
     ranking: Ranking,
     terms: Terms,
     without: NDArray[np.int64],
     was_chosen: NDArray[np.bool_],
     keep: KeepEarlier,
 ) -> NDArray[np.int64]:
-    """The ranking's order with the earlier rows that stay in front."""
+    """The choice in which earlier rows stay, within the terms."""
     score, order = ranking.score, ranking.order
     if score is None:
         raise ValueError(
@@ -140,16 +141,31 @@ def _earlier_first(
     earlier = order[was_chosen[order]]
     stays = np.zeros(terms.n, dtype=bool)
     stays[earlier] = score[earlier] >= (1 - keep.slack) * threshold
-    if keep.max_churn is not None:
-        n_new = math.floor(Fraction(str(keep.max_churn)) * len(without))
-        wanted = len(without) - n_new - int(np.count_nonzero(was_chosen & terms.held))
-        # Whatever would be chosen anyway counts as staying; the best of the others make up the number.
-        chosen = np.zeros(terms.n, dtype=bool)
-        chosen[without] = True
-        stays[earlier[chosen[earlier]]] = True
-        others = earlier[~stays[earlier]]
-        stays[others[: max(0, wanted - int(np.count_nonzero(stays)))]] = True
-    return np.concatenate([order[stays[order]], order[~stays[order]]])
+    rows = terms.take(_in_front(order, stays))
+    if keep.max_churn is None or (excess := _excess(rows, was_chosen, keep.max_churn)) <= 0:
+        return rows
+    if terms.size is not None:
+        n_new = int(np.count_nonzero(~was_chosen[rows])) - excess
+        return terms.with_at_most(n_new, ~was_chosen).take(_in_front(order, stays))
+    # What is chosen anyway counts as staying; the best of the others follow until they are enough.
+    stays[rows] = was_chosen[rows]
+    others = earlier[~stays[earlier]]
+    while excess > 0 and others.size:
+        stays[others[:excess]] = True
+        others = others[excess:]
+        rows = terms.take(_in_front(order, stays))
+        excess = _excess(rows, was_chosen, keep.max_churn)
+    return rows
+
+
+def _in_front(order: NDArray[np.int64], marked: NDArray[np.bool_]) -> NDArray[np.int64]:
+    return np.concatenate([order[marked[order]], order[~marked[order]]])
+
+
+def _excess(rows: NDArray[np.int64], was_chosen: NDArray[np.bool_], max_churn: float) -> int:
+    """How many more of the rows are new than the churn allows."""
+    allowed = math.floor(Fraction(str(max_churn)) * len(rows))
+    return int(np.count_nonzero(~was_chosen[rows])) - allowed
 
 
 def _cost(

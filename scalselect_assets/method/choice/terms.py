@@ -14,7 +14,7 @@ each one with which the terms can still be met, so it gives the lexicographicall
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -152,6 +152,44 @@ class Terms:
             )
         taken = self._take_rows(order) if self.size is not None else self._take_tokens(order)
         return np.concatenate([np.flatnonzero(self.held), taken])
+
+    def with_at_most(self, limit: int, marked: NDArray[np.bool_]) -> "Terms":
+        """The same terms and one more: at most ``limit`` of some rows, or as few more as can be.
+
+        For budgets of rows. Where there are quotas, it costs one integer programme, and one more for each
+        doubling of the budget where the limit is too low.
+
+        Args:
+            limit: How many of the rows are wanted at most.
+            marked: (n,) bool, the rows.
+        """
+        size, allowed = self.size or 0, self.held | self.eligible
+        low = max(
+            limit,
+            int(np.count_nonzero(marked & self.held)),
+            size - int(np.count_nonzero(~marked & allowed)),
+        )
+        free = np.array([self.n, 0], dtype=np.int64)
+
+        def bounded(most: int) -> Terms:
+            ceilings = free + np.array([0, most], dtype=np.int64)
+            column = Column("(marked)", ("(others)", "(marked)"), marked.astype(np.int64), 0 * free, ceilings)
+            return replace(self, columns=(*self.columns, column))
+
+        def can_be_met(terms: Terms) -> bool:
+            cells = Cells(terms)
+            return cells.feasible(cells.counts(np.flatnonzero(terms.held)))
+
+        high = max(low, size)  # as many as there are rows to choose, so that it excludes nothing
+        if can_be_met(bounded(low)):
+            return bounded(low)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if can_be_met(bounded(middle)):
+                high = middle
+            else:
+                low = middle
+        return bounded(high)
 
     def spent(self, rows: NDArray[np.int64]) -> int:
         """What ``rows`` cost: tokens, or rows."""

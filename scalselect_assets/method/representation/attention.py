@@ -183,5 +183,7 @@ def dominant_tokens(attention: torch.Tensor, attention_mass: float) -> torch.Ten
     total = share.sum()
     share = share / total if total > 0 else torch.full_like(share, 1 / len(share))
     order = share.argsort(descending=True, stable=True)
+    if attention_mass >= 1:
+        return order  # no share exceeds it, but a rounded sum may, before tokens without attention
     crossed = int((share[order].cumsum(0) <= attention_mass).sum())
     return order[: crossed + 1]

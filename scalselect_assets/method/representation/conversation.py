@@ -1,7 +1,7 @@
 """What the method reads: a conversation of turns whose text and images keep their places.
 
-Pure data. File formats are read by `resources.sample_source`; the chat template of the target model is
-applied by ``scalselect_assets.method.representation.chat``.
+This module is pure data. `scalselect_assets.resources.sample_source` reads the file formats, and
+`scalselect_assets.method.representation.chat` applies the target model's chat template.
 """
 
 import enum

@@ -7,8 +7,10 @@ eager attention; a model for which the two differ is refused.
 """
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -28,8 +30,14 @@ from scalselect_assets.method.representation.families import (
     keep_what_the_first_layer_reads,
 )
 from scalselect_assets.method.representation.first_layer import FirstLayer, decoder_of
+from scalselect_assets.method.representation.image_place import (
+    DEFAULT_IMAGE_PLACE,
+    ImagePlace,
+    effective_place,
+)
+from scalselect_assets.method.representation.image_size import ImageSize, ask_for
 from scalselect_assets.method.representation.images import DEFAULT_MAX_PIXELS
-from scalselect_assets.method.representation.model_card import model_card
+from scalselect_assets.method.representation.model_card import ModelCard, model_card
 from scalselect_assets.method.representation.preparation import Prepared, Preparer
 from scalselect_assets.method.representation.processors import load_processor
 from scalselect_assets.method.representation.quiet import quiet_transformers
@@ -44,6 +52,10 @@ DeviceName: TypeAlias = Literal["auto", "cpu", "cuda"]
 # and 0.03 % in float16 on the tested families.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_OWN_SIZE = ImageSize()
+
 
 class ModelLoadError(RuntimeError):
     """The target model cannot be loaded as asked; the message says what to change."""
@@ -56,45 +68,108 @@ def load_encoder(
     device: DeviceName = "auto",
     dtype: DtypeName = "float32",
     attention_mass: float = DEFAULT_ATTENTION_MASS,
+    image_place: ImagePlace = DEFAULT_IMAGE_PLACE,
+    image_size: ImageSize = _OWN_SIZE,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> VlmEncoder:
     """Load the parts of a VLM that the representation needs.
 
     Args:
         model: Local folder or Hugging Face hub id of an image-text-to-text model.
-        revision: Branch, tag or commit of a hub id.
+        revision: Branch, tag or commit of a hub id; it is resolved once, and all files are of that commit.
         device: Where to run.
         dtype: Of weights and activations. It is part of the fingerprint, so it never depends on the machine.
         attention_mass: τ in (0, 1].
+        image_place: Where a row's images stand in the prompt.
+        image_size: Bounds on the size that the model's processor scales images to.
         max_pixels: Images with more pixels are rejected.
 
     Raises:
         ModelLoadError: Not found, not readable, incomplete weights, or the device is missing.
         UnsupportedModelError: Readable, but not a model that this package can represent samples with.
     """
-    if not 0 < attention_mass <= 1:
-        raise ValueError(f"attention mass {attention_mass} is not in (0, 1]; the paper uses 0.9")
     torch_device = resolve_device(device)
-    folder = Path(model).expanduser()
-    source = str(folder) if folder.is_dir() else model
-    config = _supported_config(source, revision)
-    token_id = image_token_id(config)
-    # Transformers reports the weights that stay unread; leaving them out is the point.
-    with quiet_transformers(keep_bars=not folder.is_dir()), _cannot_load(model):
-        processor = load_processor(source, revision, config)
-        base_model = _load_base_model(source, revision, config, dtype)
-        card = model_card(model, revision, config, base_model, processor, dtype, attention_mass)
-        preparer = Preparer(
-            processor, image_token_id=token_id, max_tokens=card.max_tokens, max_pixels=DEFAULT_MAX_PIXELS
-        )
-        base_model = base_model.to(torch_device)
+    parts = _load_parts(model, revision, dtype, attention_mass, image_place, image_size)
+    preparer = Preparer(
+        parts.processor,
+        image_token_id=parts.image_token_id,
+        max_tokens=parts.card.max_tokens,
+        max_pixels=DEFAULT_MAX_PIXELS,
+        image_place=parts.card.image_place,
+    )
     with quiet_transformers(), _cannot_represent(model):
-        check = _SelfCheck(processor, preparer, attention_mass)
+        base_model = parts.base_model.to(torch_device)
+        check = _SelfCheck(parts.processor, preparer, attention_mass)
         expected = check.expected(base_model)
         first_layer = FirstLayer(base_model, preparer.pad_token_id)
         check.compare(expected, first_layer, _TOLERANCE[dtype])
     preparer.max_pixels = max_pixels
-    return VlmEncoder(card, first_layer, preparer)
+    return VlmEncoder(parts.card, first_layer, preparer)
+
+
+def load_card(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: DtypeName = "float32",
+    attention_mass: float = DEFAULT_ATTENTION_MASS,
+    image_place: ImagePlace = DEFAULT_IMAGE_PLACE,
+    image_size: ImageSize = _OWN_SIZE,
+) -> ModelCard:
+    """The card of a model, as `load_encoder` gives it, without the self-check; the arguments are the same.
+
+    Raises:
+        ModelLoadError: As `load_encoder`.
+        UnsupportedModelError: The same.
+    """
+    return _load_parts(model, revision, dtype, attention_mass, image_place, image_size).card
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parts:
+    """What is read of a model, on the CPU."""
+
+    card: ModelCard
+    processor: Any
+    base_model: Any
+    image_token_id: int
+
+
+def _load_parts(
+    model: str,
+    revision: str | None,
+    dtype: DtypeName,
+    attention_mass: float,
+    image_place: ImagePlace,
+    image_size: ImageSize,
+) -> _Parts:
+    """Read a model; all files of a hub id are of one commit."""
+    if not 0 < attention_mass <= 1:
+        raise ValueError(f"attention mass {attention_mass} is not in (0, 1]; the paper uses 0.9")
+    folder = Path(model).expanduser()
+    source = str(folder) if folder.is_dir() else model
+    with _cannot_load(model):
+        commit = resolve_commit(source, revision)
+    config = _supported_config(source, commit)
+    token_id = image_token_id(config)
+    # Transformers reports the weights that stay unread; leaving them out is the point.
+    with quiet_transformers(keep_bars=not folder.is_dir()), _cannot_load(model):
+        processor = load_processor(source, commit, config)
+        ask_for(processor.image_processor, image_size)
+        base_model = _load_base_model(source, commit, config, dtype)
+        card = model_card(
+            model,
+            revision,
+            commit,
+            config,
+            base_model,
+            processor,
+            dtype,
+            attention_mass,
+            effective_place(processor, image_place),
+            image_size,
+        )
+    return _Parts(card, processor, base_model, token_id)
 
 
 def resolve_device(device: DeviceName) -> torch.device:
@@ -108,6 +183,43 @@ def resolve_device(device: DeviceName) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def resolve_commit(model: str, revision: str | None) -> str | None:
+    """The commit that a revision of a hub id stands for now; None for a local folder.
+
+    Without a connection, or with ``HF_HUB_OFFLINE=1``, it is the commit that the local cache has for the
+    revision.
+
+    Args:
+        model: Local folder or hub id.
+        revision: Branch, tag or commit; None is the default branch.
+
+    Raises:
+        ModelLoadError: ``model`` is neither, or no commit can be found for it.
+    """
+    if Path(model).is_dir():
+        return None
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelLoadError(f"no folder {model!r}; name a local model folder or a hub id such as 'org/name'")
+    from huggingface_hub import resolve_revision
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
+
+    asked = repr(model) if revision is None else f"{model!r} at revision {revision!r}"
+    try:
+        commit = resolve_revision(model, revision=revision).resolved
+    except (HfHubHTTPError, HFValidationError, RevisionResolutionError) as error:
+        raise ModelLoadError(
+            f"cannot load {asked}: its commit is not known ({error}), and without one the files may be of "
+            "several versions. Connect to the hub, name a local folder, or give as revision a commit that is "
+            "in the local cache"
+        ) from error
+    if not _COMMIT.fullmatch(commit):
+        raise ModelLoadError(
+            f"cannot load {asked}: the local cache names {commit!r} as its commit, which is none. Remove "
+            "that cache, or give a commit as revision"
+        )
+    return commit
 
 
 @contextmanager
@@ -139,15 +251,13 @@ def _cannot_represent(model: str) -> Iterator[None]:
         ) from error
 
 
-def _supported_config(model: str, revision: str | None) -> Any:
+def _supported_config(model: str, commit: str | None) -> Any:
     """The configuration of ``model``, if it is of a kind that can be a target model."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise ModelLoadError(f"no folder {model!r}; name a local model folder or a hub id such as 'org/name'")
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, revision=commit, trust_remote_code=False)
     except OSError as error:
         raise ModelLoadError(f"cannot read the configuration of {model!r}: {error}") from error
     except ValueError as error:
@@ -166,7 +276,7 @@ def _supported_config(model: str, revision: str | None) -> Any:
     return config
 
 
-def _load_base_model(model: str, revision: str | None, config: Any, dtype: DtypeName) -> Any:
+def _load_base_model(model: str, commit: str | None, config: Any, dtype: DtypeName) -> Any:
     """The weights that the first layer's output depends on, on the CPU."""
     from transformers import AutoModel
 
@@ -174,7 +284,7 @@ def _load_base_model(model: str, revision: str | None, config: Any, dtype: Dtype
     base_model, report = AutoModel.from_pretrained(
         model,
         config=config,
-        revision=revision,
+        revision=commit,
         dtype=getattr(torch, dtype),
         attn_implementation={"text_config": register_rows_attention()},
         trust_remote_code=False,

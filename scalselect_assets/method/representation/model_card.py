@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from scalselect_assets.method import REPRESENTATION_VERSION
+from scalselect_assets.method.representation.image_place import EffectivePlace
+from scalselect_assets.method.representation.image_size import ImageSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class ModelCard:
     config_sha256: str
     weights_sha256: str
     processor_sha256: str
+    image_place: EffectivePlace = "first"
+    image_size: dict[str, int] = field(default_factory=dict)
     representation_version: str = REPRESENTATION_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -41,22 +45,28 @@ class ModelCard:
 def model_card(
     model: str,
     revision: str | None,
+    commit: str | None,
     config: Any,
     base_model: Any,
     processor: Any,
     dtype: str,
     attention_mass: float,
+    image_place: EffectivePlace,
+    image_size: ImageSize,
 ) -> ModelCard:
     """Hash everything that determines a representation.
 
     Args:
         model: As given by the user.
         revision: As given by the user.
+        commit: That a hub id was read at; None for a local folder.
         config: The Transformers configuration that the base model was built with.
         base_model: The loaded parts of the model.
-        processor: Its processor.
+        processor: Its processor, whose image processor has the bounds already.
         dtype: Of weights and activations.
         attention_mass: τ.
+        image_place: Where images stand in its prompts.
+        image_size: The bounds that were set; the settings that they lead to are among the processor's.
     """
     text_config = config.get_text_config()
     max_tokens = min(processor.tokenizer.model_max_length, text_config.max_position_embeddings)
@@ -80,11 +90,15 @@ def model_card(
         "attention_mass": attention_mass,
         "max_tokens": max_tokens,
     }
+    # Images that stay where they are written are what fingerprints meant before there was a choice.
+    place = {"image_place": image_place} if image_place == "first" else {}
     return ModelCard(
-        fingerprint=_sha256_json({**hashes, **settings, "version": REPRESENTATION_VERSION})[:16],
+        fingerprint=_sha256_json({**hashes, **settings, **place, "version": REPRESENTATION_VERSION})[:16],
         model=model,
         revision=revision,
-        commit=getattr(config, "_commit_hash", None),
+        commit=commit,
+        image_place=image_place,
+        image_size=image_size.asked(),
         dimension=text_config.hidden_size,
         n_parameters=sum(parameter.numel() for parameter in base_model.parameters()),
         **settings,

@@ -19,6 +19,7 @@ from PIL import Image
 from scalselect_assets.method.representation.chat import ChatTemplateError, RenderedChat, render_chat
 from scalselect_assets.method.representation.conversation import Conversation
 from scalselect_assets.method.representation.first_layer import ModelInput, VisionInput
+from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PLACE, EffectivePlace, placed
 from scalselect_assets.method.representation.images import (
     ImageTooLargeError,
     UndecodableImageError,
@@ -44,7 +45,15 @@ class Prepared:
 class Preparer:
     """Prepares samples for one model. Picklable; not for several threads at once."""
 
-    def __init__(self, processor: Any, *, image_token_id: int, max_tokens: int, max_pixels: int) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_token_id: int,
+        max_tokens: int,
+        max_pixels: int,
+        image_place: EffectivePlace = DEFAULT_IMAGE_PLACE,
+    ) -> None:
         """Take over ``processor``.
 
         Args:
@@ -52,12 +61,14 @@ class Preparer:
             image_token_id: Of the tokens that carry image features.
             max_tokens: Longer samples are rejected.
             max_pixels: Images with more pixels are rejected, not decoded.
+            image_place: Where a row's images stand in its prompt.
         """
         self.pad_token_id: int = processor.tokenizer.pad_token_id or 0
         self._processor = processor
         self._image_processor = processor.image_processor
         self._processor.image_processor = _OncePerGroup(processor.image_processor)
         self.max_pixels = max_pixels
+        self._image_place = image_place
         self._image_token_id, self._max_tokens = image_token_id, max_tokens
 
     @property
@@ -130,7 +141,7 @@ class Preparer:
     ) -> Prepared | Rejection:
         """One sample; ``shared`` is what the processor made of the same images for another one."""
         try:
-            chat = render_chat(self._processor, conversation)
+            chat = self._rendered(conversation)
         except ChatTemplateError as error:
             return Rejection(RejectionReason.TEMPLATE_REFUSED, str(error))
         try:
@@ -145,6 +156,10 @@ class Preparer:
                 "smaller ones",
             )
         return self._with_roles(chat, inputs, digests, shared)
+
+    def _rendered(self, conversation: Conversation) -> RenderedChat:
+        """The prompt of a sample, with its images where they are to stand."""
+        return render_chat(self._processor, placed(conversation, self._image_place))
 
     def model_inputs(self, chat: RenderedChat, images: list[Image.Image]) -> dict[str, Any]:
         """The processor's outputs for one sample as tensors, with the character offsets of every token."""
@@ -189,7 +204,7 @@ class Preparer:
             ChatTemplateError: The template refuses the conversation.
             ValueError: The processor refuses it.
         """
-        inputs = self.model_inputs(render_chat(self._processor, conversation), images)
+        inputs = self.model_inputs(self._rendered(conversation), images)
         return self._vision_inputs(inputs), self._tokens_by_image(inputs)
 
     def _vision_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:

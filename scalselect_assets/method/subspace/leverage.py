@@ -24,6 +24,9 @@ _BLOCK_ROWS = 512  # rows of one product, the task of one core
 # above √(10·d) of the strongest, 202 at d = 4096, so the paper's own setting stays below it.
 _FLOAT32_UP_TO = 256.0
 
+_EXACT_BITS = 18
+"""Scores of equal rows agree to so many binary digits, and mostly to more."""
+
 # With few directions, single rows lie so near to the plane across all of them that their score is float32's
 # rounding; and few directions cost little in float64.
 _FLOAT32_FROM_K = 8
@@ -129,6 +132,22 @@ class LeverageScorer:
             projected = ((rows.double() - mean).to(whitening.dtype) @ whitening).double()
             scores[start : start + len(rows)] = projected.square().sum(dim=1).cpu().numpy()
         return scores
+
+
+def ranked(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scores as they are ranked: rounded to the digits that are exact, so that equal rows tie.
+
+    The same row in another place, or embedded in another batch, has a score that is off by rounding, some
+    1e-6 of it. Rounding to 18 binary digits moves a score by 4e-6 at most, an error that it may have anyway.
+    Two that lie on both sides of a rounding border still differ, by one step; see
+    `candidates.levelled`.
+
+    Args:
+        scores: (m,) finite.
+    """
+    mantissa, exponent = np.frexp(scores)
+    rounded: NDArray[np.float64] = np.ldexp(np.rint(np.ldexp(mantissa, _EXACT_BITS)), exponent - _EXACT_BITS)
+    return rounded
 
 
 def projection_dtype(subspace: Subspace) -> type[np.float32] | type[np.float64]:

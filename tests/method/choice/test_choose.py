@@ -1,8 +1,12 @@
 """Earlier rows stay as long as they are nearly as good, or as many as were promised, and the cost is told."""
 
+import math
+from collections import Counter
+from itertools import combinations
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scalselect_assets.method.choice.agreement import agree
@@ -14,7 +18,7 @@ from scalselect_assets.method.choice.strategies import (
     Spanning,
     TopLeverage,
 )
-from scalselect_assets.method.choice.terms import Budget, Quota
+from scalselect_assets.method.choice.terms import Budget, InfeasibleError, Quota
 from tests.method.pools import blocks_of, candidates, of_rows, planted
 
 scores = st.lists(st.floats(0, 4).map(lambda x: round(x, 1)), min_size=10, max_size=10)
@@ -51,6 +55,99 @@ def test_no_more_rows_are_new_than_the_churn_allows(leverage, earlier, size, max
     # Where there are not enough earlier rows to keep, all of them stay.
     assert n_new <= max(np.floor(max_churn * size + 1e-9), size - len(earlier))
     assert n_new / size <= got.kept.churn_without
+
+
+labels = st.lists(st.sampled_from("abc"), min_size=9, max_size=9)
+bounds = st.dictionaries(st.sampled_from("abc"), st.integers(0, 4), max_size=2)
+places = st.sets(st.integers(0, 8), max_size=2)
+
+
+def meets(rows, columns, quotas, include, exclude):
+    """Whether a set of rows is admissible; written without the code under test."""
+    counts = [Counter(column[row] for row in rows) for column in columns]
+    return (
+        include <= set(rows)
+        and not exclude & set(rows)
+        and all(
+            count[label] >= least
+            for count, quota in zip(counts, quotas, strict=True)
+            for label, least in quota.floors.items()
+        )
+        and all(
+            count[label] <= most
+            for count, quota in zip(counts, quotas, strict=True)
+            for label, most in quota.ceilings.items()
+        )
+    )
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.lists(st.integers(0, 9), min_size=9, max_size=9),
+    st.sets(st.integers(0, 8), max_size=7),
+    st.integers(1, 8),
+    shares,
+    st.sampled_from([0.0, 0.3]),
+    st.lists(st.tuples(labels, bounds, bounds), min_size=1, max_size=2),
+    places,
+    places,
+)
+def test_beside_quotas_the_churn_is_kept_to_as_far_as_the_terms_allow(
+    leverage, earlier, size, max_churn, slack, drawn, include, exclude
+):
+    columns = [column for column, _, _ in drawn]
+    quotas = [Quota(f"label {number}", *drawn[number][1:]) for number in range(len(drawn))]
+    pool = candidates(leverage, **{f"label {number}": column for number, column in enumerate(columns)})
+    try:
+        terms = agree(pool, Budget(size), quotas, include=sorted(include), exclude=sorted(exclude))
+    except (InfeasibleError, ValueError):
+        assume(False)
+    got = choose(
+        pool, TopLeverage(), terms, earlier=sorted(earlier), keep=KeepEarlier(slack, max_churn)
+    ).rows.tolist()
+    assert meets(got, columns, quotas, include, exclude)
+    admissible = [
+        set(rows) for rows in combinations(range(9), size) if meets(rows, columns, quotas, include, exclude)
+    ]
+    fewest_new = min(len(rows - earlier) for rows in admissible)
+    allowed = max(math.floor(max_churn * size + 1e-9), fewest_new)
+    assert len(set(got) - earlier) <= allowed
+    # Of the choices that are left, the first in the order of preference, in which rows within the slack lead.
+    possible = [rows for rows in admissible if len(rows - earlier) <= allowed]
+    free = choose(pool, TopLeverage(), terms).rows[terms.n_held :]
+    least = (1 - slack) * min((leverage[row] for row in free), default=math.inf)
+    expected = set(include)
+    for row in sorted(
+        range(9), key=lambda row: (not (row in earlier and leverage[row] >= least), -leverage[row], row)
+    ):
+        if any(expected | {row} <= rows for rows in possible):
+            expected.add(row)
+    assert set(got) == expected
+
+
+def test_an_earlier_row_that_a_ceiling_keeps_out_is_not_counted_as_staying():
+    """Six rows, at most two of a source that has most of the earlier ones, and none may be new."""
+    pool = candidates([9, 8, 7, 6, 5, 4, 3, 3, 3, 3], source=list("aaaabbbbbb"))
+    terms = agree(pool, Budget(6), [Quota("source", ceilings={"a": 2})])
+    earlier = [0, 1, 2, 3, 6, 7, 8, 9]
+    got = choose(pool, TopLeverage(), terms, earlier=earlier, keep=KeepEarlier(max_churn=0.0))
+    assert sorted(got.rows.tolist()) == [0, 1, 6, 7, 8, 9]
+    assert got.kept.n_kept == 2
+
+
+def test_a_row_that_must_be_chosen_counts_as_new_or_as_staying_as_it_is():
+    pool = candidates([9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
+    for include, chosen in (([4], [0, 3, 4, 5]), ([2], [2, 3, 4, 5])):
+        terms = agree(pool, Budget(4), include=include)
+        got = choose(pool, TopLeverage(), terms, earlier=[3, 4, 5], keep=KeepEarlier(max_churn=0.25))
+        assert sorted(got.rows.tolist()) == chosen
+
+
+def test_with_tokens_earlier_rows_come_first_until_few_enough_are_new():
+    pool = candidates([9.0, 8.0, 7.0, 6.0, 5.0, 4.0], text=[3, 3, 3, 3, 3, 3], source=list("aabbab"))
+    terms = agree(pool, Budget(12, "text_tokens"), [Quota("source", ceilings={"a": 2})])
+    got = choose(pool, TopLeverage(), terms, earlier=[3, 4, 5], keep=KeepEarlier(max_churn=0.25))
+    assert sorted(got.rows.tolist()) == [0, 3, 4, 5]
 
 
 def test_the_cost_of_keeping_is_told():

@@ -146,7 +146,7 @@ def by_definition(x: NDArray[np.float64], threshold: float) -> float:
 @pytest.mark.parametrize("block", [1, 7, 4096])
 @pytest.mark.parametrize("queries", [1, 10, 2048])
 def test_near_duplicates_are_those_of_all_pairs(block: int, queries: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("scalselect_assets.method.choice.choose.choose.subset_measures._QUERY_ROWS", queries)
+    monkeypatch.setattr("scalselect_assets.method.choice.subset_measures._QUERY_ROWS", queries)
     x, _ = planted([5, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1, 1], 6, noise=0.4)
     for threshold in (0.5, 0.9, 0.97):
         got = near_duplicate_rate(blocks_of(x, block), len(x), threshold=threshold)

@@ -1,7 +1,9 @@
 """Of a model folder no more is read than needed, and what cannot be a target model is said to be none."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,10 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from scalselect_assets.method.representation import loading
 from scalselect_assets.method.representation.encoder import VlmEncoder
 from scalselect_assets.method.representation.families import TESTED_FAMILIES, UnsupportedModelError
-from scalselect_assets.method.representation.loading import ModelLoadError, load_encoder, resolve_device
+from scalselect_assets.method.representation.loading import (
+    ModelLoadError,
+    load_card,
+    load_encoder,
+    resolve_device,
+)
 from scalselect_assets.method.representation.model_card import ModelCard, weights_sha256
+from scalselect_assets.method.representation.processors import load_processor
 from tests.method.samples import SAMPLES, assert_equal, represent
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -374,6 +383,30 @@ def test_a_chat_template_that_cannot_express_a_plain_sample_is_refused(
         load(path)
 
 
+def _merge_across_the_border(path: Path) -> None:
+    """One token for two letters, of which the template writes one and the answer begins with the other."""
+
+    def replace_the_last_merge(tokenizer: dict[str, Any]) -> None:
+        model = tokenizer["model"]
+        lost = "".join(model["merges"].pop())
+        model["merges"].append(["x", "A"])
+        model["vocab"]["xA"] = model["vocab"].pop(lost)
+
+    edit_json(path / "tokenizer.json", replace_the_last_merge)
+    template = path / "chat_template.jinja"
+    text, answer = template.read_text(), "{{ part['text'] + ' ' }}"
+    template.write_text(text.replace(answer, f"x{answer}", 1))
+
+
+def test_a_model_whose_answers_cannot_be_found_in_its_prompt_is_refused(
+    folder: Callable[[str], Path],
+) -> None:
+    path = folder("llava")
+    _merge_across_the_border(path)
+    with pytest.raises(UnsupportedModelError, match=r"of the answer 'A pattern\.', 'xA pattern\.' is found"):
+        load(path)
+
+
 def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(UnsupportedModelError, match="not a model that Transformers itself knows"):
@@ -404,3 +437,112 @@ def test_a_model_whose_configuration_names_a_token_that_carries_no_image_is_refu
     edit_json(path / "config.json", lambda config: config.update(image_token_index=5))
     with pytest.raises(UnsupportedModelError):
         load(path)
+
+
+# Hub ids
+
+
+COMMITS = ("1" * 40, "2" * 40)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubCache:
+    """A cache of the hub as the libraries lay it out, of one model in two commits; there is no connection."""
+
+    folder: Path
+    model: str = "org/tiny"
+
+    def add(self, commit: str, source: Path) -> None:
+        """Store a model's files under their hashes, and link to them from the commit's snapshot."""
+        snapshot = self.folder / "snapshots" / commit
+        for file in source.iterdir():
+            blob = self.folder / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, blob)
+            snapshot.mkdir(parents=True, exist_ok=True)
+            (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+
+    def point(self, branch: str, commit: str) -> None:
+        """What the branch was when the cache last heard of it."""
+        (self.folder / "refs").mkdir(exist_ok=True)
+        (self.folder / "refs" / branch).write_text(commit)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> HubCache:
+    """Two versions of a model that differ in their weights and in their chat template."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cache = HubCache(tmp_path / "models--org--tiny")
+    path = folder("llava")
+    cache.add(COMMITS[0], path)
+    _flip_a_bit_of("embed_tokens")(path)
+    _chat_template(path)
+    cache.add(COMMITS[1], path)
+    cache.point("main", COMMITS[0])
+    cache.point("next", COMMITS[1])
+    return cache
+
+
+def test_a_hub_id_is_read_at_one_commit_which_its_card_names(
+    hub_cache: HubCache, tiny_encoder: Callable[[str], VlmEncoder]
+) -> None:
+    card = load_encoder(hub_cache.model, device="cpu").card
+    assert (card.model, card.revision, card.commit) == (hub_cache.model, None, COMMITS[0])
+    assert card.fingerprint == tiny_encoder("llava").card.fingerprint
+
+
+def test_a_branch_that_has_moved_on_is_another_model_and_a_commit_stays(hub_cache: HubCache) -> None:
+    before = load_encoder(hub_cache.model, revision="main", device="cpu").card
+    hub_cache.point("main", COMMITS[1])
+
+    moved = load_encoder(hub_cache.model, revision="main", device="cpu").card
+    pinned = load_encoder(hub_cache.model, revision=COMMITS[0], device="cpu").card
+
+    assert (moved.commit, pinned.commit) == (COMMITS[1], COMMITS[0])
+    assert moved.weights_sha256 != before.weights_sha256
+    assert moved.processor_sha256 != before.processor_sha256
+    assert pinned.fingerprint == before.fingerprint
+    assert load_encoder(hub_cache.model, revision="next", device="cpu").card.fingerprint == moved.fingerprint
+
+
+def test_a_branch_that_moves_while_it_is_read_is_read_at_the_commit_that_it_began_with(
+    hub_cache: HubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_encoder(hub_cache.model, device="cpu").card
+
+    def move_on(*arguments: Any, **options: Any) -> Any:
+        hub_cache.point("main", COMMITS[1])
+        return load_processor(*arguments, **options)
+
+    monkeypatch.setattr(loading, "load_processor", move_on)
+    assert load_encoder(hub_cache.model, device="cpu").card == whole
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "111111"])
+def test_a_hub_id_without_a_commit_is_refused(hub_cache: HubCache, revision: str | None) -> None:
+    (hub_cache.folder / "refs" / "main").unlink()
+    with pytest.raises(ModelLoadError, match=r"'org/tiny'.*commit is not known.*a commit that is in the loc"):
+        load_encoder(hub_cache.model, revision=revision, device="cpu")
+
+
+@pytest.mark.parametrize("written", ["", "main", "1" * 39, "x" * 40])
+def test_a_cache_that_names_no_commit_is_refused(hub_cache: HubCache, written: str) -> None:
+    hub_cache.point("main", written)
+    with pytest.raises(ModelLoadError, match="as its commit, which is none"):
+        load_encoder(hub_cache.model, device="cpu")
+
+
+def test_an_unknown_hub_id_is_named(hub_cache: HubCache) -> None:
+    with pytest.raises(ModelLoadError, match="'org/other'"):
+        load_encoder("org/other", device="cpu")
+    with pytest.raises(ModelLoadError, match="'no such name'"):
+        load_encoder("no such name", device="cpu")
+
+
+def test_a_card_is_the_encoders_card(tiny_vlm: Callable[[str], Path]) -> None:
+    options: dict[str, Any] = {"attention_mass": 0.7, "image_place": "as_written", "dtype": "bfloat16"}
+    for family in ("llava", "qwen2_vl"):
+        assert load_card(str(tiny_vlm(family)), **options) == load(tiny_vlm(family), **options).card

@@ -195,3 +195,20 @@ def test_the_moments_of_another_pool_are_refused():
     for other in (x[:19], x + 1):
         with pytest.raises(ValueError, match=r"was not fitted on.*Fit the basis on these moments"):
             basis_drift(fit(x), fit(x), Moments.of(other))
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_the_bound_is_the_change_itself_where_a_pool_only_spreads_or_shrinks(factor: float):
+    """All of it moves in one sense, so that nothing is lost in the bound."""
+    x = rows(500, 6)
+    old = fit_subspace(Moments.of(x))
+    centred = factor * (x - x.mean(axis=0)) + x.mean(axis=0)  # about the same mean, so that none is shifted
+    new, moments = fit_subspace(Moments.of(centred)), Moments.of(centred)
+    assert basis_drift(old, new, moments).score_change == pytest.approx(abs(factor**2 - 1), rel=1e-6)
+
+
+def test_the_bound_is_nearly_the_change_itself_where_a_pool_is_shifted_a_little():
+    """Of rows at -1 and 1, a shift by 0.01 changes the scores by 0.02 each, up and down."""
+    x = np.array([[-1.0], [1.0]] * 50)
+    old, new, moments = fit_subspace(Moments.of(x)), fit_subspace(Moments.of(x + 0.01)), Moments.of(x + 0.01)
+    assert basis_drift(old, new, moments).score_change == pytest.approx(0.02, rel=0.01)

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from scalselect_assets.method.subspace.basis import Subspace, fit_subspace
-from scalselect_assets.method.subspace.leverage import LeverageScorer, leverage_scores, projection_dtype
+from scalselect_assets.method.subspace.leverage import (
+    LeverageScorer,
+    leverage_scores,
+    projection_dtype,
+    ranked,
+)
 from scalselect_assets.method.subspace.moments import Moments, NonFiniteError, accumulate
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, EnergyThreshold, FixedRank
 from tests.method.vectors import rows, with_outlier_dimensions
@@ -200,6 +205,17 @@ def test_a_row_outside_the_fitted_pool_is_refused_by_its_number():
         leverage_scores(x, subspace)
 
 
+def test_a_leverage_above_one_by_more_than_rounding_is_refused_and_by_less_is_one():
+    """The row on the only axis: its leverage is the square of its place on it."""
+    x = np.concatenate([np.zeros((2, 3)), [[1.0, 0, 0], [-1.0, 0, 0]]]) / np.sqrt(2)
+    subspace = fit_subspace(Moments.of(x), EnergyThreshold(0.9))
+    for above in (0.9e-4, 1e-9):
+        row = np.array([[np.sqrt(1 + above), 0, 0]])
+        assert leverage_scores(row, subspace) == [1.0]
+    with pytest.raises(ValueError, match=r"Got leverage 1\.0001\d+ in row 0"):
+        leverage_scores(np.array([[np.sqrt(1 + 1.1e-4), 0, 0]]), subspace)
+
+
 def test_rounding_above_one_is_clipped():
     x = rows(50, 3)
     subspace = fit_subspace(Moments.of(x))
@@ -208,6 +224,32 @@ def test_rounding_above_one_is_clipped():
     got = leverage_scores(edge, subspace)
     assert got[0] == 1.0
     assert 1 - 1e-4 < got[1] < 1.0
+
+
+@settings(deadline=None)
+@given(st.floats(min_value=1e-12, max_value=1e12), st.floats(min_value=-1, max_value=1))
+def test_ranked_scores_are_as_near_as_scores_are_exact_and_keep_their_order(score: float, off: float) -> None:
+    near = score * (1 + off * 1e-6)
+    one, other = ranked(np.array([score, near]))
+    assert abs(one - score) <= 4e-6 * score
+    assert abs(one - other) <= 8e-6 * score  # at most one step apart
+    assert (one <= other) or (near <= score)
+    assert ranked(np.array([one])) == one
+
+
+def test_ranked_scores_keep_zero_and_one_and_tell_apart_what_differs() -> None:
+    assert ranked(np.array([0.0, 1.0, 0.5, 1 + 1e-4])).tolist()[:3] == [0.0, 1.0, 0.5]
+    assert len(set(ranked(np.linspace(1, 1.001, 90)))) == 90
+
+
+def test_most_copies_tie_once_their_scores_are_rounded_and_few_before() -> None:
+    x = rows(4000, 24, seed=3).astype(np.float32)
+    subspace = fit_subspace(Moments.of(x))
+    noise = np.random.default_rng(0).normal(scale=1e-7, size=x.shape)
+    one = leverage_scores(x, subspace)
+    other = leverage_scores((x * (1 + noise)).astype(np.float32)[::-1], subspace)[::-1]
+    assert np.mean(one == other) < 0.2
+    assert np.mean(ranked(one) == ranked(other)) > 0.9
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
