@@ -18,7 +18,7 @@ import dagster as dg
 import polars as pl
 
 from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
-from scalselect_assets.choice import comparison, removed_samples
+from scalselect_assets.choice import advice, comparison, removed_samples
 from scalselect_assets.choice.chooser import Chooser, comparison_metadata
 from scalselect_assets.choice.lists import Lists
 from scalselect_assets.choice.pool_rows import PoolRows
@@ -81,6 +81,11 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         metadata={"dagster/column_schema": column_schema(SELECTED_SUBSET)},
         check_specs=[
             dg.AssetCheckSpec(
+                advice.CHECK,
+                asset=selection.key(NAME),
+                description="The chosen samples repeat each other no more than random ones do.",
+            ),
+            dg.AssetCheckSpec(
                 "leverage_scores_sum_to_rank",
                 asset=selection.key(NAME),
                 description="The scores of all shards sum to k, as leverage scores do.",
@@ -142,6 +147,7 @@ def choose_subset(
         choice = chooser.choose()
         chosen, compared = chooser.chosen(choice), chooser.compared(choice)
         numbers = chooser.numbers(choice)
+    repetition = advice.repetition(compared)
     data_version = _content_version(chosen)
     made_from = provenance(selection, basis.data_version, lists.version, removed_version)
     stated = data_versions.header(data_version, made_from, subspace_basis=basis.data_version)
@@ -163,6 +169,7 @@ def choose_subset(
             "basis_version": basis.data_version,
             **{f"drift_{name}": value for name, value in basis.drift.items()},
             **comparison_metadata(compared),
+            **({} if repetition is None else repetition.metadata()),
             **cost(basis),
             "seconds": time.monotonic() - start,
             "bytes": n_bytes,
@@ -174,6 +181,7 @@ def choose_subset(
                 "selection_covers_every_shard", [shard for shard in shards if shard not in basis.shards]
             ),
             _listed_check(chooser.unknown),
+            advice.repetition_check(repetition),
         ),
     )
 

@@ -1,7 +1,7 @@
 """What a selection declares of its choice: what may be spent, on what terms, and what it is compared with."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias, get_args
 
 import dagster as dg
 from pydantic import ConfigDict, Field, model_validator
@@ -11,7 +11,13 @@ from scalselect_assets.method.choice.choose import KeepEarlier
 from scalselect_assets.method.choice.terms import Budget, Quota
 
 StrategyName: TypeAlias = Literal[
-    "top_leverage", "leverage_sampling", "spanning", "random", "stratified_random", "length"
+    "top_leverage",
+    "coverage",
+    "leverage_sampling",
+    "spanning",
+    "random",
+    "stratified_random",
+    "length",
 ]
 Label: TypeAlias = Annotated[
     str,
@@ -124,7 +130,7 @@ class Comparison(_Declared):
     """What stands beside the choice: other strategies under the same terms, measured alike."""
 
     strategies: list[StrategyName] = Field(
-        default=["top_leverage", "spanning", "leverage_sampling", "random", "stratified_random", "length"],
+        default=list(get_args(StrategyName)),
         description="What the choice is compared with.",
     )
     seeds: int = Field(default=3, ge=1, le=20, description="How often a strategy that draws is drawn.")

@@ -157,8 +157,9 @@ class Selection(dg.Model):
     )
     strategy: StrategyName = Field(
         default="top_leverage",
-        description="What is preferred: the highest leverage (the paper), rows drawn in proportion to it, "
-        "rows that span the subspace together, or a comparator.",
+        description="What is preferred: the highest leverage (the paper), high leverage in every part of the "
+        "subspace, rows drawn in proportion to leverage, rows that span the subspace together, or a "
+        "comparator.",
     )
     seed: int = Field(default=0, ge=0, description="Of strategies and exports that draw.")
     source_label: Label = "source"
