@@ -57,7 +57,8 @@ def accuracy_table(runs: Sequence[Run], share: float) -> str:
         distinct = [run.distinct for run in own if run.distinct is not None]
         lines.append(
             f"| {name} | {len(own)} | {_shown([100 * run.mean for run in own])} | "
-            f"{_number(100 * mean / full)} | {_shown(minus)} | {_number(100 * worth)} | {_mean([run.groups for run in own]):,.0f} | "
+            f"{_number(100 * mean / full)} | {_shown(minus)} | {_number(100 * worth)} | "
+            f"{_mean([run.groups for run in own]):,.0f} | "
             + " | ".join(
                 f"{100 * _mean([getattr(run, kind) for run in own]):.1f}"
                 for kind in ("noise", "wrong", "tail")

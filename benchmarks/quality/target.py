@@ -32,7 +32,8 @@ _TEMPLATE = (
     "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{ '<image>' }}"
     "{%- else -%}{{ '\\n' + part['text'] }}{%- endif -%}{%- endfor -%}{{ ' ' }}"
     "{%- else -%}{{ 'ASSISTANT: ' }}{%- generation -%}"
-    "{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}{%- endgeneration -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+    "{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}"
+    "{%- endgeneration -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
 )
 
 
