@@ -156,6 +156,14 @@ def run(
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
+    contentless_pictures: Annotated[
+        str | None,
+        typer.Option(
+            metavar="keep|remove",
+            help="Remove samples whose pictures are one colour or noise? (default: keep)",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None,
     evaluation_images: Annotated[
         str | None,
         typer.Option(help="Remove samples whose image is in this folder.", rich_help_panel=CHOICE_PANEL),
@@ -208,6 +216,7 @@ def run(
             "source_label": source_label,
             "include": include and absolute_place(include),
             "exclude": exclude and absolute_place(exclude),
+            "contentless_pictures": contentless_pictures,
             **near_duplicates_option(near_duplicates),
             **wanted_budget(budget, image_tokens, text_tokens),
             **quota_options(floor or [], ceiling or []),

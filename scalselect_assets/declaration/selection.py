@@ -181,6 +181,11 @@ class Selection(dg.Model):
     decontamination: Decontamination | None = Field(
         default=None, description="Remove samples that an evaluation set holds; by default none."
     )
+    contentless_pictures: Literal["keep", "remove"] = Field(
+        default="keep",
+        description="Whether samples are removed whose pictures are all of one colour or noise, as broken "
+        "scans are; leverage prefers them. Nothing that shows something is removed, however rare.",
+    )
     report: bool = Field(default=True, description="Whether the result is told on a page for people.")
     compare: Comparison | None = Field(
         default=Comparison(), description="What the choice is measured beside; null for nothing."
@@ -291,8 +296,8 @@ class Selection(dg.Model):
 
     @property
     def removes_samples(self) -> bool:
-        """Whether duplicates or contaminated samples are removed before the choice."""
-        return bool(self.near_duplicates or self.decontamination)
+        """Whether duplicates, contaminated or contentless samples are removed before the choice."""
+        return bool(self.near_duplicates or self.decontamination or self.contentless_pictures == "remove")
 
     @property
     def labels(self) -> list[str]:
