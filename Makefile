@@ -6,7 +6,7 @@ DEMO := .scalselect
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train dev test e2e faults lint format constraints screenshots clean
+.PHONY: help install demo train dev test test-quick e2e faults lint format constraints screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,12 +34,15 @@ dev: install  ## Open the Dagster UI (http://127.0.0.1:3000) on the demo's store
 	$(BIN)/scalselect ui --store $(DEMO)/demo
 
 # Tests start many processes, which would else compile the code each for itself.
-test e2e faults: export PYTHONDONTWRITEBYTECODE :=
+test test-quick e2e faults: export PYTHONDONTWRITEBYTECODE :=
 
-test: install  ## Run all tests (a quarter of an hour on two cores)
+test: install  ## Run all tests (ten minutes on two cores)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-e2e: install  ## Run the test of a real Dagster deployment on loopback (seven minutes)
+test-quick: install  ## Run the tests without Dagster runs, models and processes (a minute on two cores)
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 2 --dist worksteal
+
+e2e: install  ## Run the test of a real Dagster deployment on loopback (five minutes)
 	$(BIN)/python -m pytest -m e2e -s
 
 faults: install  ## Run the tests that kill processes, fill disks and move clocks

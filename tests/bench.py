@@ -8,15 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import numpy as np
 
+from scalselect_assets import ASSET_MODULES
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.embedding import receipts
 from scalselect_assets.operations.refresh import Refresh, RefreshReport
+from scalselect_assets.resources import verified_files
 from scalselect_assets.resources.progress import LogProgress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
+
+_JOBS: dict[str, dg.JobDefinition] = {}
+_N_JOBS = 16
 
 
 class Bench:
@@ -44,14 +50,17 @@ class Bench:
         return Selection(**self.options)
 
     def refresh(
-        self, should_stop: Callable[[], bool] = lambda: False, *, rebuild_basis: bool = False
+        self,
+        should_stop: Callable[[], bool] = lambda: False,
+        *,
+        rebuild_basis: bool = False,
+        accept_missing_images: bool = False,
     ) -> RefreshReport:
         selection = self.selection
-        defs = build_defs([selection], {"storage": self.storage, "vlm": self.vlm})
         with open_instance(selection) as instance:
             return Refresh(
                 selection,
-                job=defs.resolve_job_def(selection.job_name("assets")),
+                job=self._job(),
                 instance=instance,
                 storage=self.storage,
                 vlm=self.vlm,
@@ -59,8 +68,19 @@ class Bench:
                 log=logging.getLogger("scalselect.test"),
                 log_level="CRITICAL",
                 rebuild_basis=rebuild_basis,
+                accept_missing_images=accept_missing_images,
                 should_stop=should_stop,
             ).run()
+
+    def _job(self) -> dg.JobDefinition:
+        """The job of all assets, made once for all benches of the same declaration and resources."""
+        declared = repr((self.selection, self.storage, self.vlm, list(ASSET_MODULES)))
+        if declared not in _JOBS:
+            defs = build_defs([self.selection], {"storage": self.storage, "vlm": self.vlm})
+            _JOBS[declared] = defs.resolve_job_def(self.selection.job_name("assets"))
+            if len(_JOBS) > _N_JOBS:
+                _JOBS.pop(next(iter(_JOBS)))
+        return _JOBS[declared]
 
     def first_refresh(self) -> None:
         """``refresh`` of a pool that stands as it was made; what it leaves is made once, and copied.
@@ -103,7 +123,9 @@ class Bench:
         return {
             str(path.relative_to(self.store)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in self.store.rglob("*")
-            if path.is_file() and "dagster" not in path.parts and path.suffix != ".lock"
+            if path.is_file()
+            and not {"dagster", verified_files.NAME} & set(path.parts)
+            and path.suffix != ".lock"
         }
 
     def metadata(self, asset: str) -> dict[str, Any]:

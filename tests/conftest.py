@@ -1,19 +1,25 @@
-"""Fixtures that several test folders share: the generated model, and small pools built from rows."""
+"""Fixtures that several test folders share: the generated model, small pools built from rows, processes."""
 
+import gc
 import io
 import json
 import os
 import shutil
+import signal
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
 from sqlalchemy import Engine, event
+
+from tests.tiers import hold_to_tiers, mark_slow, running
 
 # No test is timed. In CI every property is tried on the same cases each time; elsewhere on new ones, which
 # may show a fault that the change at hand did not make.
@@ -34,7 +40,39 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+def pytest_configure(config: pytest.Config) -> None:
+    """Let SIGINT interrupt, as the tests of interruptions raise it: `nohup` and ``&`` leave it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    patch = pytest.MonkeyPatch()
+    hold_to_tiers(patch)
+    config.add_cleanup(patch.undo)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests get the marker ``slow``; the daemon's test, which mostly waits, begins before all others."""
+    mark_slow(items)
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of every later garbage collection: it took a sixth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that starts processes is slow."""
+    with running(item):
+        return (yield)
+
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+RunPython: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def png_bytes(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
@@ -77,6 +115,28 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def processes() -> None:
+    """Says that a test starts processes of Python, which makes it a slow one."""
+
+
+@pytest.fixture
+def fresh_python(processes: None) -> RunPython:
+    """Runs Python, which has imported nothing, in a process of its own; names are environment variables."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

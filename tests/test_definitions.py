@@ -1,8 +1,6 @@
 """The code location: it loads light, from declarations, and keeps the layers apart."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from scalselect_assets.deployment import build_defs, declared_selections
 from scalselect_assets.operations.automation import automation_condition
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.subspace.subspace_basis import provenance, version
+from tests.conftest import RunPython
 
-ROOT = Path(__file__).parents[1]
 EARLIER_TYPE = "scalselect_assets.selection.Selection"
 """Stands in stores of earlier releases, so it stays although the class has moved."""
 
@@ -32,29 +30,31 @@ def selection(name: str = "pool", **more: object) -> Selection:
     return Selection(name=name, source="/pool", store="/store", target_model="org/model", **more)  # type: ignore[arg-type]
 
 
-def imported_in_a_fresh_process(statement: str, environment: dict[str, str] | None = None) -> set[str]:
-    finished = subprocess.run(
-        [sys.executable, "-c", f"{statement}; import sys; print(' '.join(sys.modules))"],
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(finished.stdout.splitlines()[-1].split())
+@pytest.fixture
+def imported_by(fresh_python: RunPython) -> Callable[..., set[str]]:
+    """All modules that a statement imports in a process of its own."""
+
+    def run(statement: str, **environment: str) -> set[str]:
+        finished = fresh_python("-c", f"{statement}; import sys; print(' '.join(sys.modules))", **environment)
+        assert finished.returncode == 0, finished.stderr
+        return set(finished.stdout.splitlines()[-1].split())
+
+    return run
 
 
-def test_definitions_load_without_torch_transformers_or_lancedb(tmp_path: Path) -> None:
+def test_definitions_load_without_torch_transformers_or_lancedb(
+    imported_by: Callable[..., set[str]], tmp_path: Path
+) -> None:
     (tmp_path / "one.yaml").write_text(selection(near_duplicates={}).to_yaml())
-    modules = imported_in_a_fresh_process(
+    modules = imported_by(
         "from definitions import defs; assert len(defs.resolve_asset_graph().get_all_asset_keys()) == 11",
-        {"SCALSELECT_SELECTIONS": str(tmp_path)},
+        SCALSELECT_SELECTIONS=str(tmp_path),
     )
     assert not modules & {"torch", "transformers", "lancedb"}
 
 
-def test_the_method_loads_without_dagster_polars_or_lancedb() -> None:
-    modules = imported_in_a_fresh_process(
+def test_the_method_loads_without_dagster_polars_or_lancedb(imported_by: Callable[..., set[str]]) -> None:
+    modules = imported_by(
         "import scalselect_assets.method.representation.encoder, scalselect_assets.method.subspace.leverage, "
         "scalselect_assets.method.choice.choose"
     )

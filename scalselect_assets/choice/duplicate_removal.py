@@ -86,6 +86,9 @@ _RANKED = pl.Schema(
 )
 
 
+PARTNERS_CHECK = "every_partner_is_kept"
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """All embedded samples of a pool.
@@ -339,7 +342,7 @@ def partners_kept(frame: pl.DataFrame) -> dg.AssetCheckResult:
     both = frame.join(frame, left_on=partners, right_on=rows, how="semi").height
     repeated = frame.height - frame.select(rows).n_unique()
     return dg.AssetCheckResult(
-        check_name="every_partner_is_kept",
+        check_name=PARTNERS_CHECK,
         passed=both == 0 and repeated == 0,
         metadata={"removed": frame.height, "removed_for_a_removed_one": both, "removed_twice": repeated},
     )

@@ -25,6 +25,7 @@ from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import Column, Table, column_schema, polars_schema
 from scalselect_assets.recording.materialization import Output, at_work
 from scalselect_assets.resources.artifacts import FRAME, ArtifactStore
@@ -120,9 +121,14 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         metadata={"dagster/column_schema": column_schema(REMOVED_SAMPLES)},
         check_specs=[
             dg.AssetCheckSpec(
-                "every_partner_is_kept",
+                duplicate_removal.PARTNERS_CHECK,
                 asset=selection.key(NAME),
                 description="No sample is removed twice, or for one that is removed itself.",
+            ),
+            dg.AssetCheckSpec(
+                "every_evaluation_file_is_read",
+                asset=selection.key(NAME),
+                description="No file of the evaluation set's kinds is passed over.",
             ),
             dg.AssetCheckSpec(
                 "no_shard_is_removed_whole",
@@ -165,8 +171,11 @@ def find_removed(selection: Selection, storage: StorageResource) -> Output:
         )
         numbers |= found
     frame = _joined(looked.frame, contentless, duplicates)
+    partners = duplicate_removal.partners_kept(duplicates)
+    require_passed(partners)
     data_version = digest(hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
     made_from = provenance(selection, storage, basis.data_version)
+    passed_over = decontamination.files_passed_over(storage, selection)
     path, size = artifacts.write_frame(NAME, frame, data_versions.header(data_version, made_from))
     return Output(
         data_version,
@@ -182,7 +191,13 @@ def find_removed(selection: Selection, storage: StorageResource) -> Output:
             "dagster/uri": str(path),
         },
         (
-            duplicate_removal.partners_kept(duplicates),
+            partners,
+            dg.AssetCheckResult(
+                check_name="every_evaluation_file_is_read",
+                passed=not passed_over,
+                severity=dg.AssetCheckSeverity.WARN,
+                metadata={"passed_over": passed_over},
+            ),
             dg.AssetCheckResult(
                 check_name="no_shard_is_removed_whole",
                 passed=not looked.whole_shards,
@@ -228,6 +243,7 @@ ASSET = PoolAsset(
     is_declared=is_declared,
     expected=expected,
     header=header,
+    error_checks=(duplicate_removal.PARTNERS_CHECK,),
     shard_files=tuple(
         (name, FRAME) for name in (decontamination.NAME, image_hashes.IMAGE_HASHES, contentless_pictures.NAME)
     ),

@@ -28,13 +28,20 @@ from scalselect_assets.resources.evaluation_set import EvaluationText
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|(?:(?![{_UNSPACED}])\w)+")
 
+# Normalising takes time in proportion to the square of a run of combining marks, so a longer run than any
+# script has is cut by a character that keeps marks from being put in order across it (Unicode's stream-safe
+# text).
+_LONG_RUN = regex.compile(r"[\p{M}\uff9e\uff9f]{30}")  # two marks of half-width kana are letters by name
+_JOINER = "\u034f"
+
 
 def words(text: str) -> list[str]:
     """The words of a text as they are compared: NFKC, case folded, without punctuation.
 
     In scripts without spaces between words, each character is one.
     """
-    found: list[str] = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    safe = _LONG_RUN.sub(rf"\g<0>{_JOINER}", text)
+    found: list[str] = _WORD.findall(unicodedata.normalize("NFKC", safe).casefold())
     return found
 
 

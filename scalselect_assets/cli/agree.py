@@ -3,10 +3,9 @@
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from scalselect_assets.cli.options import JsonOption, VerboseOption, declaration_path
-from scalselect_assets.cli.printing import OUT, PLAIN, print_json, user_errors
+from scalselect_assets.cli.printing import print_json, say, user_errors
 from scalselect_assets.declaration.selection import read_selection
 from scalselect_assets.explain.store_agreement import agreement
 from scalselect_assets.resources.storage import StorageResource
@@ -18,9 +17,9 @@ def agree(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Say how far the selections of two stores agree, for two target models say; changes nothing.
+    """Show how far the selections of two stores agree, such as those for two target models; changes nothing.
 
-    Samples are the same where shard name and content are.
+    Samples are the same where shard name and content are the same.
     """
     with user_errors(verbose=verbose):
         storage = StorageResource()
@@ -32,4 +31,4 @@ def agree(
             print_json(found.to_json())
             return
         for label, value in found.lines():
-            OUT.print(f"{label:<24}{escape(value)}", **PLAIN)
+            say(f"{label:<24}{value}")

@@ -1,8 +1,8 @@
 """The `scalselect` command: the list of its subcommands.
 
-What a run computes, Dagster computes. The modules beside this one turn options into a declared selection
-(`options`), open the store's Dagster instance and run (`run`), read a store (`look`), manage one (`store`),
-and print what came out (`printing`). Exit codes: 0 done, 1 failed, 2 wrong usage.
+Dagster does the computing. The modules beside this one declare the options (`options`, `option_groups`,
+`run_options`), open the store's Dagster instance and run (`run`), read a store (`look`), manage a store
+(`store`) and print results (`printing`). Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 import os
@@ -27,30 +27,25 @@ for command in (run, demo, status, explain, agree, verify, clean, split, ui):
     app.command()(command)
 
 
-@app.callback()
-def scalselect(
-    _: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            help="Print the version and exit.",
-            is_eager=True,
-            callback=lambda wanted: print_version(wanted=wanted),
-        ),
-    ] = False,
-) -> None:
-    """Choose what a vision-language model is fine-tuned on."""
-
-
-def print_version(*, wanted: bool) -> None:
-    """Print the installed version and exit, where it was asked for."""
+def print_version(wanted: bool) -> None:
+    """Print the version of the installed package and exit, if ``--version`` was given."""
     if wanted:
         typer.echo(f"scalselect-dagster {version('scalselect-dagster')}")
         raise typer.Exit
 
 
+@app.callback()
+def scalselect(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=print_version),
+    ] = False,
+) -> None:
+    """Choose what a vision-language model is fine-tuned on."""
+
+
 def main() -> None:
     """Entry point of the ``scalselect`` command."""
-    # LanceDB warns of every table that does not exist before it is written for the first time.
+    # Before a table is written for the first time, LanceDB would warn that it does not exist.
     os.environ.setdefault("LANCEDB_LOG", "error")
     app()

@@ -1,4 +1,4 @@
-"""Options of the command line, and the declaration that they describe."""
+"""Options that several commands share, and the declaration in a store that options change."""
 
 import os
 import re
@@ -6,45 +6,49 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from scalselect_assets import deployment
-from scalselect_assets.declaration.choice_settings import parse_quota
-from scalselect_assets.declaration.export_specs import parse_exports
-from scalselect_assets.declaration.selection import Selection, read_selection
-from scalselect_assets.method.choice.budget import parse_budget
-from scalselect_assets.method.subspace.rank import FixedRank, parse_rank_rule
+from scalselect_assets import ASSET_MODULES, deployment
+from scalselect_assets.declaration.selection import NO_CREDENTIALS, Selection, read_selection
+from scalselect_assets.resources.artifacts import replace_text
+from scalselect_assets.resources.shown_text import has_credentials
 from scalselect_assets.resources.storage import StorageResource
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
-"""The architecture that the published results were measured on."""
-CHOICE_PANEL: Final = "The choice and its files"
+"""The model that the published results were measured on."""
 
 
 class Device(StrEnum):
-    """Where the model runs."""
+    """Devices that the model can run on."""
 
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
 
 
-class Dtype(StrEnum):
-    """Numbers of the model's weights and activations."""
+class ImagePlaceName(StrEnum):
+    """Where a row's images stand in the prompt."""
 
+    FIRST = "first"
+    AS_WRITTEN = "as_written"
+
+
+class Dtype(StrEnum):
+    """Number types of the model's weights and activations."""
+
+    AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
 
-StoreOption = Annotated[
-    str | None,
-    typer.Option(help="Folder for all that is computed. (default: .scalselect/<name>)", show_default=False),
-]
-DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
+_OF_THE_MODEL = ("model_revision", "image_size", "min_pixels", "max_pixels", "max_tiles")
+"""Settings that belong to one model; they are dropped when a run names another model."""
+
+DeviceOption = Annotated[Device, typer.Option(help="Device that the model runs on.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show Dagster's log and tracebacks.")]
 
@@ -56,10 +60,14 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show Dagster's l
 def declared_from_options(
     source: str, store: str | None, name: str | None, options: Mapping[str, Any]
 ) -> Iterator[Selection]:
-    """The selection that the options describe over what the store already declares.
+    """The selection that the options describe, on top of the declaration that the store already has.
 
-    It is written to the store, and taken back where the block fails: what cannot run is not remembered.
+    The declaration is written to the store, and restored if the block fails: what cannot run is not kept. A
+    first run that fails after it has computed something keeps its declaration.
     """
+    for place in (source, store):
+        if place is not None and has_credentials(place):
+            raise typer.BadParameter(NO_CREDENTIALS)
     location = absolute_place(source)
     store = absolute_place(store or str(Path(".scalselect") / (name or _name_of(location))))
     path = Path(store) if "://" not in store else Path(".scalselect") / (name or _name_of(location))
@@ -76,28 +84,42 @@ def declared_from_options(
         )
     if not StorageResource().path(location).exists():
         raise FileNotFoundError(f"no pool at {location}: name the folder (or file) of its shard files")
-    given = {key: value for key, value in options.items() if value is not None}
-    if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
-        given["target_model"] = absolute_place(given["target_model"])
-    if given.get("target_model", known["target_model"]) != known["target_model"]:
-        known["model_revision"] = None  # it was the other model's
-    try:
-        selection = Selection(**{**known, **given, "source": location, "store": store})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(selection.to_yaml(in_store="://" not in store), encoding="utf-8")
+    selection = _declared_over(known, options, location, store)
+    replace_text(path, selection.to_yaml(in_store="://" not in store))
     try:
         yield selection
     except typer.Exit:
         raise
     except Exception:
-        if before is None:
+        if before is not None:
+            replace_text(path, before)
+        elif not _holds_results(path.parent):
             path.unlink()
-        else:
-            path.write_text(before, encoding="utf-8")
         raise
+
+
+def _declared_over(known: dict[str, Any], options: Mapping[str, Any], location: str, store: str) -> Selection:
+    """The known settings of a selection, replaced by the options that are given.
+
+    Raises:
+        typer.BadParameter: The settings do not make a valid selection.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
+        given["target_model"] = absolute_place(given["target_model"])
+    if given.get("target_model", known["target_model"]) != known["target_model"]:
+        known |= dict.fromkeys(_OF_THE_MODEL)  # they belonged to the other model
+    try:
+        selection = Selection(**{**known, **given, "source": location, "store": store})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return selection
+
+
+def _holds_results(store: Path) -> bool:
+    """Whether anything was computed: then the store keeps the declaration by which it can be opened."""
+    return any((store / asset).is_dir() for asset in ASSET_MODULES)
 
 
 def declaration_path(store: str) -> Path:
@@ -113,89 +135,10 @@ def declaration_path(store: str) -> Path:
 
 
 def absolute_place(location: str) -> str:
-    """A local path made absolute; a URI as it is."""
+    """A local path made absolute; a URI unchanged."""
     return location if "://" in location else os.path.abspath(Path(location).expanduser())  # noqa: PTH100
 
 
 def _name_of(location: str) -> str:
     """A legal asset key from the last part of a location."""
     return re.sub(r"[^A-Za-z0-9_]+", "_", Path(location).stem).strip("_") or "pool"
-
-
-def rank_option(text: str | None) -> str | int | None:
-    """The value of ``--rank`` as a declaration writes it."""
-    if text is None:
-        return None
-    try:
-        rule = parse_rank_rule(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--rank: {error}") from error
-    return rule.k if isinstance(rule, FixedRank) else text
-
-
-def _budget(option: str, text: str | None) -> int | float | None:
-    try:
-        return None if text is None else parse_budget(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{option}: {error}") from error
-
-
-def wanted_budget(budget: str | None, image_tokens: str | None, text_tokens: str | None) -> dict[str, Any]:
-    """The one budget that is given, if any."""
-    given = {
-        "rows": _budget("--budget", budget),
-        "image_tokens": _budget("--image-tokens", image_tokens),
-        "text_tokens": _budget("--text-tokens", text_tokens),
-    }
-    (unit, amount), *more = [item for item in given.items() if item[1] is not None] or [("rows", None)]
-    if more:
-        raise typer.BadParameter("--budget, --image-tokens and --text-tokens exclude each other; give one")
-    return {"budget": amount if unit == "rows" else {unit: amount}}
-
-
-def text_only_option(text: str | None) -> str | int | float | None:
-    """The value of ``--text-only`` as a declaration writes it."""
-    return text if text in {None, "drop", "keep"} else _budget("--text-only", text)
-
-
-def quota_options(floors: list[str], ceilings: list[str]) -> dict[str, Any]:
-    """Quotas by the source; those of other labels are declared in the store's selection.yaml."""
-    try:
-        quota = parse_quota(floors, ceilings)
-    except ValueError as error:
-        raise typer.BadParameter(f"--floor, --ceiling: {error}") from error
-    return {} if quota is None else {"quotas": [quota]}
-
-
-def evaluation_options(images: str | None, texts: str | None) -> dict[str, Any]:
-    """The declared evaluation set, if an option names one."""
-    if images is None and texts is None:
-        return {}
-    return {
-        "decontamination": {
-            "images": images and absolute_place(images),
-            "texts": texts and absolute_place(texts),
-        }
-    }
-
-
-def near_duplicates_option(text: str | None) -> dict[str, Any]:
-    """The declared removal of near-duplicates, if the option is given."""
-    if text is None:
-        return {}
-    try:
-        return {"near_duplicates": {"cosine": text if text == "suggested" else float(text)}}
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"--near-duplicates: {text!r} is neither a cosine, such as 0.995, nor `suggested`"
-        ) from error
-
-
-def export_options(options: list[str] | None) -> dict[str, Any]:
-    """The declared exports, if an option names one."""
-    if not options:
-        return {}
-    try:
-        return {"exports": parse_exports(options)}
-    except ValueError as error:
-        raise typer.BadParameter(f"--export: {error}") from error

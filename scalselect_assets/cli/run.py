@@ -2,239 +2,80 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any
 
 import dagster as dg
 import typer
-from rich.markup import escape
 
 from scalselect_assets import deployment
-from scalselect_assets.cli.options import (
-    CHOICE_PANEL,
-    PAPER_MODEL,
-    Device,
-    DeviceOption,
-    Dtype,
-    JsonOption,
-    StoreOption,
-    VerboseOption,
-    absolute_place,
-    declared_from_options,
-    evaluation_options,
-    export_options,
-    near_duplicates_option,
-    quota_options,
-    rank_option,
-    text_only_option,
-    wanted_budget,
-)
+from scalselect_assets.cli.option_groups import grouped_options
+from scalselect_assets.cli.options import JsonOption, VerboseOption, declared_from_options
 from scalselect_assets.cli.printing import (
-    ERR,
-    OUT,
-    PLAIN,
     ProgressBars,
+    complain,
     print_json,
     print_summary,
     print_work,
+    say,
     user_errors,
 )
-from scalselect_assets.declaration.choice_settings import StrategyName
+from scalselect_assets.cli.run_options import (
+    ChoiceOptions,
+    ComputingOptions,
+    ImageOptions,
+    ModelOptions,
+    PoolOptions,
+    RemovalOptions,
+    StoreOptions,
+    SubspaceOptions,
+)
 from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.operations.deep_verification import deep_problems
 from scalselect_assets.operations.refresh import Refresh
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 
 
+@grouped_options
 def run(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="Folder (or file) of the pool's shard files.")
     ],
-    image_root: Annotated[
-        str | None, typer.Option(help="What image paths are relative to. (default: each shard's folder)")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help=f"The VLM to be tuned: local folder or hub id. (default: {PAPER_MODEL})"),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and activations. (default: float32)")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Fraction (0.16, 16%) or number of samples. (default: 0.16)")
-    ] = None,
-    attention_mass: Annotated[
-        float | None, typer.Option(help="Attention share of the kept vision tokens. (default: 0.9)")
-    ] = None,
-    energy: Annotated[float | None, typer.Option(help="Energy share of the subspace. (default: 0.9)")] = None,
-    rank: Annotated[
-        str | None,
-        typer.Option(
-            help="How many directions: energy, gavish_donoho, effective_rank or a number. (default: energy)"
-        ),
-    ] = None,
-    standardise: Annotated[
-        bool | None,
-        typer.Option(
-            "--standardise/--no-standardise",
-            help="Divide columns by their standard deviation? (default: no)",
-            show_default=False,
-        ),
-    ] = None,
-    unit_rows: Annotated[
-        bool | None,
-        typer.Option(
-            "--unit-rows/--no-unit-rows",
-            help="Scale embeddings to length 1? (default: no)",
-            show_default=False,
-        ),
-    ] = None,
-    rebuild_basis: Annotated[
-        bool, typer.Option("--rebuild-basis", help="Add up the moments of all shards anew.")
-    ] = False,
-    text_only: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows without an image: drop, keep, or how many (a share or a number). (default: drop)"
-        ),
-    ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            help=f"What is preferred: {', '.join(get_args(StrategyName))}. (default: top_leverage)",
-            rich_help_panel=CHOICE_PANEL,
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of what is drawn. (default: 0)", rich_help_panel=CHOICE_PANEL)
-    ] = None,
-    image_tokens: Annotated[
-        str | None,
-        typer.Option(help="A budget of vision tokens, instead of rows.", rich_help_panel=CHOICE_PANEL),
-    ] = None,
-    text_tokens: Annotated[
-        str | None,
-        typer.Option(help="A budget of all other tokens, instead of rows.", rich_help_panel=CHOICE_PANEL),
-    ] = None,
-    source_label: Annotated[
-        str | None,
-        typer.Option(
-            help="What names a row's source: source (its field), shard, shard_folder, image_folder or "
-            "field:NAME. (default: source)",
-            rich_help_panel=CHOICE_PANEL,
-        ),
-    ] = None,
-    floor: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="SOURCE=ROWS or SOURCE=SHARE of the budget that is chosen at least.",
-            rich_help_panel=CHOICE_PANEL,
-        ),
-    ] = None,
-    ceiling: Annotated[
-        list[str] | None,
-        typer.Option(help="The same, that is chosen at most.", rich_help_panel=CHOICE_PANEL),
-    ] = None,
-    include: Annotated[
-        str | None,
-        typer.Option(
-            help="File of samples that must be chosen: an id, a key or an image's SHA-256 a line.",
-            rich_help_panel=CHOICE_PANEL,
-        ),
-    ] = None,
-    exclude: Annotated[
-        str | None,
-        typer.Option(help="The same, of samples that must not.", rich_help_panel=CHOICE_PANEL),
-    ] = None,
-    near_duplicates: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COSINE",
-            help="Remove samples with like text within this cosine of one of higher leverage; `suggested` "
-            "takes the cosine from the pool.",
-            rich_help_panel=CHOICE_PANEL,
-        ),
-    ] = None,
-    contentless_pictures: Annotated[
-        str | None,
-        typer.Option(
-            metavar="keep|remove",
-            help="Remove samples whose pictures are one colour or noise? (default: keep)",
-            rich_help_panel=CHOICE_PANEL,
-        ),
-    ] = None,
-    evaluation_images: Annotated[
-        str | None,
-        typer.Option(help="Remove samples whose image is in this folder.", rich_help_panel=CHOICE_PANEL),
-    ] = None,
-    evaluation_texts: Annotated[
-        str | None,
-        typer.Option(help="Remove samples that hold a text of this file.", rich_help_panel=CHOICE_PANEL),
-    ] = None,
-    export: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Also write for a trainer: FORMAT or FORMAT:order=score,images=copied; see docs/exports.md.",
-            rich_help_panel=CHOICE_PANEL,
-        ),
-    ] = None,
-    store: StoreOption = None,
-    name: Annotated[
-        str | None, typer.Option(help="Prefix of the asset keys. (default: from the source's name)")
-    ] = None,
-    device: DeviceOption = Device.AUTO,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens computed together. (default: 4096, on a GPU 32768)"),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes that decode ahead. (default: a thread, on a GPU most cores)"),
-    ] = None,
+    pool: PoolOptions,
+    model: ModelOptions,
+    images: ImageOptions,
+    subspace: SubspaceOptions,
+    choice: ChoiceOptions,
+    removal: RemovalOptions,
+    place: StoreOptions,
+    computing: ComputingOptions,
+    *,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Bring the selection from SOURCE up to date: embed what is new or changed, rescore, select.
 
-    Options that are left out keep what the store's selection.yaml says from the last run.
+    Options that you leave out keep what the store's selection.yaml says from the last run.
     """
     with user_errors(verbose=verbose):
-        options = {
-            "image_root": image_root and absolute_place(image_root),
-            "target_model": model,
-            "model_revision": revision,
-            "dtype": dtype and dtype.value,
-            "attention_mass": attention_mass,
-            "energy": energy,
-            "rank": rank_option(rank),
-            "standardise": standardise,
-            "unit_rows": unit_rows,
-            "text_only": text_only_option(text_only),
-            "strategy": strategy,
-            "seed": seed,
-            "source_label": source_label,
-            "include": include and absolute_place(include),
-            "exclude": exclude and absolute_place(exclude),
-            "contentless_pictures": contentless_pictures,
-            **near_duplicates_option(near_duplicates),
-            **wanted_budget(budget, image_tokens, text_tokens),
-            **quota_options(floor or [], ceiling or []),
-            **evaluation_options(evaluation_images, evaluation_texts),
-            **export_options(export),
-        }
-        with declared_from_options(source, store, name, options) as selection:
+        settings: dict[str, Any] = {}
+        for group in (pool, model, images, subspace, choice, removal):
+            settings |= group.settings()
+        with declared_from_options(source, place.store, place.name, settings) as selection:
             refresh_and_report(
                 selection,
-                VlmResource(device=device.value, batch_tokens=batch_tokens, workers=workers),
+                computing.vlm(),
                 as_json=as_json,
                 verbose=verbose,
-                rebuild_basis=rebuild_basis,
+                rebuild_basis=subspace.rebuild_basis,
+                repair=place.repair,
+                accept_missing_images=pool.accept_missing_images,
             )
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where pool, model and store are made.")] = Path(".scalselect"),
+    folder: Annotated[Path, typer.Option(help="Folder for pool, model and store.")] = Path(".scalselect"),
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -249,15 +90,15 @@ def demo(
         with declared_from_options(str(pool.root), str(folder / "demo"), "demo", options) as selection:
             refresh_and_report(selection, VlmResource(device="cpu"), as_json=as_json, verbose=verbose)
         if not as_json:
-            OUT.print(
+            say(
                 "\nThe demo model's weights are random, so the path is real and the choice means nothing; "
-                "name a real model with [bold]scalselect run --model[/bold].\n"
-                "Look at the runs and the lineage: [bold]make dev[/bold] or "
-                f"[bold]scalselect ui --store {folder / 'demo'}[/bold]"
+                "name a real model with scalselect run --model.\n"
+                "Look at the runs and the lineage: make dev or "
+                f"scalselect ui --store {folder / 'demo'}"
             )
 
 
-# Running and telling
+# Running and reporting
 
 
 def refresh_and_report(
@@ -267,11 +108,21 @@ def refresh_and_report(
     as_json: bool,
     verbose: bool,
     rebuild_basis: bool = False,
+    repair: bool = False,
+    accept_missing_images: bool = False,
 ) -> None:
-    """Refresh, print the summary, and exit with 1 if a shard failed."""
-    with deployment.open_instance(selection) as instance, ProgressBars() as bars:
+    """Refresh and print the summary; exit with 1 if a shard or a check failed."""
+    if repair:
+        _remove_what_is_wrong(selection)
+    with deployment.opened_instance(selection) as instance, ProgressBars() as bars:
         report = make_refresh(
-            selection, instance, vlm, bars, verbose=verbose, rebuild_basis=rebuild_basis
+            selection,
+            instance,
+            vlm,
+            bars,
+            verbose=verbose,
+            rebuild_basis=rebuild_basis,
+            accept_missing_images=accept_missing_images,
         ).run()
     result = {
         **summary(StorageResource().artifacts(selection.store)),
@@ -279,6 +130,9 @@ def refresh_and_report(
         "samples_computed": report.computed_rows,
         "samples_reused": report.reused_rows,
         "being_written": report.unsettled,
+        "passed_over": report.passed_over,
+        "rows_without_image": report.kept_rows,
+        "damaged": report.damaged,
         "failed": report.failed,
         "failed_checks": report.failed_checks,
     }
@@ -287,10 +141,28 @@ def refresh_and_report(
     else:
         print_summary(selection, result)
         print_work(report)
+    if kept := sum(report.kept_rows.values()):
+        complain(
+            f"{kept:,} rows keep their vectors though their images are missing; where these are gone for "
+            "good, run with --accept-missing-images",
+            label="missing:",
+        )
+    for message in report.damaged.values():
+        complain(f"{message}: it was made again", label="damaged:")
     for problem in (problems := report.problems()):
-        ERR.print(f"[red]{escape(problem)}[/red]", **PLAIN)
+        complain(problem)
     if problems:
         raise typer.Exit(1)
+
+
+def _remove_what_is_wrong(selection: Selection) -> None:
+    """Remove what `verify --deep` finds, so that the refresh makes it again."""
+    storage = StorageResource()
+    with storage.locks(selection.store).alone():
+        for problem in deep_problems(selection, storage):
+            for path in problem.remove:
+                path.unlink(missing_ok=True)
+            complain(f"{problem.message}: it is made again", label="repair:")
 
 
 def make_refresh(
@@ -301,8 +173,9 @@ def make_refresh(
     *,
     verbose: bool,
     rebuild_basis: bool = False,
+    accept_missing_images: bool = False,
 ) -> Refresh:
-    """A refresh of one selection, with the given resources in its asset job."""
+    """A refresh of one selection whose asset job uses the given resources."""
     storage = StorageResource()
     overrides = {"storage": storage, "vlm": vlm, "progress": bars}
     defs = deployment.build_defs([selection], overrides)
@@ -317,4 +190,5 @@ def make_refresh(
         log=log,
         log_level="INFO" if verbose else "CRITICAL",
         rebuild_basis=rebuild_basis,
+        accept_missing_images=accept_missing_images,
     )

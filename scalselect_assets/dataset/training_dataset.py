@@ -7,6 +7,7 @@ in memory; exports add a temporary file of the chosen texts and what `exports.pu
 """
 
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,10 @@ from scalselect_assets.dataset.exports.rows import RowSpool
 from scalselect_assets.dataset.training_manifest import is_complete, read_manifest
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import TRAINING_ROWS, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
-from scalselect_assets.recording.partitions import pool_shards
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.artifacts import FRAME, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.sample_source import SampleSource
@@ -49,6 +51,7 @@ from scalselect_assets.dataset.training_manifest import (
 from scalselect_assets.dataset.writer import DatasetWriter, text_only_rows
 from scalselect_assets.embedding import receipts
 
+ROWS_CHECK = "every_selected_row_is_written"
 EXPORTS_CHECK = "exports_pass_their_preflight"
 
 
@@ -63,9 +66,14 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         metadata={"dagster/column_schema": column_schema(TRAINING_ROWS)},
         check_specs=[
             dg.AssetCheckSpec(
-                "every_selected_row_is_written",
+                ROWS_CHECK,
                 asset=selection.key(NAME),
                 description="The file holds each selected row once, and the text-only rows if they are kept.",
+            ),
+            dg.AssetCheckSpec(
+                "every_file_of_the_pool_is_read",
+                asset=selection.key(NAME),
+                description="No file in the pool's folder is passed over but images and ignored ones.",
             ),
             *_export_checks(selection),
         ],
@@ -75,7 +83,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """The selected rows in the pool's own format, with a manifest that leads back to every input."""
         with at_work(context, storage.locks(selection.store)):
-            shards = pool_shards(context, selection.partitions)
+            shards = sorted(Records(context.instance).known_shards(selection.name))
             return write_dataset(selection, storage, vlm, shards).result()
 
     return training_dataset
@@ -94,10 +102,11 @@ def write_dataset(
 
     Raises:
         dg.Failure: The files cannot be written as declared.
+        FailedCheckError: Rows are missing in a file; the last files are still in force.
     """
     start = time.monotonic()
     artifacts = storage.artifacts(selection.store)
-    source = storage.samples(selection.source, selection.image_root, selection.store)
+    source = storage.samples(selection.source, selection.image_root, selection.store, selection.ignore)
     subset, subset_header = artifacts.read_frame(selected_subset.NAME)
     subspace, basis = subspace_basis.read_basis(artifacts)
     in_basis = sorted(basis.shards)
@@ -111,9 +120,15 @@ def write_dataset(
             text_only=text_only_rows(artifacts, selection, in_basis),
             spool=spool,
         )
-        path, n_bytes = writer.write(subset)
-        exports = _write_exports(selection, artifacts, spool, source)
+        exports: dict[str, publish.Report] = {}
+
+        def finish() -> None:
+            require_passed(_every_row_check(writer, subset))
+            exports.update(_write_exports(selection, artifacts, spool, source))
+
+        path, n_bytes = writer.write(subset, finish)
     left_out = [shard for shard in shards if shard not in basis.shards]
+    passed_over = source.listing().to_json()
     data_version = _data_version(writer.sha256, exports)
     made_from = provenance(
         selection,
@@ -129,6 +144,9 @@ def write_dataset(
         "basis_version": basis.data_version,
         "basis_drift": basis.drift,
         "images_relative_to": str(source.images_folder()),
+        "embedded_images_relative_to": str(source.shards_folder()),
+        "passed_over": passed_over,
+        "unknown_listed": json.loads(subset_header.get("unknown_listed", "[]")),
         "training_file": path.name,
         **_settings(selection),
         **_counts(subspace, subset, writer),
@@ -152,16 +170,27 @@ def write_dataset(
             "sha256": writer.sha256,
             **publish.metadata(exports),
         },
-        (_every_row_check(writer, subset), *_export_results(exports)),
+        (_every_row_check(writer, subset), _every_file_check(passed_over), *_export_results(exports)),
     )
 
 
 def _every_row_check(writer: DatasetWriter, subset: pl.DataFrame) -> dg.AssetCheckResult:
     """Whether the file holds each selected row once, and nothing else but text-only rows."""
     return dg.AssetCheckResult(
-        check_name="every_selected_row_is_written",
+        check_name=ROWS_CHECK,
         passed=writer.n_selected == subset.height and writer.n_rows == writer.n_selected + writer.n_text_only,
         metadata={"written": writer.n_rows, "selected": subset.height},
+    )
+
+
+def _every_file_check(passed_over: Mapping[str, Any]) -> dg.AssetCheckResult:
+    """Whether nothing in the pool's folder is passed over without having been asked for."""
+    unexpected = {kind: found for kind, found in passed_over.items() if kind != "ignored"}
+    return dg.AssetCheckResult(
+        check_name="every_file_of_the_pool_is_read",
+        passed=not unexpected,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"passed_over": unexpected},
     )
 
 
@@ -210,7 +239,14 @@ def _write_exports(
         return {}
     folder = artifacts.root / NAME / publish.FOLDER
     try:
-        return publish.write_exports(selection.exports, spool, source, folder, selection.name)
+        return publish.write_exports(
+            selection.exports,
+            spool,
+            source,
+            folder,
+            selection.name,
+            lambda reports: require_passed(*_export_results(reports)),
+        )
     except publish.ExportError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
 
@@ -307,7 +343,15 @@ def expected(state: StoreState) -> str:
 
 def header(state: StoreState) -> OutputHeader:
     """The manifest; empty where it or a file that it names is missing or damaged."""
-    return read_manifest(state.artifacts) if is_complete(state.artifacts) else {}
+    complete = is_complete(state.artifacts, state.verified.sha256)
+    return read_manifest(state.artifacts) if complete else {}
 
 
-ASSET = PoolAsset(name=NAME, code_version=CODE_VERSION, build=build, expected=expected, header=header)
+ASSET = PoolAsset(
+    name=NAME,
+    code_version=CODE_VERSION,
+    build=build,
+    expected=expected,
+    header=header,
+    error_checks=(ROWS_CHECK, EXPORTS_CHECK),
+)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import dagster as dg
 import polars as pl
@@ -105,8 +105,16 @@ class DatasetWriter:
         """Of what was written so far."""
         return self._digest.hexdigest()
 
-    def write(self, subset: pl.DataFrame) -> tuple[UPath, int]:
-        """Replace the file: a JSON array, or JSON Lines if all shards are; path and size in bytes."""
+    def write(
+        self, subset: pl.DataFrame, before_it_counts: Callable[[], None] = lambda: None
+    ) -> tuple[UPath, int]:
+        """Replace the file: a JSON array, or JSON Lines if all shards are; path and size in bytes.
+
+        Args:
+            subset: The chosen rows.
+            before_it_counts: Called once all rows are written and before the file takes the place of the last
+                one; what it raises leaves that in force.
+        """
         # A shard without rows has no say in the format.
         lines = all(
             header["container"] == "lines" for header in self.headers.values() if header["raw_rows"] != "0"
@@ -116,7 +124,7 @@ class DatasetWriter:
             for suffix in ((".jsonl", ".json") if lines else (".json", ".jsonl"))
         )
         pieces = self._lines(subset) if lines else self._array(subset)
-        size = self._artifacts.write_text(path, self._hashed(pieces))
+        size = self._artifacts.write_text(path, self._hashed(pieces, before_it_counts))
         other.unlink(missing_ok=True)  # of an earlier pool in the other format
         return path, size
 
@@ -130,10 +138,11 @@ class DatasetWriter:
             separator = ",\n"
         yield "\n]\n"
 
-    def _hashed(self, pieces: Iterator[str]) -> Iterator[str]:
+    def _hashed(self, pieces: Iterator[str], at_the_end: Callable[[], None]) -> Iterator[str]:
         for piece in pieces:
             self._digest.update(piece.encode())
             yield piece
+        at_the_end()
 
     def _texts(self, subset: pl.DataFrame) -> Iterator[str]:
         """The chosen rows' texts in pool order, as they were when they were embedded."""

@@ -6,7 +6,6 @@ memory of the shard's vectors and one batch.
 """
 
 import hashlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -23,6 +22,7 @@ from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import reuse
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.recording import data_versions
+from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import (
     ATTENTION_EMBEDDINGS,
     REJECTED_ROWS,
@@ -31,18 +31,22 @@ from scalselect_assets.recording.columns import (
 )
 from scalselect_assets.recording.materialization import Output, materialize_shards
 from scalselect_assets.recording.partitions import shard_check
+from scalselect_assets.recording.records import RunRecords
 from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactCorruptError, ArtifactMissingError
 from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.progress import Progress
+from scalselect_assets.resources.progress import Log, Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 
 if TYPE_CHECKING:
     from scalselect_assets.method.representation.encoder import ChatSample, Outcome, Representation
+    from scalselect_assets.method.representation.image_place import EffectivePlace
 
 from scalselect_assets.embedding.device_pool import DEVICE_POOL
 from scalselect_assets.embedding.receipts import CODE_VERSION, NAME, REJECTED, provenance, recorded_table
+
+ROWS_CHECK = "every_row_is_embedded_or_rejected"
 
 
 class EmbeddingConfig(dg.Config):
@@ -67,7 +71,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             shard_check(
                 selection.partitions,
                 selection.key(NAME),
-                "every_row_is_embedded_or_rejected",
+                ROWS_CHECK,
                 "Rows of the shard = embedded rows + rejected rows, with no row in both.",
             ),
             shard_check(
@@ -86,7 +90,8 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """One vector per sample: the mean first-layer state of the vision tokens that the text attends to."""
-        embedding = _Embedding(selection, storage, vlm, progress, context.log, again=config.embed_again)
+        log = RunRecords(context).log
+        embedding = _Embedding(selection, storage, vlm, progress, log, again=config.embed_again)
         return materialize_shards(context, storage.locks(selection.store), embedding.make)
 
     return attention_embeddings
@@ -101,7 +106,7 @@ class _Embedding:
         storage: StorageResource,
         vlm: VlmResource,
         progress: Progress,
-        log: logging.Logger,
+        log: Log,
         *,
         again: bool,
     ) -> None:
@@ -128,6 +133,9 @@ class _Embedding:
         rejected = _rejected_rows(raw, candidates, outcomes, shard, str(self._source.shard_path(shard)))
         notes = {"max_image_pixels": self._conditions["max_image_pixels"]}
         table = _replace_table(self._tables, self._card, shard, candidates, outcomes, notes)
+        # Checked before the receipt, which would make the new table the shard's.
+        accounted = _accounting(raw, rejected, table)
+        require_passed(accounted)
         # Rejected rows and the file's kind are part of what is passed on, to the manifest and the export.
         data_version = digest(
             table.fingerprint,
@@ -171,7 +179,7 @@ class _Embedding:
                 "model": self._card["model"],
                 "model_fingerprint": table.fingerprint,
             },
-            (_accounting(raw, rejected, table), _not_empty(raw, table)),
+            (accounted, _not_empty(raw, table)),
         )
 
     def _kept(self, shard: str, candidates: pl.DataFrame) -> "dict[int, Representation]":
@@ -260,11 +268,20 @@ def _replace_table(
         # The text travels with the vector, so that what is trained on is what was embedded.
         attributes={
             **_attributes(representations),
+            "asks_before_image": _asks_before_image(embedded, card["image_place"]),
             "images": pa.array(embedded["images"].to_list(), pa.list_(pa.string())),
             "text": pa.array(embedded["text"].to_list(), pa.string()),
         },
         notes=notes,
     )
+
+
+def _asks_before_image(embedded: pl.DataFrame, place: "EffectivePlace") -> pa.Array:
+    from scalselect_assets.method.representation.conversation import Conversation
+    from scalselect_assets.method.representation.image_place import asks_before_its_image
+
+    conversations = (Conversation.from_json(text) for text in embedded["conversation"])
+    return pa.array([asks_before_its_image(one, place) for one in conversations], pa.bool_())
 
 
 def _attributes(representations: tuple["Representation", ...]) -> dict[str, pa.Array]:
@@ -307,7 +324,7 @@ def _rejected_rows(
 
 def _accounting(raw: pl.DataFrame, rejected: pl.DataFrame, table: EmbeddingTable) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        check_name="every_row_is_embedded_or_rejected",
+        check_name=ROWS_CHECK,
         passed=raw.height == table.n_rows + rejected.height and rejected["row"].is_unique().all(),
         metadata={"raw": raw.height, "embedded": table.n_rows, "rejected": rejected.height},
     )
@@ -346,4 +363,5 @@ ASSET = ShardAsset(
     expected=expected,
     header=header,
     shard_files=((NAME, RECORD), (REJECTED, FRAME)),
+    error_checks=(ROWS_CHECK,),
 )

@@ -2,7 +2,9 @@
 
 One file per asset and shard, always replaced whole and atomically, so that a reader sees the old or the new
 content and a rerun changes nothing. Each file carries its own header (data version, provenance, what it was
-computed from), so that what is recorded is what was read. Costs: one file in memory at a time.
+computed from), so that what is recorded is what was read, and a hash of its bytes (`resources.seal`), so that
+damage is noticed whenever it is read. A file without a hash, from an earlier release, is read as it is. What
+this costs: one file in memory at a time, and hashing it.
 """
 
 import io
@@ -25,7 +27,8 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from upath import UPath
 
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources import seal
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.names import encode_name
 
 Header = Mapping[str, str]
@@ -66,9 +69,10 @@ class ArtifactStore:
         self, asset: str, frame: pl.DataFrame, header: Header, shard: str | None = None
     ) -> tuple[UPath, int]:
         """Replace a Parquet file; returns its path and size in bytes."""
-        buffer = io.BytesIO()
-        frame.write_parquet(buffer, metadata=dict(header))
-        return self._replace(self.path(asset, shard, suffix=FRAME), buffer.getvalue())
+        buffer, sealed = io.BytesIO(), seal.to_be_sealed(header)
+        frame.write_parquet(buffer, metadata=sealed)
+        pieces = seal.seal(buffer.getvalue(), sealed)
+        return self._replace(self.path(asset, shard, suffix=FRAME), *pieces)
 
     def read_frame(
         self, asset: str, shard: str | None = None, *, columns: list[str] | None = None
@@ -77,17 +81,14 @@ class ArtifactStore:
 
         Raises:
             ArtifactMissingError: Not materialized.
-            ArtifactCorruptError: Truncated or damaged.
+            ArtifactCorruptError: Truncated or damaged. The whole file is checked, also for a few columns.
         """
         path = self.path(asset, shard, suffix=FRAME)
-        with (
-            self._present(asset, shard, path),
-            self._readable(asset, shard, path),
-            path.open("rb") as file,
-        ):
-            header = pl.read_parquet_metadata(file)
-            file.seek(0)
-            return pl.read_parquet(file, columns=columns), header
+        data = self._read(asset, shard, path)
+        with self._readable(asset, shard, path):
+            header, own = _parquet_header(io.BytesIO(data))
+            seal.check(data, header)
+            return pl.read_parquet(io.BytesIO(data), columns=columns), own
 
     def read_header(self, asset: str, shard: str | None = None, *, suffix: str = FRAME) -> dict[str, str]:
         """The header of a Parquet or safetensors file without its content; raises as ``read_frame``."""
@@ -97,15 +98,18 @@ class ArtifactStore:
             self._readable(asset, shard, path),
             path.open("rb") as file,
         ):
-            return pl.read_parquet_metadata(file) if suffix == FRAME else _safetensors_header(file)
+            if suffix == FRAME:
+                return _parquet_header(file)[1]
+            return seal.checked_header(_safetensors_header(file))
 
     def write_arrays(
         self, asset: str, arrays: Mapping[str, NDArray[Any]], header: Header, shard: str | None = None
     ) -> tuple[UPath, int]:
         """Replace a safetensors file; returns its path and size in bytes."""
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-        data = save_safetensors(contiguous, metadata=dict(header))
-        return self._replace(self.path(asset, shard, suffix=ARRAYS), data)
+        sealed = seal.to_be_sealed(header)
+        pieces = seal.seal(_in_order(save_safetensors(contiguous, metadata=sealed)), sealed)
+        return self._replace(self.path(asset, shard, suffix=ARRAYS), *pieces)
 
     def read_arrays(
         self, asset: str, shard: str | None = None
@@ -114,29 +118,58 @@ class ArtifactStore:
         path = self.path(asset, shard, suffix=ARRAYS)
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
-            return load_safetensors(data), _safetensors_header(io.BytesIO(data))
+            header = _safetensors_header(io.BytesIO(data))
+            seal.check(data, header)
+            return load_safetensors(data), seal.checked_header(header)
 
     def write_json(
         self, asset: str, value: Any, shard: str | None = None, *, durable: bool = True
     ) -> tuple[UPath, int]:
         """Replace a JSON file; returns its path and size in bytes.
 
-        One that is only a memory need not be ``durable``: it is written without waiting for the disk, and a
-        power cut may leave it damaged, which reading it tells.
+        An object gets its hash as one more member. One that is only a memory need not be ``durable``: it is
+        written without waiting for the disk, and a power cut may leave it damaged, which reading it shows.
         """
-        data = json.dumps(value, ensure_ascii=False, indent=1).encode()
-        return self._replace(self.path(asset, shard, suffix=RECORD), data, durable=durable)
+        path = self.path(asset, shard, suffix=RECORD)
+        if not isinstance(value, dict):
+            return self._replace(path, _json(value), durable=durable)
+        place = {seal.PAYLOAD: seal.to_be_sealed({})[seal.PAYLOAD]}
+        return self._replace(path, *seal.seal(_json({**value, **place}), place), durable=durable)
 
     def read_json(self, asset: str, shard: str | None = None, *, shape: Any = Any) -> Any:
         """A JSON file of a given shape (a type that pydantic validates); raises as ``read_frame``."""
         path = self.path(asset, shard, suffix=RECORD)
         data = self._read(asset, shard, path)
         with self._readable(asset, shard, path):
+            value = json.loads(data)
+            if isinstance(value, dict):
+                seal.check(data, value)
+                value.pop(seal.PAYLOAD, None)
             try:
-                return TypeAdapter(shape).validate_json(data)
+                return TypeAdapter(shape).validate_json(_json(value))
             except ValidationError as error:
                 told = (": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
                 raise ValueError("; ".join(told)) from error
+
+    def check_file(self, path: UPath) -> None:
+        """Read a file of any kind that carries its own hash, and compare it.
+
+        Raises:
+            ArtifactMissingError: There is no such file.
+            ArtifactCorruptError: It is truncated or damaged.
+        """
+        what = path.path.removeprefix(f"{self.root.path}/")
+        data = self._read(what, None, path)
+        with self._readable(what, None, path):
+            if path.suffix == FRAME:
+                header, _ = _parquet_header(io.BytesIO(data))
+            elif path.suffix == ARRAYS:
+                header = _safetensors_header(io.BytesIO(data))
+                seal.checked_header(header)
+            else:
+                header = json.loads(data)
+            if isinstance(header, dict):
+                seal.check(data, header)
 
     def write_bytes(self, path: UPath, data: bytes) -> None:
         """Replace a file that is only a memory, without waiting for the disk."""
@@ -190,15 +223,17 @@ class ArtifactStore:
             pl.exceptions.PanicException,
             safetensors.SafetensorError,
             ValueError,
+            RecursionError,
         ) as error:
             raise ArtifactCorruptError(
                 f"{_what(asset, shard)} cannot be read ({path}: {error}); materialize it again", path
             ) from error
 
-    def _replace(self, path: UPath, data: bytes, *, durable: bool = True) -> tuple[UPath, int]:
+    def _replace(self, path: UPath, *pieces: bytes | memoryview, durable: bool = True) -> tuple[UPath, int]:
         with self._atomic(path, durable=durable) as target:
-            target.write(data)
-        return path, len(data)
+            for piece in pieces:
+                target.write(piece)
+        return path, sum(map(len, pieces))
 
     @contextmanager
     def _atomic(self, path: UPath, *, durable: bool = True) -> Iterator[Any]:
@@ -227,6 +262,15 @@ class ArtifactStore:
             raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small text file on this machine in one step, so that it is the old or the new one.
+
+    Raises:
+        OSError: It cannot be written; the old one is still there.
+    """
+    ArtifactStore(UPath(path.parent)).write_text(UPath(path), [text])
+
+
 @contextmanager
 def named(path: UPath) -> Iterator[None]:
     """Let errors of writing and closing say where, as those of opening do by themselves."""
@@ -236,6 +280,19 @@ def named(path: UPath) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _parquet_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, str]]:
+    """The header of an open Parquet file, as it stands there and without the hashes.
+
+    Raises:
+        ValueError: Truncated or damaged.
+    """
+    header = pl.read_parquet_metadata(file)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    file.seek(max(0, size - 8 - int.from_bytes(file.read(4), "little")))
+    return header, seal.checked_header(header, file.read())
 
 
 def _safetensors_header(file: BinaryIO) -> dict[str, str]:
@@ -248,11 +305,28 @@ def _safetensors_header(file: BinaryIO) -> dict[str, str]:
     if length > _MAX_SAFETENSORS_HEADER:
         raise ValueError(f"a header of {length} bytes")
     described = json.loads(file.read(length))
-    header: dict[str, str] = described.pop("__metadata__", {})
-    size = 8 + length + max((array["data_offsets"][1] for array in described.values()), default=0)
+    try:
+        header: dict[str, str] = dict(described.pop("__metadata__", {}))
+        size = 8 + length + max((array["data_offsets"][1] for array in described.values()), default=0)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError("its header is damaged") from error
     if file.seek(0, os.SEEK_END) != size:
         raise ValueError(f"{file.tell()} bytes where the header says {size}")
     return header
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its header in a fixed order; the library's differs from time to time."""
+    length = int.from_bytes(data[:8], "little")
+    described = json.loads(data[8 : 8 + length])
+    described["__metadata__"] = dict(sorted(described["__metadata__"].items()))
+    header = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(data)[8 + length :]])
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=1).encode()
 
 
 def _what(asset: str, shard: str | None) -> str:

@@ -4,11 +4,11 @@ Why not one table: replacing a shard in a shared table either needs memory in pr
 or takes two commits, and disjoint shards conflict. With a table each, memory is bounded by the shard, shards
 never meet, and a crash leaves the old version or the new one. Whoever reads names the version that it was
 told of, so that nothing changes under a reader. There must be one writer per shard; the refresh holds a lock.
+Rows carry hashes (`resources.row_hashes`), and what is read is compared with them; a table from an earlier
+release has none and is read as it is.
 """
 
 import errno
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +23,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from upath import UPath
 
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.names import encode_name
+from scalselect_assets.resources.row_hashes import (
+    NAMED,
+    ROW_HASH,
+    check_columns,
+    check_rows,
+    content_hash,
+    row_hashes,
+    with_column_hashes,
+)
 
 _NOTE_PREFIX = "scalselect.note."
 _CONTENT_FIELD = "scalselect.content_sha256"  # in the table's own schema
@@ -119,13 +128,16 @@ class EmbeddingStore:
             OSError: The disk is full, read-only or not there; the old version stays in force.
         """
         _check_rows(shard, dimension, rows, sample_keys, vectors)
-        content_sha256 = _content_sha256(rows, sample_keys, source_ids, vectors, attributes)
+        if len(source_ids) != len(rows):
+            raise ValueError(f"shard {shard!r} has {len(rows)} rows but {len(source_ids)} source_ids")
+        content_sha256 = content_hash(rows, sample_keys, source_ids, vectors, attributes)
         columns = {
             "row": (pa.array(rows, pa.int64()), False),
             "sample_key": (pa.array(sample_keys, pa.string()), False),
             "vector": (pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dimension), False),
             "source_id": (pa.array(source_ids, pa.string()), True),
             **{name: (array, True) for name, array in attributes.items()},
+            ROW_HASH: (row_hashes(rows, sample_keys, source_ids, vectors), False),
         }
         schema = pa.schema(
             [pa.field(name, array.type, nullable=nullable) for name, (array, nullable) in columns.items()],
@@ -137,6 +149,7 @@ class EmbeddingStore:
             },
         )
         data = pa.Table.from_arrays([array for array, _ in columns.values()], schema=schema)
+        data = data.replace_schema_metadata(with_column_hashes(data))
         name = table_name(fingerprint, shard)
         connection = self._connect()
         try:
@@ -203,17 +216,14 @@ class EmbeddingStore:
         """
         n_rows = 0
         with self._readable(table):
-            query = (
-                self._open(table).search().select(["row", "sample_key", "source_id", "vector"]).limit(None)
-            )
-            for batch in query.to_batches(batch_rows):
+            handle = self._open(table)
+            for batch in handle.search().select(_vector_columns(handle)).limit(None).to_batches(batch_rows):
                 n_rows += batch.num_rows
-                vector = batch.column("vector").flatten().to_numpy(zero_copy_only=False)
                 yield VectorBatch(
                     row=batch.column("row").to_numpy(),
                     sample_key=batch.column("sample_key").to_pylist(),
                     source_id=batch.column("source_id").to_pylist(),
-                    vector=vector.reshape(batch.num_rows, table.dimension),
+                    vector=_checked_vectors(batch, table.dimension),
                 )
         if n_rows != table.n_rows:
             raise EmbeddingTableError(
@@ -223,18 +233,49 @@ class EmbeddingStore:
             )
 
     def read_rows(self, table: EmbeddingTable, columns: Sequence[str]) -> pa.Table:
-        """Some columns other than the vectors of the recorded version, sorted by row; raises as ``read``."""
+        """Some columns other than the vectors of the recorded version, sorted by row; raises as ``read``.
+
+        A column that is not there, as in tables that an earlier release has written, is null.
+        """
         with self._readable(table):
-            rows = self._open(table).search().select(["row", *columns]).limit(None).to_arrow()
-        return rows.sort_by("row")
+            handle = self._open(table)
+            there = set(handle.schema.names)
+            wanted = dict.fromkeys(["row", *(name for name in columns if name in there)])
+            rows = handle.search().select(list(wanted)).limit(None).to_arrow().sort_by("row")
+            check_columns(rows, handle.schema.metadata or {})
+        for name in columns:
+            if name not in there:
+                rows = rows.append_column(name, pa.nulls(rows.num_rows))
+        return rows
 
     def read_all(self, table: EmbeddingTable) -> pa.Table:
         """Every column of the recorded version, vectors included, in memory; raises as ``read``."""
         with self._readable(table):
-            rows = self._open(table).search().limit(None).to_arrow()
+            handle = self._open(table)
+            rows = handle.search().limit(None).to_arrow().sort_by("row")
             if rows.num_rows != table.n_rows:
                 raise ValueError(f"it has {rows.num_rows} rows, recorded were {table.n_rows}")
+            _checked_vectors(rows, table.dimension)
+            check_columns(rows, handle.schema.metadata or {})
         return rows
+
+    def verify(self, table: EmbeddingTable) -> None:
+        """Read everything of the recorded version and compare it with the recorded hash; raises as ``read``.
+
+        Holds also for a table from an earlier release, whose rows carry no hashes.
+        """
+        rows = self.read_all(table)
+        own = {"vector", ROW_HASH, *NAMED}
+        found = content_hash(
+            rows["row"].to_pylist(),
+            rows["sample_key"].to_pylist(),
+            rows["source_id"].to_pylist(),
+            _matrix(rows, table.dimension),
+            {name: rows[name] for name in rows.column_names if name not in own},
+        )
+        with self._readable(table):
+            if found != table.content_sha256:
+                raise ValueError(f"its rows have hash {found[:12]}, recorded was {table.content_sha256[:12]}")
 
     def take(self, table: EmbeddingTable, offsets: Sequence[int]) -> NDArray[np.float32]:
         """The vectors at ``offsets``, one or more, of the recorded version, (m, d), in no promised order.
@@ -242,10 +283,9 @@ class EmbeddingStore:
         Raises as ``read``.
         """
         with self._readable(table):
-            rows = self._open(table).take_offsets(list(offsets)).select(["vector"]).to_arrow()
-        vectors = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        taken: NDArray[np.float32] = vectors.reshape(len(offsets), table.dimension)
-        return taken
+            handle = self._open(table)
+            rows = handle.take_offsets(list(offsets)).select(_vector_columns(handle)).to_arrow()
+            return _checked_vectors(rows, table.dimension)
 
     def read_vectors(self, table: EmbeddingTable, rows: Sequence[int]) -> NDArray[np.float32]:
         """The vectors of some rows of the recorded version, by the shard's row numbers.
@@ -275,12 +315,12 @@ class EmbeddingStore:
             there = np.append(held[order], -1)[at] == wanted
             if not there.all():
                 raise ValueError(f"it has no row {wanted[int(np.argmin(there))]}")
-            found = handle.take_offsets(order[at].tolist()).select(["row", "vector"]).to_arrow()
-        vectors = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            found = handle.take_offsets(order[at].tolist()).select(_vector_columns(handle)).to_arrow()
+            vectors = _checked_vectors(found, table.dimension)
         got = found["row"].to_numpy()
         # They come in no promised order.
         place = np.argsort(got, kind="stable")[np.argsort(np.argsort(wanted, kind="stable"), kind="stable")]
-        ordered: NDArray[np.float32] = vectors.reshape(len(got), table.dimension)[place]
+        ordered: NDArray[np.float32] = vectors[place]
         return ordered
 
     def location(self, table: EmbeddingTable) -> UPath:
@@ -341,6 +381,33 @@ def system_error(error: Exception, place: UPath) -> OSError | None:
     return OSError(int(number[1]), os.strerror(int(number[1])), str(place)) if number else None
 
 
+def _vector_columns(handle: Any) -> list[str]:
+    """The columns that are read with vectors: their rows' names, and the hashes where there are any."""
+    hashes = [ROW_HASH] if ROW_HASH in handle.schema.names else []
+    return [*NAMED, "vector", *hashes]
+
+
+def _checked_vectors(rows: pa.RecordBatch | pa.Table, dimension: int) -> NDArray[np.float32]:
+    """The (n, d) vectors of rows, which are what was written.
+
+    Raises:
+        ValueError: They are not, or have another length.
+    """
+    vectors = _matrix(rows, dimension)
+    if ROW_HASH in rows.schema.names:
+        check_rows(rows, vectors)
+    return vectors
+
+
+def _matrix(rows: pa.RecordBatch | pa.Table, dimension: int) -> NDArray[np.float32]:
+    column = rows.column("vector")
+    flat = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).flatten()
+    vectors: NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).reshape(-1, dimension)
+    if len(vectors) != rows.num_rows:
+        raise ValueError(f"{rows.num_rows} rows have {len(vectors)} vectors of length {dimension}")
+    return vectors
+
+
 def _is_whole(connection: Any, name: str) -> bool:
     """Whether the last commit of a table can be read."""
     try:
@@ -370,18 +437,3 @@ def _check_rows(
         raise ValueError(
             f"the vector of row {rows[first]} (sample {sample_keys[first]}) of shard {shard!r} is not finite"
         )
-
-
-def _content_sha256(
-    rows: Sequence[int],
-    sample_keys: Sequence[str],
-    source_ids: Sequence[str | None],
-    vectors: NDArray[np.float32],
-    attributes: Mapping[str, pa.Array],
-) -> str:
-    """Of everything in the table: rows that only moved or were renamed are other content, too."""
-    values = [list(rows), list(sample_keys), list(source_ids)]
-    named = {name: array.to_pylist() for name, array in attributes.items()}
-    digest = hashlib.sha256(json.dumps([values, named], sort_keys=True).encode())
-    digest.update(np.ascontiguousarray(vectors).data)
-    return digest.hexdigest()

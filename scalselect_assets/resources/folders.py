@@ -19,7 +19,7 @@ from typing import BinaryIO
 from upath import UPath
 
 from scalselect_assets.resources.artifacts import named
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 
 _MAKING = ".making-"
 _REPLACED = ".replaced-"
@@ -119,8 +119,10 @@ class NewFolder:
             file.write(data)
             file.rows = rows
 
-    def hard_link(self, name: str, source: Path, known: WrittenFile) -> None:
-        """Make ``name`` another name of a local file that ``known`` describes.
+    def hard_link(self, name: str, source: BinaryIO, known: WrittenFile) -> None:
+        """Make ``name`` another name of an open local file, which ``known`` describes.
+
+        The file is found by its descriptor: its path may lead to another file by now.
 
         Raises:
             ValueError: As in ``stream``, or the folder is not local.
@@ -132,7 +134,9 @@ class NewFolder:
             raise ValueError(f"{self.target} is not on a local disk, and hard links are; copy the images")
         local = Path(path.path)
         local.parent.mkdir(parents=True, exist_ok=True)
-        local.hardlink_to(source)
+        descriptor = source.fileno()
+        # With a descriptor given, Python calls linkat(), which follows this link to the open file itself.
+        os.link(f"/proc/self/fd/{descriptor}", local, src_dir_fd=descriptor, follow_symlinks=True)
         self.files[name] = known
 
     def path(self, name: str) -> UPath:

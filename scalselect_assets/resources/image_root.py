@@ -2,39 +2,39 @@
 
 No image outside the root is ever opened, whatever a reference says: references are untrusted. They are read
 lexically (``a/../b.png`` is ``b.png``, as in a URL), and on a local file system a symbolic link must also
-lead to a place below the real root. The normalised path is what an image is known by everywhere else.
+lead to a place below the root, which `resources.beneath` sees to. An image is known everywhere else by its
+normalised path; an image inside a shard by its address, ``<shard>#<row>/<n>``, whose shard lies below the
+pool's folder or else below the root. A name that exists in another Unicode normal form (macOS writes NFD) is
+found.
 """
 
 import errno
 import os
 import posixpath
 import re
-import stat
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 from urllib.parse import unquote
 
 from upath import UPath
 
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
-from scalselect_assets.resources.samples import shorten
+from scalselect_assets.resources.beneath import Beneath, NoRegularFileError, OutsideError
+from scalselect_assets.resources.files import FileState, is_local, store_state
+from scalselect_assets.resources.forms.base import Form, ShardFile
+from scalselect_assets.resources.forms.embedded import Address, address_of
+from scalselect_assets.resources.forms.registry import form_of
+from scalselect_assets.resources.pool_files import shard_file_state
+from scalselect_assets.resources.shown_text import masked
+from scalselect_assets.resources.written_json import shorten
 
-_LOCAL_PROTOCOLS = ("", "file", "local")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ)
 _NOT_A_FILE = "is not a regular file; refer to an image file"
-_STORE_VERSION_FIELDS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """What can be told of a file without reading it."""
-
-    size: int
-    version: str
-    """Modification time in nanoseconds, or an object store's ETag (failing that, its date)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +54,23 @@ class ImageRoot:
     one shard, and the next pass, which may find other files, makes its own. Memory: the distinct references.
     """
 
-    def __init__(self, root: UPath, base: UPath) -> None:
+    def __init__(self, root: UPath, base: UPath, shards: UPath | None = None, *, moved: bool = False) -> None:
         """Set up the root.
 
         Args:
             root: Folder that holds every image that may be opened.
             base: Folder that relative references start from: the shard's, or the root itself.
+            shards: The pool's folder, which the addresses of embedded images start from; the root itself
+                where it is not given.
+            moved: Whether an absolute path that lies elsewhere, as one of another machine does, means the
+                file below the root that its longest possible end names.
 
         Raises:
             ValueError: ``base`` is not at or below ``root``.
         """
         self.root = root
+        self._shards, self._moved = shards, moved
+        self._moved_from: dict[str, str] = {}
         self._local = is_local(root)
         self._lexical_root = _absolute(root)
         self._base = self._lexical_root if base is root else _absolute(base)
@@ -74,7 +80,7 @@ class ImageRoot:
             )
             raise ValueError(msg)
         self._real_root = os.path.realpath(self._lexical_root) if self._local else ""
-        self._real_folders: dict[str, str] = {}
+        self._files = Beneath(self._lexical_root)
         self._resolved: dict[str, ResolvedImage] = {}
 
     def resolve(self, reference: str) -> ResolvedImage:
@@ -105,7 +111,7 @@ class ImageRoot:
             OSError: As in ``resolve``.
         """
         try:
-            return self._find(path)[1]
+            return self._state(path)
         except _RefusedError as refused:
             return self._rejection(path, refused)
 
@@ -115,30 +121,54 @@ class ImageRoot:
         Raises:
             FileNotFoundError: There is no such file.
             PermissionError: The path leaves the root.
+            ShardFormatError: It is inside a shard that is damaged.
             OSError: The file cannot be read.
         """
+        if embedded := _embedded(path):
+            form, address = embedded
+            with self._refusals_as_errors(path):
+                file, state = self._shard(address)
+            return form.read_image(file, state.version, address)
+        if self._local:
+            with self.open(path) as image:
+                return image.read()
+        with self._refusals_as_errors(path):
+            there = self._name_there(path)
+        data: bytes = self.root.fs.cat_file(posixpath.join(self.root.path, there))
+        return data
+
+    def open(self, path: str) -> BinaryIO:
+        """Open the image at a normalised path of a local root; raises as ``read``.
+
+        What is then read from the open file, or linked to, is the file that was checked.
+        """
+        with self._refusals_as_errors(path):
+            normal = self._name_there(path)
+            with _refusals(normal):
+                return self._files.open(normal)
+
+    @contextmanager
+    def _refusals_as_errors(self, path: str) -> Iterator[None]:
         try:
-            location, _ = self._find(path)
+            yield
         except _RefusedError as refused:
             outside = refused.reason is RejectionReason.OUTSIDE_IMAGE_ROOT
             error = PermissionError if outside else FileNotFoundError
             raise error(self._rejection(path, refused).detail) from refused
-        if self._local:
-            return Path(location).read_bytes()
-        data: bytes = self.root.fs.cat_file(location)
-        return data
 
     def _resolve(self, reference: str) -> ResolvedImage:
         path = None
         try:
             path = self._path(reference)
-            self._find(path)
+            path = self._name_there(path)
         except _RefusedError as refused:
             return ResolvedImage(path, self._rejection(reference, refused))
         return ResolvedImage(path, None)
 
     def _path(self, reference: str) -> str:
         """The normalised path that a reference means."""
+        if _embedded(reference):
+            return reference
         target = self._target(reference)
         if "\0" in target:
             raise _RefusedError(RejectionReason.MISSING_IMAGE, "holds a NUL character; correct the path")
@@ -146,14 +176,32 @@ class ImageRoot:
         if path is None and self._local and target.startswith("/"):
             # An absolute path may name the root by another way than the deployment does.
             path = _below(self._real_root, os.path.realpath(target))
+        if path is None and self._moved and target.startswith("/"):
+            path = self._end_below(_normal(target))
         if path is None:
             raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
         return path
 
+    def _end_below(self, path: str) -> str | None:
+        """The longest end of an absolute path that names something below the root.
+
+        Remembered by folder: images that lay together lie together.
+        """
+        folder, _, name = path.rpartition("/")
+        if folder in self._moved_from:
+            return posixpath.join(self._moved_from[folder], name)
+        parts = folder.split("/")[1:]
+        for start in range(len(parts) + 1):
+            below = "/".join(parts[start:])
+            if self._is_there(posixpath.join(below, name)):
+                self._moved_from[folder] = below
+                return posixpath.join(below, name)
+        return None
+
     def _target(self, reference: str) -> str:
         """The path in a reference, relative to the base or absolute."""
         if reference[:5].lower() == "data:":
-            what = "is data inside the row, which is not read; write it to a file and refer to that"
+            what = "is a data URI that is not Base64; write it again, or to a file and refer to that"
             raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
         scheme = _SCHEME.match(reference)
         if not scheme:
@@ -168,60 +216,86 @@ class ImageRoot:
         what = "is remote, and remote images are not fetched; download it and refer to the file"
         raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
 
-    def _find(self, path: str) -> tuple[str, FileState]:
-        """The place to open and the state of the image at a normalised path.
+    def _state(self, path: str) -> FileState:
+        """The state of the image at a normalised path, or of the shard that it is in.
 
         Raises:
             _RefusedError: It is not a file, or outside the root.
             OSError: The file system cannot say.
         """
-        normal = posixpath.normpath(path)
-        if normal.startswith("/") or normal.split("/")[0] == "..":
-            raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
+        if embedded := _embedded(path):
+            return self._shard(embedded[1])[1]
         try:
-            return self._find_local(normal) if self._local else self._find_in_store(normal)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
-                what = "does not exist; add the file or correct the path"
-                raise _RefusedError(RejectionReason.MISSING_IMAGE, what) from error
-            raise
+            return self._state_as_written(path)
+        except _RefusedError as refused:
+            other = None if path.isascii() else self._other_form(path)
+            if other is None or refused.reason is not RejectionReason.MISSING_IMAGE:
+                raise
+            return self._state_as_written(other)
 
-    def _find_local(self, path: str) -> tuple[str, FileState]:
-        folder, _, name = path.rpartition("/")
-        location = self._real_folder(folder) + name
-        status = os.lstat(location)
-        if stat.S_ISLNK(status.st_mode):
-            location = os.path.realpath(location)
-            self._require_inside(location)
-            status = os.lstat(location)
-        if not stat.S_ISREG(status.st_mode):
-            raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE)
-        return location, FileState(status.st_size, str(status.st_mtime_ns))
+    def _state_as_written(self, path: str) -> FileState:
+        normal = posixpath.normpath(path)
+        with _refusals(normal):
+            if self._local:
+                status = self._files.status(normal)
+                return FileState(status.st_size, str(status.st_mtime_ns))
+            info = self.root.fs.info(posixpath.join(self.root.path, normal))
+            if info["type"] != "file":
+                raise NoRegularFileError(normal)
+            return store_state(info)
 
-    def _find_in_store(self, path: str) -> tuple[str, FileState]:
-        location = posixpath.join(self.root.path, path)
-        info = self.root.fs.info(location)
-        if info["type"] != "file":
-            raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE)
-        return location, _store_state(info)
+    def _shard(self, address: Address) -> tuple[ShardFile, FileState]:
+        """The shard that holds an embedded image, below the pool's folder or else below the root.
 
-    def _real_folder(self, folder: str) -> str:
-        """The real place of a folder below the root, with a closing slash.
-
-        Remembered, as finding it asks the system about every component of the path.
+        A training file's addresses lead to the pool that it was chosen from, which is then the root.
         """
-        if folder not in self._real_folders:
-            real = os.path.realpath(posixpath.join(self._lexical_root, folder))
-            self._require_inside(real)
-            self._real_folders[folder] = posixpath.join(real, "")
-        return self._real_folders[folder]
+        name = posixpath.normpath(address.shard)
+        if name.startswith("/") or name.split("/", maxsplit=1)[0] == "..":
+            raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
+        for folder in (self._shards, self.root):
+            if folder is None:
+                continue
+            try:
+                return ShardFile(folder, name), shard_file_state(folder, name)
+            except OSError as error:
+                if not (isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE):
+                    raise
+        what = "is in a shard that does not exist; add the file or correct the address"
+        raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
 
-    def _require_inside(self, location: str) -> None:
-        if _below(self._real_root, location) is None:
-            raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "follows a link that leads")
+    def _name_there(self, path: str) -> str:
+        """A normalised path as the file system spells it.
+
+        Raises:
+            _RefusedError: There is no such file, or it is outside the root.
+            OSError: The file system cannot say.
+        """
+        self._state(path)
+        if path.isascii() or _embedded(path) or self._is_there(path):
+            return path if _embedded(path) else posixpath.normpath(path)
+        return self._other_form(path) or path
+
+    def _other_form(self, path: str) -> str | None:
+        """The path in the Unicode normal forms that its parts have on disk; None where there is none."""
+        found: list[str] = []
+        for part in path.split("/"):
+            forms = (unicodedata.normalize(form, part) for form in ("NFC", "NFD"))
+            there = (
+                name for name in dict.fromkeys([part, *forms]) if self._is_there("/".join([*found, name]))
+            )
+            if (name := next(there, None)) is None:
+                return None
+            found.append(name)
+        spelt = "/".join(found)
+        return None if spelt == path else spelt
+
+    def _is_there(self, path: str) -> bool:
+        if self._local:
+            return os.path.lexists(posixpath.join(self._lexical_root, path))
+        return bool(self.root.fs.exists(posixpath.join(self.root.path, path)))
 
     def _rejection(self, reference: str, refused: "_RefusedError") -> Rejection:
-        image = f"image {shorten(reference)} {refused.what}"
+        image = f"image {masked(shorten(reference))} {refused.what}"
         if refused.reason is RejectionReason.OUTSIDE_IMAGE_ROOT:
             detail = (
                 f"{image} outside the image root {self.root}, and nothing outside it is opened; move the "
@@ -232,25 +306,29 @@ class ImageRoot:
         return Rejection(refused.reason, detail)
 
 
-def is_local(path: UPath) -> bool:
-    """Whether a path is on this machine's file system, so that the system can be asked about links."""
-    return path.protocol in _LOCAL_PROTOCOLS
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Turn what is the matter with a path, and not with the file system, into a refusal."""
+    if path.startswith("/") or path.split("/", maxsplit=1)[0] == "..":
+        raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
+    try:
+        yield
+    except OutsideError as error:
+        raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "follows a link that leads") from error
+    except NoRegularFileError as error:
+        raise _RefusedError(RejectionReason.MISSING_IMAGE, _NOT_A_FILE) from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
+            what = "does not exist; add the file or correct the path"
+            raise _RefusedError(RejectionReason.MISSING_IMAGE, what) from error
+        raise
 
 
-def file_state(path: UPath) -> FileState:
-    """Size and version of any file, local or in an object store.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        OSError: It cannot be asked about.
-    """
-    return local_file_state(path.path) if is_local(path) else _store_state(path.fs.info(path.path))
-
-
-def local_file_state(path: str) -> FileState:
-    """``file_state`` of a path on this machine, without the cost of a path object; raises likewise."""
-    status = os.stat(path)  # noqa: PTH116 - see above
-    return FileState(status.st_size, str(status.st_mtime_ns))
+def _embedded(reference: str) -> tuple[Form, Address] | None:
+    """The form and the address, where a reference leads into a shard; None for a path."""
+    address = address_of(reference) if "#" in reference else None
+    form = address and form_of(address.shard)
+    return (form, address) if form and address else None
 
 
 class _RefusedError(Exception):
@@ -260,11 +338,6 @@ class _RefusedError(Exception):
         super().__init__(what)
         self.reason = reason
         self.what = what
-
-
-def _store_state(info: Mapping[str, Any]) -> FileState:
-    version = next((info[field] for field in _STORE_VERSION_FIELDS if info.get(field)), "")
-    return FileState(int(info["size"]), str(version))
 
 
 def _absolute(folder: UPath) -> str:

@@ -1,14 +1,18 @@
 """Who may write what of a store, between processes: one writer per shard, one refresh, cleaning alone.
 
 Locks are `flock` locks on files below the store, so the kernel releases them when their holder dies, however
-it dies, and readers never wait. A store in an object store is locked on this machine only (its lock files lie
-in the temporary folder); several machines that write to one such store need a limit of one in Dagster's run
-queue. Costs: two system calls and an empty file per shard.
+it dies, and readers never wait. A store in an object store is locked for this user on this machine only (its
+lock files lie in a private folder below the temporary one); several machines or users that write to one such
+store need a limit of one in Dagster's run queue. No link is followed on the way to a lock's file, so nobody
+who may write to the temporary folder can have another file emptied. Costs: a few system calls and an empty
+file per shard.
 """
 
+import errno
 import fcntl
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +28,15 @@ class StoreBusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class StoreLocks:
-    """The locks of one store, as files in ``folder``, which is made when first needed."""
+    """The locks of one store, as files in a folder, which is made when first needed.
+
+    Attributes:
+        folder: The folder of the lock files.
+        private: Whether the folder must be this user's own, closed to all others.
+    """
 
     folder: Path
+    private: bool = False
 
     @contextmanager
     def writing(self, work: str, on_wait: Callable[[str], None]) -> Iterator[None]:
@@ -36,7 +46,7 @@ class StoreLocks:
 
         Args:
             work: Any string.
-            on_wait: Told once what is waited for, if anything.
+            on_wait: Called once with what is waited for, if anything.
         """
         with (
             self._held("store", fcntl.LOCK_SH, on_wait=on_wait),
@@ -69,9 +79,8 @@ class StoreLocks:
         """Hold one lock; without ``on_wait``, busy is an error."""
         path = self.folder / f"{name}.lock"
         with _writable(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("ab+", buffering=0)
-        with file:
+            descriptor = self._open(path.name)
+        with os.fdopen(descriptor, "rb+", buffering=0) as file:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -91,6 +100,28 @@ class StoreLocks:
             finally:
                 file.truncate(0)  # those who share the lock next leave no name
 
+    def _open(self, name: str) -> int:
+        """Open a lock's file, made where there is none; it is not written to before it is known to be one.
+
+        Raises:
+            OSError: The folder or the file is a link, or is somebody else's; or it cannot be made.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700 if self.private else 0o777)
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            held = os.fstat(folder)
+            if self.private and (held.st_uid != os.geteuid() or held.st_mode & 0o077):
+                raise OSError(errno.EPERM, "the folder of the locks is not this user's own", str(self.folder))
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(name, flags, 0o666, dir_fd=folder)
+        finally:
+            os.close(folder)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            os.close(descriptor)
+            raise OSError(errno.EPERM, "the lock's file is another file's second name, or no file", name)
+        return descriptor
+
 
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
@@ -98,10 +129,14 @@ def _writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        told = f"{error.strerror}; a store is locked by files in it, so it must be writable and have space"
-        raise OSError(error.errno, told, str(path)) from error
+        remedy = (
+            "remove it: it is none that this package made, and what it leads to is left alone"
+            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EPERM)
+            else "a store is locked by files in it, so it must be writable and have space"
+        )
+        raise OSError(error.errno, f"{error.strerror}; {remedy}", str(path)) from error
 
 
 def _holder(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read().decode() or "another process"
+    return file.read(200).decode(errors="replace") or "another process"

@@ -11,12 +11,12 @@ from scalselect_assets.demo.architecture import MAX_POSITIONS, N_IMAGE_TOKENS
 from scalselect_assets.demo.demo_model import RECIPE_FILE, write_demo_vlm
 from scalselect_assets.demo.demo_pool import write_demo_pool
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "demo_vlm")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_demo_vlm(tmp_path_factory.mktemp("models") / "demo-vlm")
+def folder(demo_vlm):
+    return demo_vlm
 
 
 @pytest.fixture(scope="module")

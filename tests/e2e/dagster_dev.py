@@ -22,7 +22,7 @@ import dagster as dg
 from scalselect_assets.declaration.selection import Selection
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300.0  # seconds; a busy machine starts a run's process in tens of them
+PATIENCE = 1800.0  # seconds, which only what hangs takes; a busy machine starts a process in tens of them
 _LOCATION = {"repositoryName": "__repository__", "repositoryLocationName": "scalselect"}
 # The first of the project's two code locations; the other one has processes of its own.
 _WORKSPACE_YAML = f"""\
@@ -103,13 +103,13 @@ class DagsterDev:
                 self._process.wait()
         self._log.close()
 
-    def wait(self, what: str, done: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
+    def wait(self, what: str, done: Callable[[], bool]) -> None:
         """Wait until something holds.
 
         Raises:
             TimeoutError: It did not, with the end of Dagster's log.
         """
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while not done():
             if self._process.poll() is not None or time.monotonic() > end:
                 log = Path(self._log.name).read_text(errors="replace")[-3000:]
@@ -123,7 +123,7 @@ class DagsterDev:
             json.dumps({"query": query, "variables": variables}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answered:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answered:
             answer = json.load(answered)
         assert "errors" not in answer, answer["errors"]
         (value,) = answer["data"].values()
@@ -259,7 +259,7 @@ class DagsterDev:
                 return False
             return all(self.ticks(sensor) >= before + 3 for sensor, before in quiet_since.items())
 
-        self.wait("quiet", quiet, seconds=2 * PATIENCE)
+        self.wait("quiet", quiet)
 
     def materializations(self, selection: Selection) -> Counter[tuple[str, str | None]]:
         """How often each asset of a selection was materialized, by partition."""

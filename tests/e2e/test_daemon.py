@@ -76,7 +76,7 @@ def whole(*scored: str) -> Counts:
 
 @pytest.fixture
 def deployment(make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path) -> Iterator[Deployment]:
-    pool = make_pool(dict.fromkeys(("a.jsonl", "b.jsonl", "c.jsonl"), 3))
+    pool = make_pool(dict.fromkeys(("a.jsonl", "b.jsonl"), 3))
     deployment = Deployment(tmp_path, pool, demo_vlm)
     yield deployment
     deployment.dev.stop()
@@ -101,7 +101,7 @@ def test_both_ways_materialize_exactly_what_is_due(
     assert scheduled.tags["dagster/schedule_name"] == "refreshed_nightly_rescoring"
     assert dev.finish(scheduled.run_id) is dg.DagsterRunStatus.SUCCESS
     dev.turn_off_schedule("refreshed_nightly_rescoring")
-    first = shards("a.jsonl", "b.jsonl", "c.jsonl") + whole("a.jsonl", "b.jsonl", "c.jsonl")
+    first = shards("a.jsonl", "b.jsonl") + whole("a.jsonl", "b.jsonl")
     assert deployment.phase("first fill") == {"refreshed": first, "declared": first}
 
     def next_phase(
@@ -110,34 +110,29 @@ def test_both_ways_materialize_exactly_what_is_due(
         deployment.refresh(status)
         assert deployment.phase(name) == {"refreshed": expected, "declared": expected}
 
-    # Shards leave before others come: a phase scores all that are there, each in a run of its own.
+    # A run in a process of its own is dear, so few shards stay: a phase scores each in one. Phases with one
+    # event alone are tried without processes, in `tests.operations`.
     write_pool_shard(pool, "a.jsonl", 3, seed=5000)
     for written in ("a.jsonl", "images/5000.png", "images/5001.png", "images/5002.png"):
         os.utime(pool / written, (time.time() - 60,) * 2)  # what is still being written comes later
-    (pool / "c.jsonl").unlink()
-    next_phase("one changed, one removed", shards("a.jsonl") + whole("a.jsonl", "b.jsonl"))
-
     (pool / "b.jsonl").unlink()
-    next_phase("one removed", whole("a.jsonl"))
+    next_phase("one changed, one removed", shards("a.jsonl") + whole("a.jsonl"))
 
-    write_pool_shard(pool, "a.jsonl", 3, seed=6000)
-    next_phase("one changed", shards("a.jsonl") + whole("a.jsonl"))
-
-    write_pool_shard(pool, "d.jsonl", 3, seed=7000)
-    next_phase("one added", shards("d.jsonl") + whole("a.jsonl", "d.jsonl"))
-
-    # A shard that cannot be read comes with one that has changed: this one goes all the way.
+    # A shard that cannot be read comes with another one, which goes all the way.
     (pool / "bad.jsonl").write_text("this is no shard")
-    write_pool_shard(pool, "a.jsonl", 2, seed=8000)
+    write_pool_shard(pool, "c.jsonl", 2, seed=7000)
     next_phase(
-        "one unreadable, one changed",
-        shards("a.jsonl") + whole("a.jsonl", "d.jsonl"),
+        "one unreadable, one added",
+        shards("c.jsonl") + whole("a.jsonl", "c.jsonl"),
         dg.DagsterRunStatus.FAILURE,
     )
 
+    (pool / "c.jsonl").unlink()
+    next_phase("one removed", whole("a.jsonl"), dg.DagsterRunStatus.FAILURE)
+
     # Repaired, with rows that are all rejected: it counts as done, with no vector.
     write_lines(pool / "bad.jsonl", [{"messages": "none"}])
-    next_phase("it is repaired, all rows bad", shards("bad.jsonl") + whole("a.jsonl", "d.jsonl", "bad.jsonl"))
+    next_phase("it is repaired, all rows bad", shards("bad.jsonl") + whole("a.jsonl", "bad.jsonl"))
 
     known = len(dev.runs())
     time.sleep(3)
@@ -165,7 +160,7 @@ def _no_model_is_held_twice(dev: DagsterDev) -> None:
             and any(key.path[-1] == BY_SHARD[1] for key in record.dagster_run.asset_selection or ())
         )
     ]
-    assert len(holding) > 10
+    assert len(holding) >= 10
     assert [pair for pair in combinations(holding, 2) if overlap(*pair)] == []
 
 
@@ -182,7 +177,7 @@ def _the_basis_never_meets_a_shard(dev: DagsterDev) -> None:
         ]
 
     basis, by_shard = about("subspace_basis"), about(*BY_SHARD)
-    assert len(basis) >= 7
+    assert len(basis) >= 5
     assert [(one, other) for one in basis for other in by_shard if overlap(one, other)] == []
 
 

@@ -1,11 +1,8 @@
 """A sample is embedded once per model: a changed shard costs its changed rows, a killed run what was left."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from scalselect_assets.method.representation.encoder import VlmEncoder
 from scalselect_assets.operations.faults import RefreshError
 from scalselect_assets.resources.vlm import VlmResource
 from tests.bench import Bench
-from tests.conftest import png_bytes, sharegpt_row, write_lines, write_pool_shard
+from tests.conftest import RunPython, png_bytes, sharegpt_row, write_lines, write_pool_shard
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
 
@@ -220,30 +217,15 @@ bench.refresh()
 
 
 def test_a_killed_run_loses_what_it_had_not_set_aside(
-    bench: Bench, fresh: Bench, embedded: list[int], run_script: Callable[..., int]
+    bench: Bench,
+    fresh: Bench,
+    embedded: list[int],
+    fresh_python: RunPython,
 ) -> None:
     model = bench.options["target_model"]
-    assert run_script(KILLED, str(bench.pool), str(bench.store), model, "3") == -signal.SIGKILL
+    killed = fresh_python("-c", KILLED, bench.pool, bench.store, model, 3)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     bench.refresh()
     assert embedded == [3]
     assert len(bench.artifacts.read_frame("raw_samples", "a.jsonl")[0]) == len(bench.vectors()) == 6
     assert_as_if_embedded_afresh(bench, fresh)
-
-
-@pytest.fixture
-def run_script() -> Callable[..., int]:
-    """Run a script in a process of its own; returns its exit status."""
-
-    def run(script: str, *arguments: str) -> int:
-        root = Path(__file__).parents[2]
-        process = subprocess.run(
-            [sys.executable, "-c", script, *arguments],
-            check=False,
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root)},
-            capture_output=True,
-            timeout=300,
-        )
-        return process.returncode
-
-    return run

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 1800.0  # seconds, which only what hangs takes
 _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "TOKIO_WORKER_THREADS"), "1"
 )
@@ -84,7 +85,7 @@ class Children:
         """End the server."""
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(timeout=30)
+        self._server.wait(timeout=PATIENCE)
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> int:
         """Start a child that calls ``function``; returns its process id.
@@ -94,7 +95,7 @@ class Children:
         """
         return int(self._ask("start", function, arguments, self._folder))
 
-    def wait(self, pid: int, timeout: float = 300.0) -> Ended:
+    def wait(self, pid: int, timeout: float = PATIENCE) -> Ended:
         """Wait for a child.
 
         Raises:
@@ -111,7 +112,7 @@ class Children:
             raise ChildError(f"child {pid} ended with status {status}:\n{said}")
         return Ended(pid, status, cpu_seconds, pickle.loads((self._folder / f"{pid}.pickle").read_bytes()))
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> Ended:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = PATIENCE) -> Ended:
         """Start a child and wait for it; raises as ``wait``."""
         return self.wait(self.start(function, *arguments), timeout)
 
@@ -123,17 +124,16 @@ class Children:
             self._server.stdin.flush()
             return pickle.load(self._server.stdout)
         except (BrokenPipeError, EOFError) as error:
-            raise ChildError(f"the server ended with status {self._server.wait(timeout=30)}") from error
+            raise ChildError(f"the server ended with status {self._server.wait(timeout=PATIENCE)}") from error
 
 
 def _prepare() -> None:
     """Import what a refresh needs, and leave out of it what costs time and has no part in any fault."""
-    import dagster as dg
     import lancedb.background_loop
     import scipy.integrate  # noqa: F401
 
     from scalselect_assets import graph  # noqa: F401
-    from scalselect_assets.charts import in_dagster
+    from scalselect_assets.charts import in_dagster  # noqa: F401
     from tests import all_methods  # noqa: F401
     from tests.faults import (
         known_pool,  # noqa: F401
@@ -141,7 +141,6 @@ def _prepare() -> None:
     )
 
     standin.install()
-    in_dagster.energy_curve = lambda *_: dg.MetadataValue.md("")  # type: ignore[assignment]
     # The only thread so far; LanceDB starts another in each child, after the fork.
     loop = lancedb.background_loop.LOOP
     loop.loop.call_soon_threadsafe(loop.loop.stop)
@@ -186,6 +185,7 @@ def _fork(function: Callable[..., Any], arguments: tuple[Any, ...], folder: Path
         return pid
     status = 1
     gc.disable()  # a child does not live long enough for it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the whole suite's process may ignore
     try:
         log = os.open(folder / f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)

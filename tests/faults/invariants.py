@@ -61,9 +61,7 @@ def contents(bench: FaultBench) -> dict[str, Content]:
             scores.update(frame.select("row", "leverage").iter_rows())
     with artifact("subspace_basis") as basis:
         subspace, header = subspace_basis.read_basis(artifacts)
-        basis.update(
-            n=subspace.n, k=subspace.k, mean=subspace.mean, shards=sorted(json.loads(header["shards"]))
-        )
+        basis.update(n=subspace.n, k=subspace.k, mean=subspace.mean, shards=sorted(header.shards))
     with artifact("selected_subset") as subset:
         frame, _ = artifacts.read_frame("selected_subset")
         subset.update(

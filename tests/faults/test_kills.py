@@ -17,8 +17,8 @@ from tests.faults.kills import KEPT, STAGES, TABLE, Kill
 from tests.faults.known_pool import FaultBench, Pool, refresh
 
 SEED = 5
-N_KILLS = 54
-KILLS_PER_ROUND = 18
+N_KILLS = 3 * len(STAGES)
+KILLS_PER_ROUND = len(STAGES)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pytest
 from scalselect_assets.deployment import build_defs
 from scalselect_assets.recording.partitions import shards_name
 from scalselect_assets.resources.locks import StoreBusyError
-from tests.faults.children import Children
+from tests.faults.children import PATIENCE, Children
 from tests.faults.invariants import contents, expected, incomplete, same
 from tests.faults.known_pool import FaultBench, Pool, refresh
 from tests.faults.standin import StandIn
@@ -39,7 +39,7 @@ def told(folder: Path, name: str) -> Path:
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.005)

@@ -9,6 +9,8 @@ import dagster as dg
 import numpy as np
 import pytest
 
+from scalselect_assets.charts import in_dagster
+from scalselect_assets.charts.in_dagster import energy_curve
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.operations.faults import RefreshError
 from scalselect_assets.resources.artifacts import ArtifactStore
@@ -135,8 +137,11 @@ def test_a_rank_rule_chooses_the_rank(bench: Bench, rule: str | int, k: int | No
     assert_exact(bench, k or bench.selection.rank_rule.rank(spectrum, 16, 128))
 
 
-def test_the_basis_shows_its_curve_its_alternatives_and_its_drift(bench: Bench) -> None:
-    bench.first_refresh()
+def test_the_basis_shows_its_curve_its_alternatives_and_its_drift(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_dagster, "energy_curve", energy_curve)  # `quick_dagster` draws none
+    bench.refresh()
     first = bench.metadata("subspace_basis")
     assert "drift_score_change" not in first
     assert first["energy_curve"].startswith(f"![{first['rank']} of ")

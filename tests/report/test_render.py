@@ -2,23 +2,19 @@
 
 import base64
 import hashlib
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
 from scalselect_assets.charts import figures
 from scalselect_assets.report.content import Picture
 from scalselect_assets.report.render import render
+from tests.conftest import RunPython
 from tests.report.page import Page
 from tests.report.sample import HOSTILE, bare_content, full_content, item
 
-ROOT = Path(__file__).parents[2]
 ELEMENTS = {"a", "abbr", "article", "bdi", "body", "code", "dd", "details", "div", "dl", "dt", "figcaption"}
 ELEMENTS |= {"figure", "h1", "h2", "h3", "head", "header", "html", "img", "li", "main", "meta", "nav", "p"}
 ELEMENTS |= {"pre", "section", "span", "strong", "style", "summary", "table", "tbody", "td", "th", "thead"}
@@ -157,22 +153,15 @@ def test_sections_without_contents_say_so(bare: Page) -> None:
         assert sentence in bare.text
 
 
-def test_equal_contents_give_equal_bytes_in_any_process(full: Page) -> None:
+def test_equal_contents_give_equal_bytes_in_any_process(fresh_python: RunPython, full: Page) -> None:
     statement = (
         "import hashlib; from tests.report.sample import full_content; "
         "from scalselect_assets.report.render import render; "
         "print(hashlib.sha256(render(full_content()).encode()).hexdigest())"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", statement],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "12345"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    other = fresh_python("-c", statement, PYTHONHASHSEED="12345")
     assert render(full_content()) == full.html
-    assert hashlib.sha256(full.html.encode()).hexdigest() == other
+    assert hashlib.sha256(full.html.encode()).hexdigest() == other.stdout.strip(), other.stderr
 
 
 def test_numbers_are_said_as_they_are(full: Page) -> None:

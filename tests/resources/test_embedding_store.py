@@ -131,7 +131,7 @@ def test_attributes_are_columns_of_their_own_type(store: EmbeddingStore) -> None
     table = put(store, n_rows=3, attributes=attributes)
 
     stored = opened(store, table.table).to_arrow()
-    assert stored.column_names == ["row", "sample_key", "vector", "source_id", *attributes]
+    assert stored.column_names == ["row", "sample_key", "vector", "source_id", *attributes, "row_sha256"]
     for name, array in attributes.items():
         assert stored.column(name).type == array.type
         assert stored.column(name).to_pylist() == array.to_pylist()
@@ -236,7 +236,8 @@ def test_the_columns_may_change_with_a_new_version(store: EmbeddingStore) -> Non
 
     table = put(store, n_rows=2, attributes={"other": pa.array(["a", "b"])})
 
-    assert opened(store, table.table).schema.names == ["row", "sample_key", "vector", "source_id", "other"]
+    names = ["row", "sample_key", "vector", "source_id", "other", "row_sha256"]
+    assert opened(store, table.table).schema.names == names
     assert len(rows_of(store, table)) == 2
 
 
@@ -475,8 +476,9 @@ _WRITE_FOREVER = textwrap.dedent(
 )
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_writer_killed_at_any_moment_leaves_one_complete_generation(store: EmbeddingStore) -> None:
-    delays = np.random.default_rng(20260211).uniform(0.0, 0.5, size=5)
+    delays = np.random.default_rng(20260211).uniform(0.0, 0.5, size=3)
     generation, latest = 0, 0
     with ExitStack() as running:
         writers = [running.enter_context(_writer(store)) for _ in delays]  # they start up side by side
@@ -570,3 +572,76 @@ def test_the_vectors_of_some_rows_come_in_the_order_that_is_asked_for(store: Emb
     for missing in ([3], [90, 91], [-1]):
         with pytest.raises(EmbeddingTableError, match=f"it has no row {missing[-1]}"):
             store.read_vectors(table, missing)
+
+
+# Damage that stays readable
+
+
+def flip(folder: Path, value: bytes) -> None:
+    """Change a bit where a table's data files hold a value."""
+    found = False
+    for path in sorted(folder.glob("data/*")):
+        data = bytearray(path.read_bytes())
+        if (place := data.find(value)) >= 0:
+            data[place + len(value) - 1] ^= 1
+            path.write_bytes(data)
+            found = True
+    assert found, f"no data file holds {value!r}"
+
+
+READS: dict[str, Any] = {
+    "read": lambda store, table: list(store.read(table)),
+    "read_all": lambda store, table: store.read_all(table),
+    "take": lambda store, table: store.take(table, [2, 3]),
+    "read_vectors": lambda store, table: store.read_vectors(table, [103, 102]),
+    "verify": lambda store, table: store.verify(table),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_vector_that_changed_on_the_disk_is_an_error_that_names_row_shard_and_remedy(
+    store: EmbeddingStore, read: str
+) -> None:
+    table = put(store)
+    READS[read](store, table)
+    flip(Path(store.location(table).path), vectors_of(10)[3].tobytes())
+    with pytest.raises(EmbeddingTableError, match=r"row 103 is not what was written") as raised:
+        READS[read](store, table)
+    assert raised.value.shard == "s.jsonl"
+    assert "materialize attention_embeddings[s.jsonl] again" in str(raised.value)
+    store.take(table, [0, 1])  # rows beside it are good
+
+
+def test_a_text_that_changed_on_the_disk_is_an_error_where_its_column_is_read(
+    store: EmbeddingStore,
+) -> None:
+    texts = [f"the text of row {row} is one of a kind {row}" for row in range(10)]
+    table = put(store, attributes={"text": pa.array(texts), "n": pa.array(range(10), pa.int32())})
+    store.verify(table)
+    flip(Path(store.location(table).path), b"the text of row 3")
+    assert store.read_rows(table, ["n"]).num_rows == 10
+    for read in (lambda: store.read_rows(table, ["text"]), lambda: store.verify(table)):
+        with pytest.raises(EmbeddingTableError, match="column 'text' is not what was written"):
+            read()
+
+
+def test_a_table_from_before_there_were_hashes_is_read_as_it_is_and_verified_by_its_receipt(
+    store: EmbeddingStore,
+) -> None:
+    table = put(store)
+    before = rows_of(store, table)
+    handle = opened(store, table.table)
+    plain = handle.search().limit(None).to_arrow().drop_columns(["row_sha256"])
+    metadata = {key: value for key, value in plain.schema.metadata.items() if b"column_sha256" not in key}
+    handle = lancedb.connect(str(store.folder)).create_table(
+        table.table, plain.replace_schema_metadata(metadata), mode="overwrite"
+    )
+    old = replace(table, version=handle.version)
+
+    assert rows_of(store, old) == before
+    assert store.read_vectors(old, [103]).tobytes() == vectors_of(10)[3].tobytes()
+    store.verify(old)
+    flip(Path(store.location(old).path), vectors_of(10)[3].tobytes())
+    assert rows_of(store, old) != before
+    with pytest.raises(EmbeddingTableError, match=r"its rows have hash .*, recorded was"):
+        store.verify(old)

@@ -85,16 +85,30 @@ def test_a_hard_link_is_the_file_itself(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"1")
     known = WrittenFile(hashlib.sha256(b"1").hexdigest(), 1)
-    with replaced_folder(UPath(tmp_path / "export")) as folder:
-        folder.hard_link("deep/link", source, known)
+    with source.open("rb") as file, replaced_folder(UPath(tmp_path / "export")) as folder:
+        folder.hard_link("deep/link", file, known)
         with pytest.raises(ValueError, match="is in"):
-            folder.hard_link("deep/link", source, known)
+            folder.hard_link("deep/link", file, known)
     assert (tmp_path / "export" / "deep" / "link").stat().st_ino == source.stat().st_ino
     with (
+        source.open("rb") as file,
         pytest.raises(ValueError, match="copy the images"),
         replaced_folder(UPath(f"memory://{tmp_path.name}/linked")) as remote,
     ):
-        remote.hard_link("link", source, known)
+        remote.hard_link("link", file, known)
+
+
+def test_a_hard_link_is_to_the_open_file_whatever_its_name_leads_to_by_then(tmp_path: Path) -> None:
+    source, secret = tmp_path / "source", tmp_path / "secret"
+    source.write_bytes(b"1")
+    secret.write_bytes(b"2")
+    known = WrittenFile(hashlib.sha256(b"1").hexdigest(), 1)
+    with source.open("rb") as file, replaced_folder(UPath(tmp_path / "export")) as folder:
+        source.rename(tmp_path / "moved")
+        source.symlink_to(secret)
+        folder.hard_link("link", file, known)
+    assert (tmp_path / "export" / "link").read_bytes() == b"1"
+    assert (tmp_path / "export" / "link").stat().st_ino == (tmp_path / "moved").stat().st_ino
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def reasons(rows) -> list[str | None]:
 def test_every_json_file_below_the_source_is_a_shard(pool):
     for name in ("b.jsonl", "a.json", "sub/deep/c.NDJSON", "sub/한 %.json"):
         write(pool / name)
-    for name in (".hidden.json", ".git/x.json", "sub/.x/y.json", "notes.txt", "x.json.partial", "a.jsonl.gz"):
+    for name in (".hidden.json", ".git/x.json", "sub/.x/y.json", "notes.txt", "x.json.partial", "a.tar.gz"):
         write(pool / name)
     (pool / "folder.json").mkdir()
 
@@ -67,7 +67,7 @@ def test_every_json_file_below_the_source_is_a_shard(pool):
     assert source_at(pool).shard_path("sub/한 %25.json") == keys["sub/한 %25.json"]
 
 
-def test_excluded_folders_and_links_to_folders_hold_no_shards(pool, tmp_path):
+def test_excluded_folders_and_links_to_folders_hold_no_shards_and_any_other_link_is_one(pool, tmp_path):
     for name in ("a.json", "store/manifest.json", "store/deep/x.json", "sub/store/kept.json"):
         write(pool / name)
     write(tmp_path / "elsewhere" / "x.json")
@@ -80,6 +80,7 @@ def test_excluded_folders_and_links_to_folders_hold_no_shards(pool, tmp_path):
 
     assert list(source_at(pool, exclude=exclude).shard_keys()) == [
         "a.json",
+        "dangling.json",
         "linked.json",
         "sub/store/kept.json",
     ]
@@ -457,11 +458,12 @@ def test_a_file_that_is_no_shard_fails_alone_and_heals_when_it_changes(pool, bro
 
 
 def test_rows_for_one_file_of_the_whole_pool_are_verbatim_unless_their_images_would_be_lost(pool):
-    odd = '{"images":  ["a.png"], "n": 1.50}'
+    said = f'"messages": {json.dumps(row()["messages"])}'
+    odd = f'{{"images":  ["a.png"], "n": 1.50, {said}}}'
     source = source_at(pool)
 
     assert source.export_text("s.jsonl", odd, ["a.png"]) == odd
-    assert source.export_text("sub/s.jsonl", odd, ["sub/a.png"]) == '{"images":  ["sub/a.png"], "n": 1.50}'
+    assert source.export_text("sub/s.jsonl", odd, ["sub/a.png"]) == odd.replace("a.png", "sub/a.png")
     assert source.export_text("sub/s.jsonl", '{"text": 1.0}', []) == '{"text": 1.0}'
     declared = source_at(pool, image_root=UPath(pool))
     assert declared.export_text("sub/s.jsonl", odd, ["a.png"]) == odd

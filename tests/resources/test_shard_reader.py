@@ -12,8 +12,8 @@ from scalselect_assets.resources import shard_reader
 from scalselect_assets.resources.shard_reader import (
     RowText,
     ShardFormatError,
-    container,
     iter_rows,
+    recognise,
     rows_of,
     split_shard,
 )
@@ -257,7 +257,7 @@ def test_one_object_on_one_line_is_a_row_only_where_it_may_be_one():
 def test_the_container_is_told_by_content(tmp_path):
     for name, data, kind in (("a.jsonl", b" [1]", "array"), ("b.json", as_lines(ROW), "lines")):
         (tmp_path / name).write_bytes(data)
-        assert container(UPath(tmp_path / name)) == kind
+        assert recognise(iter([(tmp_path / name).read_bytes()]), UPath(name))[0] == kind
 
 
 def test_a_file_is_read_from_any_file_system():
@@ -334,3 +334,34 @@ def test_splitting_an_empty_pool_gives_no_shard(tmp_path):
 def test_a_shard_has_at_least_one_row(tmp_path):
     with pytest.raises(ValueError, match="rows_per_shard=0"):
         split_shard(UPath(tmp_path / "pool.json"), 0, tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 20])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_white_space_before_the_first_row_is_passed_over_and_its_lines_are_counted(size, bom):
+    (row,) = read(bom + b" \n\t\r\n\n" + b'{"messages": []}', "pool.jsonl", size)
+    assert (row.line, row.text) == (4, '{"messages": []}')
+    (row,) = read(bom + b" \n\t\r\n\n" + b"[1]", size=size)
+    assert (row.line, row.text) == (4, "1")
+
+
+def test_a_file_that_begins_with_too_much_white_space_is_refused_before_it_is_read(monkeypatch):
+    monkeypatch.setattr(shard_reader, "_MAX_LEADING_SPACE", 100)
+    assert len(read(b" " * 90 + b"[1]", size=10)) == 1
+    chunks = iter([b" " * 60] * 3 + [b"[1]"])
+    with pytest.raises(ShardFormatError, match="begins with more than 100 bytes of white space"):
+        list(rows_of(chunks, UPath("pool.json")))
+    assert list(chunks) == [b" " * 60, b"[1]"]
+
+
+def test_each_chunk_before_the_first_row_is_looked_at_once():
+    class Chunk(bytes):
+        looked_at = 0
+
+        def lstrip(self, *arguments):
+            Chunk.looked_at += len(self)
+            return super().lstrip(*arguments)
+
+    chunks = [Chunk(b"\n" * 100) for _ in range(200)]
+    assert [row.text for row in rows_of(iter([*chunks, b"[1]"]), UPath("pool.json"))] == ["1"]
+    assert Chunk.looked_at <= 200 * 100

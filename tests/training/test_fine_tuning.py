@@ -1,10 +1,7 @@
 """However often it was stopped, a training ends with the same weights; other rows have their own."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from scalselect_assets.method.representation.quiet import quiet_transformers
-from tests.conftest import sharegpt_row
+from tests.conftest import RunPython, sharegpt_row
 from tests.training.conftest import ROWS, Outputs
 from training.fine_tuning import Result, TrainingError, fine_tune
 from training.recipe import Recipe
@@ -84,26 +81,25 @@ def test_the_loss_falls_and_its_curve_has_every_step(whole: Result) -> None:
 
 
 def test_a_training_that_was_killed_goes_on_from_its_last_whole_checkpoint_to_the_same_weights(
-    outputs: Outputs, whole: Result, fresh: Path
+    fresh_python: RunPython,
+    outputs: Outputs,
+    whole: Result,
+    fresh: Path,
 ) -> None:
-    killed = subprocess.run(
-        [
-            *(sys.executable, "-c"),
-            "import os, signal, sys; from pathlib import Path; from upath import UPath\n"
-            "from training.exports import read_export\n"
-            "from training.fine_tuning import fine_tune\n"
-            "from training.recipe import Recipe\n"
-            "import json, torch; torch.set_num_threads(1)\n"
-            "def tell(text):\n"
-            "    if text.startswith('step 4 '): os.kill(os.getpid(), signal.SIGKILL)\n"
-            "fine_tune(read_export(UPath(sys.argv[1])), Recipe(**json.loads(sys.argv[2])), "
-            "Path(sys.argv[3]), tell)",
-            *(str(outputs.folder), json.dumps(FEW), str(fresh)),
-        ],
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    killed = fresh_python(
+        "-c",
+        "import os, signal, sys; from pathlib import Path; from upath import UPath\n"
+        "from training.training_data import read_training_data\n"
+        "from training.fine_tuning import fine_tune\n"
+        "from training.recipe import Recipe\n"
+        "import json, torch; torch.set_num_threads(1)\n"
+        "def tell(text):\n"
+        "    if text.startswith('step 4 '): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "fine_tune(read_training_data(UPath(sys.argv[1])), Recipe(**json.loads(sys.argv[2])), "
+        "Path(sys.argv[3]), tell)",
+        *(outputs.folder, json.dumps(FEW), fresh),
     )
-    assert killed.returncode == -9
+    assert killed.returncode == -9, killed.stderr
     (folder,) = (path for path in fresh.iterdir() if path.is_dir())
     # What a process leaves that dies while it writes a checkpoint.
     shutil.copytree(folder / "checkpoints" / "checkpoint-2", folder / "checkpoints" / "checkpoint-4")

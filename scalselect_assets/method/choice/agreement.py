@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 
 from scalselect_assets.method.choice.budget import budget_size
 from scalselect_assets.method.choice.candidates import Candidates
+from scalselect_assets.method.choice.taking import Cells, Reserve
 from scalselect_assets.method.choice.terms import (
     Budget,
-    Cells,
     Column,
     InfeasibleError,
     Quota,
-    Reserve,
     Terms,
 )
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from scalselect_assets.method.choice.candidates import Blocks, Candidates
 from scalselect_assets.method.choice.strategies import Ranking, Strategy
+from scalselect_assets.method.choice.taking import take, with_at_most
 from scalselect_assets.method.choice.terms import Terms
 
 
@@ -104,7 +105,7 @@ def choose(
             are not in the pool.
     """
     ranking = strategy.rank(candidates, terms, projections)
-    rows = terms.take(ranking.order)
+    rows = take(terms, ranking.order)
     kept = None
     if keep is not None:
         without = rows
@@ -141,19 +142,19 @@ def _kept_choice(
     earlier = order[was_chosen[order]]
     stays = np.zeros(terms.n, dtype=bool)
     stays[earlier] = score[earlier] >= (1 - keep.slack) * threshold
-    rows = terms.take(_in_front(order, stays))
+    rows = take(terms, _in_front(order, stays))
     if keep.max_churn is None or (excess := _excess(rows, was_chosen, keep.max_churn)) <= 0:
         return rows
     if terms.size is not None:
         n_new = int(np.count_nonzero(~was_chosen[rows])) - excess
-        return terms.with_at_most(n_new, ~was_chosen).take(_in_front(order, stays))
+        return take(with_at_most(terms, n_new, ~was_chosen), _in_front(order, stays))
     # What is chosen anyway counts as staying; the best of the others follow until they are enough.
     stays[rows] = was_chosen[rows]
     others = earlier[~stays[earlier]]
     while excess > 0 and others.size:
         stays[others[:excess]] = True
         others = others[excess:]
-        rows = terms.take(_in_front(order, stays))
+        rows = take(terms, _in_front(order, stays))
         excess = _excess(rows, was_chosen, keep.max_churn)
     return rows
 

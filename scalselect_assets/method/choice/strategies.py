@@ -305,10 +305,7 @@ class Spanning:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Rows of high leverage in every part of the subspace; see `coverage.coverage_order`, also for the cost.
-
-    Records ``gain``, and as figures ``novelty`` and ``n_picked``.
-    """
+    """Rows of high leverage in every part of the subspace; see `coverage.coverage_order`, also for the cost."""
 
     needs_projections = True
 

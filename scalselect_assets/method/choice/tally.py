@@ -11,7 +11,7 @@ class Tally:
 
     With a budget of rows and quotas on at most one column, exactly the rows with which the terms can still be
     met. Otherwise each column is judged alone and no tokens are reserved for floors, so that more may be
-    admitted than `Terms.take` keeps. A row that is not admitted never is again.
+    admitted than `taking.take` keeps. A row that is not admitted never is again.
     """
 
     def __init__(self, terms: Terms) -> None:

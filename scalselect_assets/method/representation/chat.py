@@ -7,14 +7,16 @@ the text around the answers, and once with the answers themselves. Nothing is ev
 words, so an answer ``Yes`` that also stands in the question is no trap.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation
+from scalselect_assets.method.representation.step_limit import TemplateStepsError, limited_template_steps
 
-# Private-use code points delimit the placeholders; a row that contains them gets longer ones.
+# Private-use code points delimit the placeholders.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 
 
@@ -49,17 +51,17 @@ def render_chat(processor: Any, conversation: Conversation) -> RenderedChat:
 
 def _text_around_answers(processor: Any, conversation: Conversation, n: int, avoid: str) -> list[str]:
     """The ``n + 1`` pieces of prompt text before, between and after the answers."""
-    opening = _OPEN
-    while opening in avoid:
-        opening += _OPEN
-    placeholders = [f"{opening}{index}{_CLOSE}" for index in range(n)]
-    rest, pieces = _render(processor, conversation, placeholders), []
+    # Digits of a hash of the text: short, whatever the row holds, and no row can contain its own hash.
+    number = int.from_bytes(hashlib.sha256(avoid.encode(errors="surrogatepass")).digest()[:16])
+    placeholders = [f"{_OPEN}{number}.{index}{_CLOSE}" for index in range(n)]
+    text, pieces, position = _render(processor, conversation, placeholders), [], 0
     for placeholder in placeholders:
-        piece, found, rest = rest.partition(placeholder)
-        if not found:
+        found = text.find(placeholder, position)
+        if found < 0:
             raise ChatTemplateError("the chat template leaves out an assistant turn of this conversation")
-        pieces.append(piece)
-    return [*pieces, rest]
+        pieces.append(text[position:found])
+        position = found + len(placeholder)
+    return [*pieces, text[position:]]
 
 
 def _answer_spans(text: str, fixed: list[str], answers: list[str]) -> tuple[tuple[int, int], ...]:
@@ -99,7 +101,10 @@ def _render(processor: Any, conversation: Conversation, answers: list[str]) -> s
         for turn in conversation.turns
     ]
     try:
-        return str(processor.apply_chat_template(messages, tokenize=False))
+        with limited_template_steps():
+            return str(processor.apply_chat_template(messages, tokenize=False))
+    except TemplateStepsError as error:
+        raise ChatTemplateError(str(error)) from error
     # A template is a program: one that expects another form of content fails with Python's own errors.
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise ChatTemplateError(f"the chat template refuses this conversation: {error}") from error

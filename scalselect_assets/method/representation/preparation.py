@@ -22,10 +22,14 @@ from scalselect_assets.method.representation.first_layer import ModelInput, Visi
 from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PLACE, EffectivePlace, placed
 from scalselect_assets.method.representation.images import (
     ImageTooLargeError,
+    PixelBudget,
     UndecodableImageError,
     decode_image,
 )
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+
+_CHARACTERS_PER_TOKEN = 64
+"""No prose or code comes near so many; a longer text is refused before work is done on it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,14 +105,18 @@ class Preparer:
         if not images:
             text_only = Rejection(RejectionReason.TEXT_ONLY, "it has no image; add one or leave the row out")
             return [text_only] * len(conversations)
+        too_long = [self._beyond_length(conversation) for conversation in conversations]
+        refusals = [refused for refused in too_long if refused is not None]
+        if len(refusals) == len(too_long):
+            return list(refusals)
         found = self._decode(images, read_image)
         if isinstance(found, Rejection):
-            return [found] * len(conversations)
+            return [refused or found for refused in too_long]
         decoded, digests = found
         prepared: list[Prepared | Rejection] = []
         shared: tuple[VisionInput, ...] | None = None
-        for conversation in conversations:
-            item = self._prepare(conversation, decoded, digests, shared)
+        for conversation, refused in zip(conversations, too_long, strict=True):
+            item = refused or self._prepare(conversation, decoded, digests, shared)
             if shared is None and isinstance(item, Prepared):
                 shared = item.model_input.images
             prepared.append(item)
@@ -117,20 +125,42 @@ class Preparer:
     def _decode(
         self, images: Sequence[str], read_image: Callable[[str], bytes]
     ) -> tuple[list[Image.Image], tuple[str, ...]] | Rejection:
-        """The pixels and the SHA-256 of each image."""
-        decoded, digests = [], []
+        """The pixels and the SHA-256 of each image; one that a row shows several times is decoded once."""
+        known: dict[str, tuple[Image.Image, str]] = {}
+        budget = PixelBudget(self.max_pixels)
         for position, reference in enumerate(images, start=1):
             try:
-                data = read_image(reference)
-                decoded.append(decode_image(data, self.max_pixels))
+                if reference not in known:
+                    data = read_image(reference)
+                    known[reference] = (
+                        decode_image(data, self.max_pixels),
+                        hashlib.sha256(data).hexdigest(),
+                    )
+                budget.spend(known[reference][0])
             except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {position}: {error}")
-            except ImageTooLargeError as error:
-                return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {position}: {error}")
-            except UndecodableImageError as error:
-                return Rejection(RejectionReason.UNDECODABLE_IMAGE, f"image {position}: {error}")
-            digests.append(hashlib.sha256(data).hexdigest())
-        return decoded, tuple(digests)
+            except (ImageTooLargeError, UndecodableImageError) as error:
+                return Rejection(error.reason, f"image {position}: {error}")
+        return [known[name][0] for name in images], tuple(known[name][1] for name in images)
+
+    def _beyond_length(self, conversation: Conversation) -> Rejection | None:
+        """Why a conversation cannot fit the model's length, where its size alone shows that."""
+        n_characters = sum(map(len, conversation.texts("system", "user", "assistant")))
+        found = (
+            f"{conversation.n_images:,} images"
+            if conversation.n_images > self._max_tokens
+            else f"{len(conversation.turns):,} turns"
+            if len(conversation.turns) > self._max_tokens
+            else f"{n_characters:,} characters of text"
+            if n_characters > _CHARACTERS_PER_TOKEN * self._max_tokens
+            else None
+        )
+        if found is None:
+            return None
+        return Rejection(
+            RejectionReason.TOO_LONG,
+            f"{found}; the model takes {self._max_tokens:,} tokens: shorten or split the conversation",
+        )
 
     def _prepare(
         self,

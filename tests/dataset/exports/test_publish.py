@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from upath import UPath
@@ -13,7 +13,8 @@ from scalselect_assets.dataset.exports import publish
 from scalselect_assets.dataset.exports.publish import EXPORTS, ExportError, write_exports
 from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
 from scalselect_assets.declaration.export_specs import FORMAT_NAMES, ExportSpec, parse_exports
-from scalselect_assets.resources.folders import WrittenFile
+from scalselect_assets.resources.folders import NewFolder, WrittenFile
+from scalselect_assets.resources.image_root import ImageRoot
 from tests.conftest import png_bytes
 from tests.dataset.exports.conftest import HOSTILE, MakeBench, said
 
@@ -101,7 +102,7 @@ def test_a_row_with_an_image_leads_where_the_reader_takes_types_from_the_first(
 ) -> None:
     made = bench([*HOSTILE[6:], *HOSTILE[:2]])
     report, folder = made.write(name)
-    assert report.leading == made.spooled[2].sample_key
+    assert report.leading == [made.spooled[2].sample_key]
     assert [record["row"] for record in made.lines(folder / publish.SELECTED)] == [2, 0, 1, 3]
     assert report.written == 4
 
@@ -130,13 +131,36 @@ def test_linked_images_are_the_pools_own_files(bench: MakeBench, name: str) -> N
         assert (folder / image["file"]).stat().st_ino == (made.folder / image["image"]).stat().st_ino
 
 
+def test_an_image_that_becomes_a_link_after_it_was_read_is_linked_as_it_was_read(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, hard_link, secret = bench(), NewFolder.hard_link, tmp_path / "secret"
+    secret.write_bytes(b"secret")
+
+    def swapped_first(self: NewFolder, name: str, source: BinaryIO, known: WrittenFile) -> None:
+        for image in sorted(made.folder.rglob("*")):
+            if not image.is_symlink() and image.stat().st_ino == os.fstat(source.fileno()).st_ino:
+                image.rename(tmp_path / f"moved-{image.name}")
+                image.symlink_to(secret)
+        hard_link(self, name, source, known)
+
+    monkeypatch.setattr(NewFolder, "hard_link", swapped_first)
+    _, folder = made.write("llava", images="hardlinked")
+    listed = made.lines(folder / publish.IMAGES)
+    assert listed
+    for image in listed:
+        data = (folder / image["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == image["sha256"]
+        assert (made.folder / image["image"]).is_symlink()
+
+
 def test_links_across_file_systems_say_what_to_declare(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other_device(*_: object) -> None:
+    def other_device(*_: object, **__: object) -> None:
         raise OSError(18, os.strerror(18))
 
-    monkeypatch.setattr(Path, "hardlink_to", other_device)
+    monkeypatch.setattr(os, "link", other_device)
     with pytest.raises(ExportError, match="declare `images: copied`"):
         bench().write("llava", images="hardlinked")
 
@@ -183,7 +207,7 @@ def test_what_fails_halfway_leaves_the_last_export(bench: MakeBench, monkeypatch
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.ImageRoot, "read", full)
+        patch.setattr(ImageRoot, "read", full)
         with pytest.raises(OSError, match="No space"):
             made.write("trl", order="score")
     assert [path.name for path in folder.parent.iterdir()] == ["trl"]
@@ -263,10 +287,10 @@ def test_each_format_says_why_it_refuses(bench: MakeBench, name: str) -> None:
         "answers first": {"messages": [{"role": "assistant", "content": "Hi."}, *asked], "images": ["a.png"]},
         "image in answer": said("Draw?", "<image>", images=["a.png"]),
         "image in system": said("Draw?", "So.", images=["a.png"], system="Like <image>"),
-        "other media": said("<image> or <video>?", "Image.", images=["a.png"]),
+        "other media": said("<image> or what?", "<video>", images=["a.png"]),
         "separator": said("<image>?", "Strike: <s>x</s>", images=["a.png"]),
-        "image token": said("<image>?", "<|image_pad|>", images=["a.png"]),
-        "context token": said("<image>?", "<IMG_CONTEXT>", images=["a.png"]),
+        "image token": said("<image>?", "<|im_start|>", images=["a.png"]),
+        "context token": said("<image>?", "So: </img>", images=["a.png"]),
         "wordless": said(" ", ""),
     }  # fmt: skip
     plain = said("<image>?", "Yes.", images=["a.png"])
@@ -275,12 +299,11 @@ def test_each_format_says_why_it_refuses(bench: MakeBench, name: str) -> None:
     turns = dict.fromkeys(["unanswered", "twice", "late system", "answers first"], "turn_order")
     systems = dict.fromkeys(["system", "late system", "image in system"], "system_turn")
     expected = {
-        "llama_factory": {**turns, "image in system": "image_place", "other media": "reserved_text"},
+        "llama_factory": {**turns, "image in system": "image_place"},
         "llava": {**turns, **systems, "several": "several_images", "separator": "reserved_text",
                   "wordless": "empty_text"},
         "llava_next": {**turns, **systems, "wordless": "empty_text"},
-        "qwen_vl": {**turns, **systems, "image in answer": "image_place", "other media": "reserved_text",
-                    "image token": "reserved_text"},
+        "qwen_vl": {**turns, **systems, "image in answer": "image_place", "image token": "reserved_text"},
         "ms_swift": {"unanswered": "turn_order", "late system": "turn_order"},
         "internvl": {"late system": "system_turn", "image in answer": "image_place",
                      "image in system": "image_place", "context token": "reserved_text"},
@@ -288,7 +311,7 @@ def test_each_format_says_why_it_refuses(bench: MakeBench, name: str) -> None:
         "trl": {},
         "webdataset": {},
     }  # fmt: skip
-    assert found == expected[name]
+    assert found == {"other media": "reserved_text", **expected[name]}
 
 
 def test_rejections_of_the_pool_are_told_as_the_pool_told_them(bench: MakeBench) -> None:

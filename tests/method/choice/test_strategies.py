@@ -25,6 +25,7 @@ from scalselect_assets.method.choice.strategies import (
     strategy_named,
     systematic_sample,
 )
+from scalselect_assets.method.choice.taking import take
 from scalselect_assets.method.choice.terms import Budget, InfeasibleError, Quota
 from scalselect_assets.method.subspace.basis import fit_subspace
 from scalselect_assets.method.subspace.moments import Moments
@@ -260,7 +261,7 @@ def test_no_subset_is_better_than_spanning_by_more_than_the_gap(passes: int, sha
         pool = of_rows(u)
         terms = agree(pool, Budget(6), include=[3])
         spanned = spanning_order(pool, terms, blocks_of(u, 5), passes=passes)
-        chosen = terms.take(spanned.order)
+        chosen = take(terms, spanned.order)
         best = max(
             log_det(u, np.array([3, *others]), spanned.prior_weight)
             for others in combinations(np.flatnonzero(np.arange(12) != 3), 5)
@@ -287,7 +288,7 @@ def test_ten_passes_come_near_exact_greedy_and_far_above_top_leverage():
     terms = agree(pool, Budget(0.16))
     few, ten, many = (spanning_order(pool, terms, blocks_of(u), passes=p) for p in (3, 10, 30))
     few_got, ten_got, many_got = (
-        log_det(u, terms.take(spanned.order), ten.prior_weight) for spanned in (few, ten, many)
+        log_det(u, take(terms, spanned.order), ten.prior_weight) for spanned in (few, ten, many)
     )
     greedy = log_det(u, exact_greedy(u, terms.expected_size, ten.prior_weight), ten.prior_weight)
     top = log_det(u, choose(pool, TopLeverage(), terms).rows, ten.prior_weight)

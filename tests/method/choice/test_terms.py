@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from scalselect_assets.method.choice.agreement import agree
 from scalselect_assets.method.choice.candidates import Candidates, Labels
 from scalselect_assets.method.choice.proportions import proportional_sizes
+from scalselect_assets.method.choice.taking import take
 from scalselect_assets.method.choice.tally import Tally
 from scalselect_assets.method.choice.terms import Budget, InfeasibleError, Quota, Terms
 from tests.method.pools import candidates
 
 
 def by_leverage(pool: Candidates, terms: Terms) -> list[int]:
-    return terms.take(pool.by(pool.normalised_leverage, terms.eligible_rows)).tolist()
+    return take(terms, pool.by(pool.normalised_leverage, terms.eligible_rows)).tolist()
 
 
 def admissible(terms: Terms, rows: tuple[int, ...]) -> bool:
@@ -261,9 +262,9 @@ def test_rows_outside_the_pool_are_refused():
 def test_an_order_that_leaves_rows_out_is_refused():
     terms = agree(candidates(np.ones(3)), Budget(1), exclude=[2])
     with pytest.raises(ValueError, match="each of the 2 eligible rows once"):
-        terms.take(np.array([0]))
+        take(terms, np.array([0]))
     with pytest.raises(ValueError, match="each of the 2 eligible rows once"):
-        terms.take(np.array([0, 2]))
+        take(terms, np.array([0, 2]))
 
 
 @settings(deadline=None, max_examples=100)
@@ -280,7 +281,7 @@ def test_a_tally_with_one_column_admits_exactly_what_the_choice_takes(scores, la
         if tally.admits(np.array([row]))[0]:
             tally.take(row)
             taken.append(row)
-    assert taken == terms.take(order).tolist()
+    assert taken == take(terms, order).tolist()
     assert tally.is_full
 
 

@@ -7,6 +7,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from scalselect_assets.method.representation.chat import ChatTemplateError, render_chat
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.step_limit import limited_template_steps
 
 LLAVA = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
@@ -104,3 +105,52 @@ def test_a_template_that_reaches_outside_its_sandbox_is_refused() -> None:
             TemplateProcessor("{{ messages.__class__.__mro__ }}"),
             conversation(("user", "q"), ("assistant", "a")),
         )
+
+
+class Recording(TemplateProcessor):
+    """Also keeps the texts that it is given."""
+
+    def __init__(self, template: str) -> None:
+        super().__init__(template)
+        self.given: list[int] = []
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], *, tokenize: bool) -> str:
+        self.given.append(sum(len(part["text"]) for turn in messages for part in turn["content"]))
+        return super().apply_chat_template(messages, tokenize=tokenize)
+
+
+def test_placeholders_are_short_whatever_private_characters_a_row_holds() -> None:
+    hostile = "\ue000" * 200_000
+    sample = conversation(*[("user", hostile), ("assistant", hostile)] * 3)
+    processor = Recording(LLAVA)
+
+    chat = render_chat(processor, sample)
+
+    assert [chat.text[start:end] for start, end in chat.answer_spans] == [hostile] * 3
+    with_answers, with_placeholders = processor.given
+    assert (with_answers, len(processor.given)) == (6 * len(hostile), 2)
+    assert with_placeholders - 3 * len(hostile) < 3 * 64
+
+
+ENDLESS = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a macro that calls itself twice": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+    ),
+    "a loop over a list that it makes longer each time": (
+        "{% set ns = namespace(x=[1]) %}{% for a in range(99999) %}{% for b in ns.x %}"
+        "{% endfor %}{% set ns.x = ns.x + [1] %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS.keys())
+def test_a_template_that_does_not_end_is_stopped_and_refused(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "scalselect_assets.method.representation.chat.limited_template_steps",
+        lambda: limited_template_steps(20_000),
+    )
+    with pytest.raises(ChatTemplateError, match="takes more than 20,000 steps"):
+        render_chat(TemplateProcessor(template + LLAVA), conversation(("user", "q"), ("assistant", "a")))

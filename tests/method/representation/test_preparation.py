@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from scalselect_assets.method.representation import preparation
+from scalselect_assets.method.representation import images, preparation
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation
 from scalselect_assets.method.representation.encoder import ChatSample
 from scalselect_assets.method.representation.preparation import Prepared, Preparer, for_transport
@@ -328,6 +328,50 @@ def test_images_that_cannot_be_decoded_are_rejected_for_every_conversation(
     rejections = preparer.prepare(["broken"], [question("a").conversation] * 3, read_image_or_fail)
     assert [type(item) for item in rejections] == [Rejection] * 3
     assert {item.reason for item in rejections} == {RejectionReason.UNDECODABLE_IMAGE}  # type: ignore[union-attr]
+
+
+def test_images_that_have_too_many_pixels_together_are_rejected_and_the_rest_is_not_read(
+    tiny_preparer: Callable[..., Preparer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_ROW_PIXELS", 4 * 48 * 40)
+    preparer, read = tiny_preparer("llava", max_pixels=48 * 40), Counting()
+    for names in (("1", "2", "3", "4", "5", "6"), ("1",) * 6):
+        sample = chat(("user", (*[IMAGE] * 6, "a")), ("assistant", ("b",)), images=names)
+        rejection = refuse(preparer, sample, read)
+        assert rejection.reason is RejectionReason.IMAGE_TOO_LARGE
+        assert rejection.detail.startswith("image 5: with it, the images of the row have more than 7,680")
+    assert read.reads == {"1": 2, "2": 1, "3": 1, "4": 1, "5": 1}
+    four = chat(("user", (*[IMAGE] * 4, "a")), ("assistant", ("b",)), images=("1",) * 4)
+    assert len(prepare(preparer, four).image_sha256) == 4
+
+
+@pytest.mark.parametrize(
+    ("turns", "found"),
+    [
+        ([("user", (*[IMAGE] * 65, "a")), ("assistant", ("b",))], "65 images"),
+        ([("user", (IMAGE, "a")), *[("assistant", ("",))] * 65], "66 turns"),
+        ([("user", (IMAGE, "a" * 4096)), ("assistant", ("b",))], "4,097 characters of text"),
+    ],
+)
+def test_a_row_that_its_size_shows_to_be_too_long_is_refused_before_an_image_is_read(
+    turns: list[tuple[str, tuple[Any, ...]]], found: str, tiny_preparer: Callable[..., Preparer]
+) -> None:
+    preparer, read = tiny_preparer("llava", max_tokens=64), Counting()
+    sample = chat(*turns, images=("1",) * conversation(*turns).n_images)
+    rejection = refuse(preparer, sample, read)
+    assert rejection.reason is RejectionReason.TOO_LONG
+    assert rejection.detail.startswith(f"{found}; the model takes 64 tokens")
+    assert not read.reads
+
+
+def test_a_row_that_is_too_long_does_not_refuse_those_about_the_same_image(
+    tiny_preparer: Callable[..., Preparer],
+) -> None:
+    preparer = tiny_preparer("llava", max_tokens=200)
+    long, short = question("a" * 20_000, "1"), question("a", "1")
+    too_long, prepared = preparer.prepare(["1"], [long.conversation, short.conversation], read_image)
+    assert isinstance(too_long, Rejection)
+    assert isinstance(prepared, Prepared)
 
 
 def test_an_image_beyond_the_pixel_limit_is_rejected(tiny_preparer: Callable[..., Preparer]) -> None:

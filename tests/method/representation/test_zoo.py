@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,18 @@ def pictures(sizes: tuple[tuple[int, int], ...]) -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tiny_vlm: Callable[[str], Path]) -> dict[str, Path]:
     """One checkpoint per family, as written."""
-    root = tmp_path_factory.mktemp("zoo")
-    return {family: write_tiny_vlm(family, root / family) for family in FAMILIES}
+    return {family: tiny_vlm(family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
-def references(folders: dict[str, Path]) -> dict[str, Reference]:
+def references(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
     """One reference per family; PaliGemma gets a template first."""
-    readable = dict(folders)
-    readable["paligemma"] = shutil.copytree(folders["paligemma"], folders["paligemma"].with_name("templated"))
-    (readable["paligemma"] / "chat_template.jinja").write_text(PALIGEMMA_TEMPLATE)
-    return {family: Reference(folder) for family, folder in readable.items()}
+    templated = tmp_path_factory.mktemp("templated") / "paligemma"
+    shutil.copytree(folders["paligemma"], templated)
+    (templated / "chat_template.jinja").write_text(PALIGEMMA_TEMPLATE)
+    return {family: Reference(folder) for family, folder in {**folders, "paligemma": templated}.items()}
 
 
 @pytest.fixture(params=FAMILIES)
