@@ -305,7 +305,7 @@ class Spanning:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Rows of high leverage in every part of the subspace; see `coverage.coverage_order`, also for the cost."""
+    """Rows of high leverage in every part of the subspace; see `coverage.coverage_order`."""
 
     needs_projections = True
 
