@@ -1,7 +1,7 @@
-"""What a Dagster process of this project holds: the declared selections, the resources, the instance.
+"""The content of a Dagster process of this project: the declared selections, the resources, the instance.
 
-Selections are found in files, never registered in code, so that the CLI, the UI and a daemon build the same
-graph from the same declaration.
+Selections are read from files and never registered in code, so that the CLI, the UI and a daemon build the
+same graph from the same declaration.
 """
 
 import os
@@ -24,17 +24,17 @@ from scalselect_assets.operations.damaged_records import (
     named_damage,
 )
 from scalselect_assets.recording import records
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
+from scalselect_assets.resources.pool_listing import STORE_MARK
 from scalselect_assets.resources.progress import LogProgress
-from scalselect_assets.resources.sample_source import STORE_MARK
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 
 SELECTIONS_VARIABLE = "SCALSELECT_SELECTIONS"
-"""Environment variable: declaration files or folders of them, separated as in PATH."""
+"""Environment variable with declaration files, or folders of them, separated as in PATH."""
 
 TICK_SETTLE_VARIABLE = "DAGSTER_AUTOMATION_TICK_SETTLE_SECONDS"
-"""Dagster's own; above 0, an event that is stored while a tick looks is seen by one tick only."""
+"""Dagster's environment variable; if above 0, only one tick acts on an event that is stored during a tick."""
 
 DECLARATION = STORE_MARK
 _DEFAULT_STORES = Path(".scalselect")
@@ -57,7 +57,7 @@ def declared_selections() -> list[Selection]:
     """The selections that the environment declares, by default those of the stores in `./.scalselect`.
 
     Raises:
-        SelectionFileError: A named file does not exist or is not valid, or two have the same name.
+        SelectionFileError: A named file does not exist or is not valid, or two selections have the same name.
     """
     if named := os.environ.get(SELECTIONS_VARIABLE):
         entries = [named] if Path(named).exists() else named.split(os.pathsep)
@@ -83,26 +83,26 @@ def _declarations(entry: Path) -> list[Path]:
 
 
 def default_resources() -> dict[str, Any]:
-    """The resources that assets ask for, by name, as a deployment has them that configures none."""
+    """The resources that assets ask for, by name, for deployments that configure none."""
     return {"storage": StorageResource(), "vlm": VlmResource(), "progress": LogProgress()}
 
 
 def build_defs(
     selections: Iterable[Selection], resource_overrides: Mapping[str, Any] | None = None
 ) -> dg.Definitions:
-    """The graphs of all `selections` with one set of resources, any of which can be replaced."""
+    """The graphs of all `selections` with one set of resources, some of them replaced."""
     return dg.Definitions.merge(
         *(selection_defs(selection) for selection in selections),
         dg.Definitions(
             resources={**default_resources(), **(resource_overrides or {})},
-            # A process per step would import torch and load the model for each.
+            # With a process for each step, every step would import torch and load the model.
             executor=dg.in_process_executor,
         ),
     )
 
 
 def instance_folder(selection: Selection) -> Path:
-    """Where the Dagster instance of a store lives; a remote store's instance lives in `./.scalselect`."""
+    """The folder of a store's Dagster instance: in the store, or in `./.scalselect` for a remote store."""
     if "://" in selection.store and not selection.store.startswith("file:"):
         return (_DEFAULT_STORES / selection.name / "dagster").absolute()
     return Path(StorageResource().path(selection.store).path) / "dagster"
@@ -112,7 +112,7 @@ def open_instance(selection: Selection) -> dg.DagsterInstance:
     """The persistent instance of a selection's store, created on first use.
 
     Raises:
-        OSError: Its folder cannot be written; SQLite would say so without a place.
+        OSError: Its folder cannot be written; the error names the folder, which SQLite's would not.
     """
     folder = instance_folder(selection)
     try:

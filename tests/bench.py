@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 import numpy as np
 
+from scalselect_assets import ASSET_MODULES
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.deployment import build_defs, open_instance, opened_instance
 from scalselect_assets.embedding import receipts
@@ -73,7 +74,7 @@ class Bench:
 
     def _job(self) -> dg.JobDefinition:
         """The job of all assets, made once for all benches of the same declaration and resources."""
-        declared = repr((self.selection, self.storage, self.vlm))
+        declared = repr((self.selection, self.storage, self.vlm, list(ASSET_MODULES)))
         if declared not in _JOBS:
             defs = build_defs([self.selection], {"storage": self.storage, "vlm": self.vlm})
             _JOBS[declared] = defs.resolve_job_def(self.selection.job_name("assets"))

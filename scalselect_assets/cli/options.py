@@ -29,13 +29,24 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class ImagePlaceName(StrEnum):
+    """Where a row's images stand in the prompt."""
+
+    FIRST = "first"
+    AS_WRITTEN = "as_written"
+
+
 class Dtype(StrEnum):
     """Number types of the model's weights and activations."""
 
+    AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
+
+_OF_THE_MODEL = ("model_revision", "image_size", "min_pixels", "max_pixels", "max_tiles")
+"""Settings that belong to one model; they are dropped when a run names another model."""
 
 DeviceOption = Annotated[Device, typer.Option(help="Device that the model runs on.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
@@ -88,16 +99,16 @@ def declared_from_options(
 
 
 def _declared_over(known: dict[str, Any], options: Mapping[str, Any], location: str, store: str) -> Selection:
-    """What is known of a selection, with the options that are given in its place.
+    """The known settings of a selection, replaced by the options that are given.
 
     Raises:
-        typer.BadParameter: That is no selection.
+        typer.BadParameter: The settings do not make a valid selection.
     """
     given = {key: value for key, value in options.items() if value is not None}
     if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
         given["target_model"] = absolute_place(given["target_model"])
     if given.get("target_model", known["target_model"]) != known["target_model"]:
-        known["model_revision"] = None  # the revision belonged to the other model
+        known |= dict.fromkeys(_OF_THE_MODEL)  # they belonged to the other model
     try:
         selection = Selection(**{**known, **given, "source": location, "store": store})
     except ValidationError as error:

@@ -22,6 +22,7 @@ from scalselect_assets.cli.printing import (
 from scalselect_assets.cli.run_options import (
     ChoiceOptions,
     ComputingOptions,
+    ImageOptions,
     ModelOptions,
     PoolOptions,
     RemovalOptions,
@@ -43,6 +44,7 @@ def run(
     ],
     pool: PoolOptions,
     model: ModelOptions,
+    images: ImageOptions,
     subspace: SubspaceOptions,
     choice: ChoiceOptions,
     removal: RemovalOptions,
@@ -58,7 +60,7 @@ def run(
     """
     with user_errors(verbose=verbose):
         settings: dict[str, Any] = {}
-        for group in (pool, model, subspace, choice, removal):
+        for group in (pool, model, images, subspace, choice, removal):
             settings |= group.settings()
         with declared_from_options(source, place.store, place.name, settings) as selection:
             refresh_and_report(
@@ -128,6 +130,7 @@ def refresh_and_report(
         "samples_computed": report.computed_rows,
         "samples_reused": report.reused_rows,
         "being_written": report.unsettled,
+        "passed_over": report.passed_over,
         "rows_without_image": report.kept_rows,
         "damaged": report.damaged,
         "failed": report.failed,

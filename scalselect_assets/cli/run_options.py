@@ -3,12 +3,19 @@
 An option that is not given is None, and the store's declaration keeps what it says.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, get_args
 
 import typer
 
-from scalselect_assets.cli.options import PAPER_MODEL, Device, DeviceOption, Dtype, absolute_place
+from scalselect_assets.cli.options import (
+    PAPER_MODEL,
+    Device,
+    DeviceOption,
+    Dtype,
+    ImagePlaceName,
+    absolute_place,
+)
 from scalselect_assets.declaration.choice_settings import StrategyName, parse_quota
 from scalselect_assets.declaration.export_specs import parse_exports
 from scalselect_assets.method.choice.budget import parse_budget
@@ -25,6 +32,10 @@ class PoolOptions:
     image_root: Annotated[
         str | None,
         typer.Option(help="Folder that image paths start from. (default: the folder of each shard)"),
+    ] = None
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of files in the pool that are no shards; may be given several times."),
     ] = None
     text_only: Annotated[
         str | None,
@@ -54,6 +65,7 @@ class PoolOptions:
             text_only = _amount("--text-only", text_only)
         return {
             "image_root": _place(self.image_root),
+            "ignore": self.ignore or None,
             "text_only": text_only,
             "source_label": self.source_label,
         }
@@ -74,7 +86,11 @@ class ModelOptions:
     ] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Number type of weights and activations. (default: float32)")
+        Dtype | None,
+        typer.Option(
+            help="Number type of weights and activations; auto takes bfloat16 for a checkpoint in half "
+            "precision and float32 for others. (default: auto)"
+        ),
     ] = None
     attention_mass: Annotated[
         float | None, typer.Option(help="Attention share of the kept vision tokens. (default: 0.9)")
@@ -88,6 +104,37 @@ class ModelOptions:
             "dtype": self.dtype and self.dtype.value,
             "attention_mass": self.attention_mass,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """Where images stand in the prompt, and how large they are there."""
+
+    PANEL: ClassVar = "Images in the prompt"
+
+    image_place: Annotated[
+        ImagePlaceName | None,
+        typer.Option(
+            help="first: in front of the first question, if all marks of the row are in its turn; or "
+            "as_written. (default: first)"
+        ),
+    ] = None
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of the longest side, at most (Idefics3, SmolVLM).")
+    ] = None
+    min_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image, at least (Qwen-VL).")] = (
+        None
+    )
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image, at most (Qwen-VL).")] = (
+        None
+    )
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Tiles that an image is cut into, at most (InternVL).")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that these options declare."""
+        return {**asdict(self), "image_place": self.image_place and self.image_place.value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +333,7 @@ class ComputingOptions:
     device: DeviceOption = Device.AUTO
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens in a batch. (default: 4096, on a GPU 32768)"),
+        typer.Option(min=1, help="Tokens in a batch. (default: 4096, on a GPU 16384)"),
     ] = None
     workers: Annotated[
         int | None,

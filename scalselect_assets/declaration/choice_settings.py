@@ -70,6 +70,17 @@ class DeclaredQuota(_Declared):
         description="The most that is chosen of each source: rows, or a share of the budget if a float.",
     )
 
+    @model_validator(mode="after")
+    def _floors_are_at_most_ceilings(self) -> Self:
+        for value, floor in self.floors.items():
+            ceiling = self.ceilings.get(value)
+            if ceiling is not None and isinstance(floor, int) == isinstance(ceiling, int) and floor > ceiling:
+                raise ValueError(
+                    f"got a floor of {floor} and a ceiling of {ceiling} for {value!r}; the floor has to be "
+                    "at most the ceiling. Change one of them."
+                )
+        return self
+
     def label(self, source_label: str) -> str:
         """The label that the quota counts by; ``source_label`` says where a row's source stands."""
         return source_label if self.by == "source" else self.by
@@ -113,8 +124,8 @@ class KeptEarlier(_Declared):
         description="An earlier pick stays while its score is at least (1 - slack) times the lowest one "
         "that would be chosen without it.",
     )
-    max_churn: float | None = Field(
-        default=None, ge=0, le=1, description="The largest share of the chosen rows that may be new."
+    max_churn: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="The largest share of the chosen rows that may be new."
     )
 
     def to_keep(self) -> KeepEarlier:
@@ -122,7 +133,7 @@ class KeptEarlier(_Declared):
         return KeepEarlier(self.slack, self.max_churn)
 
 
-class Comparison(_Declared):
+class DeclaredComparison(_Declared):
     """The comparison of the choice with other strategies, under the same terms and by the same measures."""
 
     strategies: list[StrategyName] = Field(

@@ -7,7 +7,7 @@ the form of Dagster's component files; `scalselect_assets.component` is the comp
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict
 
 import dagster as dg
 import yaml
@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from scalselect_assets.declaration.choice_settings import (
-    Comparison,
+    DeclaredComparison,
     DeclaredQuota,
     KeptEarlier,
     Label,
@@ -36,7 +36,9 @@ from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PL
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
+from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.shown_text import has_credentials, masked
+from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import TargetModel
 
 DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
@@ -47,7 +49,7 @@ _EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by store
 
 # Fields that say when and for whom results are made, and change no result.
 _DRIVING = {
-    *("report", "settle_seconds", "owners", "max_missing_images"),
+    *("report", "settle_seconds", "owners", "ignore", "max_missing_images"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
@@ -82,6 +84,10 @@ NO_CREDENTIALS = (
 _EXPECTED_SHARE = 0.16  # share of the rows if the budget is a number of tokens: the paper's
 
 
+# The bound is inside the union, because Dagster's loader would apply an outer one to null, too.
+_Positive: TypeAlias = Annotated[int, Field(ge=1)]
+
+
 class SelectionFileError(ValueError):
     """A declaration cannot be read; the message names the file and the fault."""
 
@@ -110,12 +116,19 @@ class Selection(dg.Model):
     store: str = Field(description="Folder or URI for everything that is computed.")
     target_model: str = Field(description="The VLM that will be fine-tuned: local folder or hub id.")
     model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Number type of the model's weights and activations."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number type of the model's weights and activations; auto is bfloat16 for a checkpoint "
+        "in half precision and float32 for others, on every machine.",
     )
     image_root: str | None = Field(
         default=None,
         description="Folder that image paths start from; by default the folder of each shard file.",
+    )
+    ignore: list[str] = Field(
+        default=[],
+        description="Patterns (*.tmp.json, old/*) of files and folders in the pool that are no shards, on "
+        "top of the usual ones (dataset_info.json, trainer_state.json, ...); !pattern takes one back.",
     )
     attention_mass: float = Field(
         default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."
@@ -126,25 +139,21 @@ class Selection(dg.Model):
         "marks are in that turn (as in the published code), or where the marks are written. Choose the "
         "place that the training will use.",
     )
-    image_size: int | None = Field(
+    image_size: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Pixels that the longest side of an image is scaled to at most, for models whose "
         "processor knows it (Idefics3, SmolVLM); by default the processor's own.",
     )
-    min_pixels: int | None = Field(
+    min_pixels: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Pixels that a smaller image is scaled up to (Qwen-VL); by default the processor's own.",
     )
-    max_pixels: int | None = Field(
+    max_pixels: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Pixels that a larger image is scaled down to (Qwen-VL); by default the processor's own.",
     )
-    max_tiles: int | None = Field(
+    max_tiles: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Tiles that an image is cut into at most (InternVL); by default the processor's own.",
     )
     energy: float = Field(
@@ -204,8 +213,9 @@ class Selection(dg.Model):
         default=None, description="Remove samples that an evaluation set contains; by default none."
     )
     report: bool = Field(default=True, description="Whether a page for people describes the result.")
-    compare: Comparison | None = Field(
-        default=Comparison(), description="The strategies that the choice is compared with; null for none."
+    compare: DeclaredComparison | None = Field(
+        default=DeclaredComparison(),
+        description="The strategies that the choice is compared with; null for none.",
     )
     text_only: Literal["drop", "keep"] | int | float = Field(
         default="drop",
@@ -368,6 +378,10 @@ class Selection(dg.Model):
     def result_settings(self) -> dict[str, Any]:
         """The settings that may change a result or its description; not those of its schedule and owners."""
         return self.model_dump(exclude=_DRIVING | set(RETIRED_SETTINGS))
+
+    def open_pool(self, storage: StorageResource) -> SampleSource:
+        """The pool that is declared, without the files that are to be ignored."""
+        return storage.samples(self.source, self.image_root, self.store, self.ignore)
 
     def key(self, asset: str) -> dg.AssetKey:
         """The asset key of this selection's ``asset``."""

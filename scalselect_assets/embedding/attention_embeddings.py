@@ -41,6 +41,7 @@ from scalselect_assets.resources.vlm import VlmResource
 
 if TYPE_CHECKING:
     from scalselect_assets.method.representation.encoder import ChatSample, Outcome, Representation
+    from scalselect_assets.method.representation.image_place import EffectivePlace
 
 from scalselect_assets.embedding.device_pool import DEVICE_POOL
 from scalselect_assets.embedding.receipts import CODE_VERSION, NAME, REJECTED, provenance, recorded_table
@@ -112,7 +113,7 @@ class _Embedding:
         self._selection, self._vlm, self._progress, self._log = selection, vlm, progress, log
         self._artifacts = storage.artifacts(selection.store)
         self._tables = storage.embeddings(selection.store)
-        self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._source = selection.open_pool(storage)
         self._card = vlm.card(self._artifacts, **selection.target)
         self._conditions = {
             "fingerprint": self._card["fingerprint"],
@@ -267,11 +268,20 @@ def _replace_table(
         # The text travels with the vector, so that what is trained on is what was embedded.
         attributes={
             **_attributes(representations),
+            "asks_before_image": _asks_before_image(embedded, card["image_place"]),
             "images": pa.array(embedded["images"].to_list(), pa.list_(pa.string())),
             "text": pa.array(embedded["text"].to_list(), pa.string()),
         },
         notes=notes,
     )
+
+
+def _asks_before_image(embedded: pl.DataFrame, place: "EffectivePlace") -> pa.Array:
+    from scalselect_assets.method.representation.conversation import Conversation
+    from scalselect_assets.method.representation.image_place import asks_before_its_image
+
+    conversations = (Conversation.from_json(text) for text in embedded["conversation"])
+    return pa.array([asks_before_its_image(one, place) for one in conversations], pa.bool_())
 
 
 def _attributes(representations: tuple["Representation", ...]) -> dict[str, pa.Array]:

@@ -8,7 +8,7 @@ states no other number.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +35,10 @@ _RECORDS_PER_QUERY = 1000
 
 _NEWEST_PER_QUERY = 100
 """Page size of a search that mostly ends at the newest record."""
+
+
+_SHARDS_AT_ONCE = 10_000
+"""SQLite takes 32,766 variables in one statement by default, and Dagster asks for all shards in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +167,12 @@ class Records:
             return instance.get_dynamic_partitions(shards_name(selection_name))
 
     def add_shards(self, selection_name: str, shards: Sequence[str]) -> None:
-        """Make shards known to Dagster, in one transaction."""
-        if shards:
+        """Make shards known to Dagster, so many in one transaction as one statement of SQLite takes."""
+        for start in range(0, len(shards), _SHARDS_AT_ONCE):
             with self._uninterrupted() as instance:
-                instance.add_dynamic_partitions(shards_name(selection_name), shards)
+                instance.add_dynamic_partitions(
+                    shards_name(selection_name), shards[start : start + _SHARDS_AT_ONCE]
+                )
 
     def delete_shards(self, selection_name: str, shards: Iterable[str]) -> None:
         """Make Dagster forget shards, one by one."""
@@ -320,8 +326,10 @@ class RunRecords(Records):
         self, event: dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation
     ) -> None:
         """Record an event of this run at once; what an asset returns is recorded as the asset ends."""
+        # Both kinds of context take all three kinds of events; only one of them is annotated so.
+        log: Callable[[Any], None] = self._context.log_event
         with self._uninterrupted():
-            self._context.log_event(event)
+            log(event)
 
 
 class RunLog(logging.LoggerAdapter[logging.Logger]):
