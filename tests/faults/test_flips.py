@@ -111,6 +111,82 @@ def refreshed(bench: FaultBench) -> tuple[list[str], list[str]]:
     return report.problems(), list(report.damaged.values())
 
 
+def try_records(pool: Pool, store: Path) -> Counter[str]:
+    """Change bytes in Dagster's own files; returns what came of it."""
+    bench, choose = FaultBench(pool.folder, store, **OPTIONS), random.Random(SEED)
+    assert problems(bench) == []
+    kept = store.with_name("kept")
+    shutil.copytree(store, kept)
+    right, outcome = results(bench), Counter[str]()
+    files = sorted(path for path in (store / "dagster").rglob("*") if path.suffix in {".db", ".yaml"})
+    assert {path.name for path in files} >= {"dagster.yaml", "index.db", "runs.db", "schedules.db"}
+    for path in files:
+        for _ in range(PLACES):
+            shutil.rmtree(store)
+            shutil.copytree(kept, store)
+            flipped = flip(path, choose)
+            try:
+                said = bench.refresh().problems()
+            except Exception as error:  # noqa: BLE001 - the command line prints any error and exits with 1
+                said = [f"{type(error).__name__}: {error}"]
+            outcome["a message" if said else "the right result at once"] += 1
+            assert results(bench) == right, flipped
+            if said:
+                shutil.move(store / "dagster", store.with_name(f"moved {outcome.total()}"))
+                report = bench.refresh()
+                assert (report.problems(), report.computed_rows) == ([], 0), flipped
+            assert incomplete(bench, pool) == [], flipped
+    return outcome
+
+
+def test_a_changed_byte_in_dagsters_records_costs_no_result_and_no_vector(
+    children: Children, pool: Pool, tmp_path: Path, record_property: Any
+) -> None:
+    outcome = children.run(try_records, pool, tmp_path / "store", timeout=900).value
+    record_property("outcome", dict(outcome))
+    assert outcome.total() >= 8
+
+
+def mix(pool: Pool, store: Path) -> list[str]:
+    """Put files of an earlier version of the store among the present ones, one at a time."""
+    bench = FaultBench(pool.folder, store, **OPTIONS)
+    assert problems(bench) == []
+    earlier = store.with_name("earlier")
+    shutil.copytree(store, earlier)
+    pool.change("a.jsonl", [0, 1])
+    pool.change("b.jsonl", [1])
+    assert problems(bench) == []
+    kept, right, tried = store.with_name("kept"), results(bench), []
+    shutil.copytree(store, kept)
+    for kind, paths in files_by_kind(earlier).items():
+        path = paths[0].relative_to(earlier)
+        if kind.startswith(("dagster", "lance")) or not (kept / path).exists():
+            continue
+        shutil.rmtree(store)
+        shutil.copytree(kept, store)
+        shutil.copyfile(earlier / path, store / path)
+        tried.append(kind)
+        for _ in range(3):
+            said, _ = refreshed(bench)
+            if not said:
+                break
+        assert not said, (kind, said)
+        assert results(bench) == right, kind
+        assert incomplete(bench, pool) == [], kind
+    return tried
+
+
+def test_a_file_of_an_earlier_version_among_the_present_ones_is_made_again(
+    children: Children, pool: Pool, tmp_path: Path
+) -> None:
+    tried = children.run(mix, pool, tmp_path / "store", timeout=900).value
+    assert {
+        "importance_scores .parquet",
+        "embedding_moments .safetensors",
+        "selected_subset .parquet",
+    } <= set(tried)
+
+
 def artifacts_only(kind: str) -> bool:
     return not kind.startswith(("dagster", "lance"))
 
