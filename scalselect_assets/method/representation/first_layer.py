@@ -34,6 +34,7 @@ from scalselect_assets.method.representation.dominance import dominant
 from scalselect_assets.method.representation.families import UnsupportedModelError
 from scalselect_assets.method.representation.kernels import without_costs_per_shape
 from scalselect_assets.method.representation.layer_tail import AfterAttention
+from scalselect_assets.method.representation.pixel_scale import PixelScale
 from scalselect_assets.method.representation.transfers import Transfers, rectangle
 
 
@@ -45,11 +46,13 @@ class VisionInput:
         key: Equal for equal images that are processed equally.
         inputs: What the processor made of it, by the names that the model's ``get_image_features`` takes.
         n_tokens: Vision tokens that it fills.
+        scale: What makes the model's values of its pixels, where these are bytes.
     """
 
     key: str
     inputs: dict[str, torch.Tensor]
     n_tokens: int
+    scale: PixelScale | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,10 +163,9 @@ class FirstLayer:
             FeatureCountError: The model makes another number of features of an image than the processor has
                 put tokens into the prompt for.
         """
+        joined = self._joined(images, images[0].inputs)
         output = self.model.get_image_features(
-            **{
-                name: self._to_device(value) for name, value in self._joined(images, images[0].inputs).items()
-            },
+            **{name: self._to_device(value, images[0].scale) for name, value in joined.items()},
             return_dict=True,
         )
         pooled = output.pooler_output
@@ -335,9 +337,11 @@ class FirstLayer:
             f"{type(self._layer).__name__} does not use Transformers' attention interface"
         )
 
-    def _to_device(self, value: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, value: torch.Tensor, scale: PixelScale | None = None) -> torch.Tensor:
         there = self._transfers.to_device(value)
-        return there.to(self.dtype) if value.is_floating_point() else there
+        if scale is not None and there.dtype == torch.uint8:
+            there = scale.applied(there)
+        return there.to(self.dtype) if there.is_floating_point() else there
 
     def _joined(self, images: Sequence[VisionInput], names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Inputs of several images one after the other, filled up with zeros where they differ in shape."""
@@ -345,6 +349,12 @@ class FirstLayer:
         for name in names:
             values = [image.inputs[name] for image in images]
             shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+            if any(list(value.shape[1:]) != shape for value in values):
+                # Zeros fill up the model's values, not the bytes.
+                values = [
+                    image.scale.applied(value) if image.scale and value.dtype == torch.uint8 else value
+                    for image, value in zip(images, values, strict=True)
+                ]
             buffer = self._transfers.empty(sum(map(len, values)), *shape, dtype=values[0].dtype)
             if all(list(value.shape[1:]) == shape for value in values):
                 torch.cat(values, out=buffer)
