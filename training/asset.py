@@ -1,7 +1,7 @@
-"""The asset `training_run`: a model tuned on one exact version of a selection, and what was recorded of it.
+"""The asset `training_run`: a model tuned on one exact version of a selection, with a record of the training.
 
-It depends on assets of another code location by their keys alone. Dagster draws the lineage across locations
-because the keys are the same; it records in each materialization which versions of both it was made from.
+The asset depends on assets of another code location by their keys alone. Dagster draws the lineage across
+locations because the keys are the same, and records in each materialization the versions of both parents.
 """
 
 from importlib.util import find_spec
@@ -12,10 +12,10 @@ import dagster as dg
 from pydantic import Field
 from upath import UPath
 
-from scalselect_assets.method.interrupts import deferred
-from training.exports import Export, ExportError, read_export, read_manifest
+from scalselect_assets.recording.records import Records, RunRecords
 from training.plots import loss_curve
 from training.recipe import Recipe
+from training.training_data import TrainingData, TrainingDataError, read_manifest, read_training_data
 
 if TYPE_CHECKING:
     from training.fine_tuning import Result
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAME = "training_run"
 CODE_VERSION = "1"
 DEVICE_POOL = "training_device"
-"""Runs that train count in this pool; its limit in the instance is the number of devices (see the docs)."""
+"""Dagster's device pool for runs that train; its limit in the instance is the number of devices."""
 
 EXTRA = (
     "pip install 'scalselect-dagster[training]' "
@@ -33,9 +33,9 @@ _RECORDED_VERSION = "dataset_version"
 
 
 class TrainingRuns(dg.ConfigurableResource):
-    """Where results are kept, and how the outputs of selections are reached."""
+    """The folder of the results, and access to the outputs of selections."""
 
-    folder: str = Field(default=".training", description="Local folder; each selection has its own in it.")
+    folder: str = Field(default=".training", description="Local folder; each selection has a subfolder.")
     fsspec_options: dict[str, str] = Field(
         default={}, description="Storage options of fsspec for stores and images that are not local."
     )
@@ -50,11 +50,12 @@ class TrainingRuns(dg.ConfigurableResource):
 
 
 def automation_condition(dataset: dg.AssetKey) -> dg.AutomationCondition[Any]:
-    """Due when there is a new version of the training dataset, or nothing was trained yet.
+    """A training is due when the training dataset has a new version, or when there is no training yet.
 
-    A refresh that leaves the rows as they were, however often, makes nothing due. Being trained is no end of
-    it: a run in progress has read the version before. One request more, for a version that somebody trained
-    on by hand, finds the result and ends at once.
+    A refresh that leaves the rows unchanged makes no training due, however often it runs. A finished training
+    does not reset the condition, because a run in progress has read the version before; only a request does.
+    So a version that somebody trained on by hand is requested once more, and that run finds the result and
+    ends at once.
     """
     condition = dg.AutomationCondition
     new_rows = condition.asset_matches(dataset, condition.data_version_changed())
@@ -67,8 +68,8 @@ def build(selection: str, store: str) -> dg.Definitions:
     """The training run of one selection with its checks.
 
     Args:
-        selection: Its name, which prefixes the asset keys.
-        store: Where it keeps its results: a folder or a URI.
+        selection: Name of the selection, which prefixes the asset keys.
+        store: Folder or URI of the selection's results.
     """
     subset, dataset = (
         dg.AssetKey([selection, "selected_subset"]),
@@ -78,7 +79,7 @@ def build(selection: str, store: str) -> dg.Definitions:
 
     @dg.asset(
         key=key,
-        # Of another code location: this one neither has nor needs their definitions.
+        # Assets of another code location: this one neither has nor needs their definitions.
         deps=[subset, dataset],
         group_name="training",
         kinds={"huggingface", "pytorch"},
@@ -106,7 +107,7 @@ def build(selection: str, store: str) -> dg.Definitions:
 
     @dg.asset_check(
         asset=key,
-        description="The subset has not been made anew, with other rows, since the model was trained.",
+        description="The subset still has the rows that the model was trained on.",
     )
     def trained_on_the_present_subset(
         context: dg.AssetCheckExecutionContext, training_runs: TrainingRuns
@@ -128,17 +129,17 @@ def train(
     from scalselect_assets.method.representation.loading import ModelLoadError
     from training.fine_tuning import TrainingError, fine_tune
 
-    log = deferred()(context.log.info)
+    log = RunRecords(context).log.info
     try:
-        export = read_export(runs.outputs(store))
-        log(f"{len(export.rows)} rows of version {export.version}, verified")
-        result = fine_tune(export, config, runs.of(selection), log, runs.fsspec_options)
-    except (ExportError, TrainingError, ModelLoadError) as error:
+        data = read_training_data(runs.outputs(store))
+        log(f"{len(data.rows)} rows of version {data.version}, verified")
+        result = fine_tune(data, config, runs.of(selection), log, runs.fsspec_options)
+    except (TrainingDataError, TrainingError, ModelLoadError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     first, last = result.fell()
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result.data_version),
-        metadata={**_versions(export), **_outcome(result, config)},
+        metadata={**_versions(data), **_outcome(result, config)},
         check_results=[
             dg.AssetCheckResult(
                 check_name="loss_goes_down",
@@ -164,12 +165,11 @@ def compare_with_present(
     Raises:
         dg.Failure: The store's manifest cannot be read.
     """
-    event = instance.get_latest_materialization_event(key)
-    materialization = event.asset_materialization if event else None
+    materialization = Records(instance).latest_materialization(key)
     trained = materialization.metadata[_RECORDED_VERSION].value if materialization else None
     try:
         present = read_manifest(outputs)["data_version"]
-    except ExportError as error:
+    except TrainingDataError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     return dg.AssetCheckResult(
         passed=trained == present,
@@ -180,7 +180,7 @@ def compare_with_present(
 
 
 def _require_the_extra() -> None:
-    """The location loads without the packages that only training needs.
+    """Check for the packages that only training needs; the location loads without them.
 
     Raises:
         dg.Failure: They are not installed.
@@ -191,23 +191,23 @@ def _require_the_extra() -> None:
         )
 
 
-def _versions(export: Export) -> dict[str, Any]:
-    """What exactly it was trained on."""
-    manifest = export.manifest
+def _versions(data: TrainingData) -> dict[str, Any]:
+    """The versions of everything that the model was trained on."""
+    manifest = data.manifest
     return {
-        "subset_version": export.subset_version,
-        _RECORDED_VERSION: export.version,
+        "subset_version": data.subset_version,
+        _RECORDED_VERSION: data.version,
         "dataset_provenance": manifest["provenance"],
         "basis_version": manifest["basis_version"],
-        "training_file_sha256": export.training_file_sha256,
-        "target_model": export.model["model"],
-        "target_model_revision": export.model["commit"] or export.model["revision"] or "none: a local folder",
-        "model_fingerprint": export.model["fingerprint"],
+        "training_file_sha256": data.training_file_sha256,
+        "target_model": data.model["model"],
+        "target_model_revision": data.model["commit"] or data.model["revision"] or "none: a local folder",
+        "model_fingerprint": data.model["fingerprint"],
     }
 
 
 def _outcome(result: "Result", recipe: Recipe) -> dict[str, Any]:
-    """What came out; plain numbers are those that Dagster plots over time."""
+    """The outcome of a training; Dagster plots the plain numbers over time."""
     return {
         "loss_curve": loss_curve(result.losses, result.resumed_from),
         "first_loss": result.losses[0][1],

@@ -1,8 +1,8 @@
 """The training team's code location: a `training_run` for every declared selection.
 
-Selections are found as the first location finds them (`definitions.py`), so that one setting,
-SCALSELECT_SELECTIONS, serves both. Results go to `./.training`, or where TRAINING_RUNS says. A team in
-another repository writes ``build("<name>", "<store>")`` itself.
+It finds selections in the same way as the first location (`definitions.py`), so that one setting,
+SCALSELECT_SELECTIONS, serves both. Results are written to `./.training`, or to the folder that TRAINING_RUNS
+names. A team in another repository writes ``build("<name>", "<store>")`` itself.
 """
 
 import os
@@ -24,7 +24,7 @@ defs: dg.Definitions = dg.Definitions.merge(
                 description="Train when a selection has new rows.",
             )
         ],
-        # A run is a process of its own; one more per step would import torch again.
+        # Each run is a process already; another one for each step would import torch again.
         executor=dg.in_process_executor,
     ),
 )

@@ -1,10 +1,10 @@
-"""From a row of the training file to what the model learns from: tokens, pixels, and labels on answers only.
+"""From a row of the training file to the model's input: tokens, pixels, and labels on answers only.
 
-The prompt is what the model's own chat template writes. Few templates mark their answers for Transformers
+The model's own chat template writes the prompt. Few templates mark their answers for Transformers
 (``{% generation %}``), so answers are found from the template's structure, as the selection finds them
-(`method.representation.chat`), for every family alike; where a template does mark them, the labels agree
-with its marks. Beyond an answer's content, one thing is learnt: the token that ends the turn, so that the
-tuned model knows when to stop.
+(`method.representation.chat`), in the same way for every family; if a template does mark them, the labels
+agree with its marks. Beside the content of an answer, the model learns the token that ends the turn, so that
+the tuned model knows when to stop.
 """
 
 import functools
@@ -27,16 +27,19 @@ from scalselect_assets.method.representation.images import (
     decode_image,
 )
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.resources.forms.embedded import from_data_uri
 from scalselect_assets.resources.image_root import ImageRoot
-from scalselect_assets.resources.samples import parse_row, shorten
+from scalselect_assets.resources.samples import parse_row
+from scalselect_assets.resources.trained_fields import GROUNDING_MARKS, TrainedFields, trained_fields
+from scalselect_assets.resources.written_json import shorten
 
 IGNORED = -100
-"""The label of a token that carries no loss, as PyTorch's cross entropy has it."""
+"""The label of a token without loss; PyTorch's cross entropy ignores it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row, ready for the processor: its text, the spans of it that are learnt, its decoded images."""
+    """One row, ready for the processor: its text, the spans of it that are learnt, and its decoded images."""
 
     text: str
     learnt: tuple[tuple[int, int], ...]
@@ -45,7 +48,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A row that is not trained on: its place in the training file from 0, its id, and why."""
+    """A row that is not trained on: its position in the training file from 0, its id, and the reason."""
 
     row: int
     source_id: str | None
@@ -54,7 +57,7 @@ class LeftOut:
 
 
 class Rows(Dataset[Prompt]):
-    """Rows of a training file as prompts, made when asked for. Picklable, for worker processes."""
+    """Rows of a training file as prompts, made on demand. Picklable, for worker processes."""
 
     def __init__(
         self,
@@ -63,16 +66,19 @@ class Rows(Dataset[Prompt]):
         images_folder: str,
         options: dict[str, str],
         image_place: EffectivePlace = "as_written",
+        shards_folder: str | None = None,
     ) -> None:
         """Rows whose image references start from ``images_folder``.
 
         Args:
             texts: The rows' JSON texts.
-            processor: The model's.
+            processor: Processor of the model.
             images_folder: Local folder or URI; nothing outside it is opened.
-            options: fsspec's storage options, for a folder that is not local.
-            image_place: Where images stand in the prompts; that of the selection.
+            options: Storage options of fsspec, for a folder that is not local.
+            image_place: Where images stand in the prompts: the same place as in the selection.
+            shards_folder: The folder that addresses of images inside the pool's shards start from.
         """
+        self._shards_folder = shards_folder
         self._texts, self._processor, self._image_place = texts, processor, image_place
         self._folder, self._options = images_folder, options
 
@@ -83,7 +89,7 @@ class Rows(Dataset[Prompt]):
         """The prompt of a row.
 
         Raises:
-            RuntimeError: It cannot be made; `judge` finds such rows before the training starts.
+            RuntimeError: The prompt cannot be made; `judge` finds such rows before the training starts.
         """
         found = self.prompt(index)
         if isinstance(found, Rejection):
@@ -95,14 +101,17 @@ class Rows(Dataset[Prompt]):
         return parse_row(self._texts[index], keep_text_only=True).source_id
 
     def prompt(self, index: int) -> Prompt | Rejection:
-        """The prompt of a row, or why it has none.
+        """The prompt of a row, or the reason why it has none.
 
         Raises:
-            OSError: An image cannot be read for reasons other than that it is not there.
+            OSError: An image exists but cannot be read.
         """
         parsed = parse_row(self._texts[index], index, keep_text_only=True)
         if parsed.sample is None:
             return parsed.rejection or Rejection(RejectionReason.MALFORMED_ROW, "it is no row")
+        fields = trained_fields(self._texts[index])
+        if (refusal := _refuse_unread(fields, self._texts[index])) is not None:
+            return refusal
         images = self._images(parsed.sample.images)
         if isinstance(images, Rejection):
             return images
@@ -110,17 +119,28 @@ class Rows(Dataset[Prompt]):
             chat = render_chat(self._processor, placed(parsed.sample.conversation, self._image_place))
         except ChatTemplateError as error:
             return Rejection(RejectionReason.TEMPLATE_REFUSED, str(error))
-        return Prompt(*with_turn_ends(chat.text, chat.answer_spans, self._processor.tokenizer), images)
+        text, learnt = with_turn_ends(chat.text, chat.answer_spans, self._processor.tokenizer)
+        # A span for each text of an answer, and one weight for all texts of a turn.
+        weights = (
+            weight
+            for turn, weight in zip(parsed.sample.conversation.turns, fields.weights, strict=True)
+            for part in turn.parts
+            if turn.role == "assistant" and isinstance(part, str)
+        )
+        taught = (span for span, weight in zip(learnt, weights, strict=True) if weight)
+        return Prompt(text, tuple(taught), images)
 
     @functools.cached_property
     def _root(self) -> ImageRoot:
         root = UPath(self._folder, **self._options)
-        return ImageRoot(root, root)
+        shards = None if self._shards_folder is None else UPath(self._shards_folder, **self._options)
+        return ImageRoot(root, root, shards)
 
     def _images(self, references: Sequence[str]) -> tuple[Image.Image, ...] | Rejection:
         decoded, budget = [], PixelBudget(DEFAULT_MAX_PIXELS)
         for place, reference in enumerate(references, start=1):
-            path = self._root.path_of(reference)
+            inside = from_data_uri(reference)
+            path = self._root.path_of(reference) if inside is None else ""
             if path is None:
                 return Rejection(
                     RejectionReason.OUTSIDE_IMAGE_ROOT,
@@ -128,17 +148,28 @@ class Rows(Dataset[Prompt]):
                     "it is opened",
                 )
             try:
-                decoded.append(decode_image(self._root.read(path)))
+                decoded.append(decode_image(self._root.read(path) if inside is None else inside))
                 budget.spend(decoded[-1])
             except FileNotFoundError as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {place}: {error}")
             except PermissionError as error:
                 return Rejection(RejectionReason.OUTSIDE_IMAGE_ROOT, f"image {place}: {error}")
-            except ImageTooLargeError as error:
-                return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {place}: {error}")
-            except UndecodableImageError as error:
-                return Rejection(RejectionReason.UNDECODABLE_IMAGE, f"image {place}: {error}")
+            except (ImageTooLargeError, UndecodableImageError) as error:
+                return Rejection(error.reason, f"image {place}: {error}")
         return tuple(decoded)
+
+
+def _refuse_unread(fields: TrainedFields, text: str) -> Rejection | None:
+    """Why a row would be trained on as something else than it says; None where it would not."""
+    if fields.objects or GROUNDING_MARKS.search(text):
+        found, remedy = "has boxes for placeholders in its text", "write the boxes into the text"
+    elif fields.tools:
+        found, remedy = "has tools, which the prompt would not show", "write them into the system text"
+    elif fields.has_fractions:
+        found, remedy = "learns an answer in part", "give each answer a weight of 0 or 1"
+    else:
+        return None
+    return Rejection(RejectionReason.TEMPLATE_REFUSED, f"it {found}; {remedy}, or leave the row out")
 
 
 def with_turn_ends(
@@ -146,13 +177,13 @@ def with_turn_ends(
 ) -> tuple[str, tuple[tuple[int, int], ...]]:
     """The prompt and the spans that are learnt: each answer with the special token that ends its turn.
 
-    Where the template writes none after the last answer (LLaVA-1.5's does not), the tokenizer's EOS token
-    takes the place of the white space there: a model that never sees an answer end would never end one.
+    If the template writes no such token after the last answer (LLaVA-1.5's does not), the tokenizer's EOS
+    token replaces the white space there: a model that never sees an answer end would never end one.
 
     Args:
-        text: The whole prompt, as the template writes it.
-        answers: The [start, end) characters of the answers in it.
-        tokenizer: Of the model.
+        text: The whole prompt that the template writes.
+        answers: The [start, end) characters of the answers in the prompt.
+        tokenizer: Tokenizer of the model.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     learnt = []
@@ -168,20 +199,20 @@ def with_turn_ends(
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Prompts to one batch of tensors, by the model's own processor, with labels.
+    """Turns prompts into one batch of tensors with labels, by the model's own processor.
 
-    Works for every family that the selection is tested with, also for batches in which rows have several
-    images, or none.
+    It works for every family that the selection is tested with, and for batches in which rows have several
+    images or none.
     """
 
     processor: Any
 
     def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """The batch: what the model takes, and ``labels``, (rows, tokens), `IGNORED` where nothing is learnt.
+        """The batch: the model's input, and ``labels``, (rows, tokens), `IGNORED` outside the spans.
 
         Raises:
             ValueError: The processor refuses the text or the images.
-            TypeError: Likewise; so do tokenizers complain about text that is no text.
+            TypeError: The processor refuses them; tokenizers raise it for text that is no string.
         """
         bos = self.processor.tokenizer.bos_token
         outputs = dict(
@@ -201,7 +232,7 @@ class Collator:
                 verbose=False,
             )
         )
-        # Where the processor put the tokens of an image in the place of its mark; none where no row has one.
+        # Where the processor replaced an image mark by the image's tokens; absent if no row has an image.
         replaced = outputs.pop("text_replacement_offsets", None) or [[]] * len(prompts)
         batch = {
             name: value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
@@ -220,7 +251,7 @@ class Collator:
 def _tokens_of(
     offsets: torch.Tensor, spans: Sequence[tuple[int, int]], replaced: Sequence[dict[str, Any]]
 ) -> torch.Tensor:
-    """Which tokens carry a part of the spans, (tokens,); ``offsets``, (tokens, 2), count after expansion."""
+    """Which tokens overlap the spans, (tokens,); ``offsets``, (tokens, 2), refer to the expanded text."""
     starts, ends = offsets.unbind(-1)
     found = torch.zeros(len(offsets), dtype=torch.bool)
     for begin, end in spans:
@@ -231,13 +262,13 @@ def _tokens_of(
             if mark["span"][1] <= begin:
                 gained = mark["new_span"][1] - mark["span"][1]
         first, last = begin + gained, end + gained
-        # A token without width is white space that some tokenizers leave out of their offsets.
+        # A token of width 0 is white space that some tokenizers leave out of their offsets.
         found |= (starts < last) & (ends > first) | (starts == ends) & (first < starts) & (starts <= last)
     return found
 
 
 class _Judged(Dataset[int | Rejection]):
-    """The length in tokens of each row, or why it cannot be trained on."""
+    """The length in tokens of each row, or the reason why it cannot be trained on."""
 
     def __init__(self, rows: Rows, collator: Collator, max_tokens: int) -> None:
         self._rows, self._collator, self._max_tokens = rows, collator, max_tokens
@@ -269,15 +300,15 @@ class _Judged(Dataset[int | Rejection]):
 def judge(
     rows: Rows, collator: Collator, max_tokens: int, workers: int = 0
 ) -> tuple[dict[int, int], list[LeftOut]]:
-    """Prepare every row once, so that what cannot be trained on is known before the training starts.
+    """Prepare every row once, to find rows that cannot be trained on before the training starts.
 
-    Costs what preparing an epoch costs, without the model; ``workers`` processes share it.
+    This takes as long as preparing an epoch without the model; ``workers`` processes share the work.
 
     Returns:
-        The length in tokens of the rows that can be trained on, by their place, and the rows that cannot.
+        The length in tokens of each row that can be trained on, by its position, and the rows that cannot.
     """
     usable, left_out = {}, []
-    # Batches of one, taken as they are: lengths and reasons need not become tensors.
+    # Batches of one that are not collated, since lengths and reasons need not become tensors.
     loader = DataLoader(_Judged(rows, collator, max_tokens), num_workers=workers, collate_fn=_only)
     for index, found in enumerate(loader):
         if isinstance(found, Rejection):

@@ -1,17 +1,19 @@
 """The fine-tuning itself: Transformers' Trainer on the target model, without Dagster and without storage.
 
-A result is a folder of its own, named by the version of the rows and by all else that decides the weights:
+Each result has a folder, named by the version of the rows and a hash of everything else that decides the
+weights:
 
 ========================  ==============================================================================
-`rows.json`               the rows that are trained on, by place, and those that are left out, with reasons
-`checkpoints/`            the Trainer's own, the last two; each counts once its file ``whole`` is written
+`rows.json`               the positions of the rows that are trained on, and the rows left out, with reasons
+`checkpoints/`            the Trainer's last two checkpoints; each is complete once it has the file ``whole``
 `model/`                  the tuned model and its processor, for ``from_pretrained``
 `adapter/`                with LoRA: the adapter alone; `model/` has it merged
-`result.json`             what came out; written last, so that what has it is whole
+`result.json`             the outcome; written last, so that a folder that has it is complete
 ========================  ==============================================================================
 
-A run that is killed leaves all but the last; the next one with the same rows and settings goes on from the
-last whole checkpoint, with the optimizer's state and the order of rows, to the same weights.
+A killed run leaves everything but the last file. The next run with the same rows and settings resumes from
+the last complete checkpoint, with the optimizer's state and the order of the rows, and ends with the same
+weights.
 """
 
 import json
@@ -48,43 +50,44 @@ from scalselect_assets.method.representation.processors import load_processor
 from scalselect_assets.method.representation.quiet import quiet_transformers
 from scalselect_assets.resources.identity import digest
 from training.examples import Collator, LeftOut, Rows, judge
-from training.exports import Export
 from training.recipe import Recipe
+from training.training_data import TrainingData
 
 CODE_VERSION = "1"
-"""Raise it when the same rows and recipe are to give other weights."""
+"""Raise it whenever the same rows and recipe give other weights."""
 
 _RESULT, _ROWS, _WHOLE = "result.json", "rows.json", "whole"
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "peft", "tokenizers", "pillow"),
     *("dagster", "scalselect-dagster"),
 )
-_POINTS = 200  # of the loss curve; a long run logs the mean of several steps as one point
+_POINTS = 200  # of the loss curve; in a long run a point is the mean of several steps
 
 
 class TrainingError(RuntimeError):
-    """It cannot be trained as asked; the message says what to change."""
+    """The training cannot run as configured; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a training came to.
+    """The outcome of a training.
 
     Attributes:
-        folder: Where everything lies.
+        folder: Folder of the result.
         data_version: SHA-256 over the tuned weights.
-        base_weights_sha256: SHA-256 over the weights that it began with.
-        losses: Optimizer step and mean loss per answer token up to it, since the step before.
-        steps: Optimizer steps in all.
+        base_weights_sha256: SHA-256 over the weights that the training began with.
+        losses: Points of the loss curve: an optimizer step, and the mean loss per answer token since the
+            point before.
+        steps: Number of optimizer steps.
         rows: Rows that were trained on.
         tokens: Tokens of these rows, image tokens included.
-        left_out: Rows of the file that were not, by reason.
-        trained_parameters: By part of the model.
-        frozen_parameters: By part of the model.
-        packages: Versions that it was made with, at the end.
-        resumed_from: The step that this run went on from; 0 where it began anew.
-        seconds: What this run took.
-        made_now: False where the result was there already.
+        left_out: Number of rows of the file that were left out, by reason.
+        trained_parameters: Number of trained parameters, by part of the model.
+        frozen_parameters: Number of frozen parameters, by part of the model.
+        packages: Versions of the packages at the end of the training.
+        resumed_from: Step of the checkpoint that this run resumed from; 0 if it started anew.
+        seconds: Duration of this run.
+        made_now: Whether this run made the result; False if it was there already.
     """
 
     folder: Path
@@ -108,81 +111,78 @@ class Result:
         return self.folder / "model"
 
     def fell(self) -> tuple[float, float]:
-        """Mean loss over the first and over the last fifth of the curve, one point at least."""
+        """Mean loss over the first and over the last fifth of the curve, each at least one point."""
         n = max(1, len(self.losses) // 5)
         values = [loss for _, loss in self.losses]
         return sum(values[:n]) / n, sum(values[-n:]) / n
 
 
 def fine_tune(
-    export: Export,
+    data: TrainingData,
     recipe: Recipe,
     runs: Path,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     fsspec_options: dict[str, str] | None = None,
 ) -> Result:
-    """Train the export's target model on its rows, or go on where an earlier run was stopped.
+    """Train the target model on the selected rows, or resume an earlier run that was stopped.
 
-    Deterministic on a CPU: the same export, recipe and packages give the same weights, interrupted or not. On
-    a GPU they agree up to the order in which its kernels add.
+    On a CPU the result is deterministic: the same data, recipe and packages give the same weights, whether
+    interrupted or not. On a GPU the weights agree up to the order in which its kernels add.
 
     Args:
-        export: The verified rows.
-        recipe: How to train.
+        data: The verified rows, with the manifest that names the model.
+        recipe: The settings of the training.
         runs: Folder of the results of this selection.
-        tell: Told in words how it goes.
-        fsspec_options: Of the images' folder, where that is not local.
+        log: Called with a sentence at each step of the work.
+        fsspec_options: Storage options for the folder of the images, if that is not local.
 
     Raises:
-        TrainingError: Another process trains the same, no row can be trained on, there are several GPUs, or
-            the model is not the one that the samples were chosen for.
+        TrainingError: Another process trains on the same rows with the same recipe, no row can be trained on,
+            there are several GPUs, or the model is not the one that the samples were chosen for.
         ModelLoadError: The model cannot be read.
         OSError: The model, an image or the folder cannot be read or written.
     """
     start = time.monotonic()
     _require_one_device(recipe)
-    source, commit = export.model["model"], export.model["commit"]
-    _require_the_chosen_model(export, recipe)
+    source, commit = data.model["model"], data.model["commit"]
+    _require_the_chosen_model(data, recipe)
     with quiet_transformers(keep_bars=not Path(source).is_dir()):
         model, processor = _load_model(source, commit, recipe), _load_processor(source, commit)
-        ask_for(processor.image_processor, _image_size(export))
+        ask_for(processor.image_processor, _image_size(data))
         base = weights_sha256(model)
-        settings = digest(CODE_VERSION, recipe.result_settings(), export.model["fingerprint"], base)
-        folder = runs / f"{export.version[:16]}-{settings[:8]}"
+        settings = digest(CODE_VERSION, recipe.result_settings(), data.model["fingerprint"], base)
+        folder = runs / f"{data.version[:16]}-{settings[:8]}"
         with _alone(folder):
             if recipe.train_again:
                 _empty(folder)
             if (folder / _RESULT).exists():
-                tell(f"{folder} holds the result of these rows and this recipe")
+                log(f"{folder} holds the result of these rows and this recipe")
                 return _read_result(folder, time.monotonic() - start)
             rows = Rows(
-                export.rows,
+                data.rows,
                 processor,
-                export.manifest["images_relative_to"],
+                data.manifest["images_relative_to"],
                 fsspec_options or {},
-                export.model.get("image_place", "as_written"),
+                data.model.get("image_place", "as_written"),
+                data.manifest.get("embedded_images_relative_to"),
             )
-            lengths, left_out = _judged(
-                folder, rows, Collator(processor), _max_tokens(export, recipe), recipe
-            )
-            tell(f"{len(lengths)} of {len(export.rows)} rows are trained on, in {folder}")
+            lengths, left_out = _judged(folder, rows, Collator(processor), _max_tokens(data, recipe), recipe)
+            log(f"{len(lengths)} of {len(data.rows)} rows are trained on, in {folder}")
             if not lengths:
                 raise TrainingError(
-                    f"none of the {len(export.rows)} rows can be trained on: see {folder / _ROWS}"
+                    f"none of the {len(data.rows)} rows can be trained on: see {folder / _ROWS}"
                 )
             checkpoint, resumed_from = _last_checkpoint(folder / "checkpoints")
             if checkpoint:
-                tell(f"going on from step {resumed_from}, {checkpoint}")
+                log(f"resuming from step {resumed_from}, {checkpoint}")
                 if not recipe.lora:
-                    del model  # before its successor is there
-                    # Checkpoints bear the names of the hub's weights. The Trainer looks for those of the
-                    # model's modules, finds none, and goes on with what it has (transformers#43701).
+                    del model  # frees its memory before the next one is loaded
+                    # A checkpoint names weights as the hub does. The Trainer looks for the names of modules,
+                    # finds none, and silently keeps the weights that it has (transformers#43701).
                     model = _load_model(str(checkpoint), None, recipe)
             model = _prepared(model, recipe)
             trained, frozen = _parameters(model)
-            trainer = _trainer(
-                model, Subset(rows, sorted(lengths)), Collator(processor), recipe, folder, tell
-            )
+            trainer = _trainer(model, Subset(rows, sorted(lengths)), Collator(processor), recipe, folder, log)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             tuned = _save(trainer.model, processor, folder)
             result = Result(
@@ -211,13 +211,13 @@ def _require_one_device(recipe: Recipe) -> None:
         )
 
 
-def _require_the_chosen_model(export: Export, recipe: Recipe) -> None:
-    """The samples were chosen for one model, so no other is trained on them unawares.
+def _require_the_chosen_model(data: TrainingData, recipe: Recipe) -> None:
+    """Refuse any model but the one that the samples were chosen for.
 
     Raises:
-        TrainingError: It is a hub id without a commit, or its files are others now.
+        TrainingError: The model is a hub id without a commit, or its files have changed.
     """
-    chosen_for, source = export.model, export.model["model"]
+    chosen_for, source = data.model, data.model["model"]
     if chosen_for["commit"] is None and not Path(source).expanduser().is_dir():
         raise TrainingError(
             f"the manifest names the hub id {source!r} without a commit, and what is there may have changed "
@@ -231,7 +231,7 @@ def _require_the_chosen_model(export: Export, recipe: Recipe) -> None:
         dtype=chosen_for["dtype"],
         attention_mass=chosen_for["attention_mass"],
         image_place="first" if chosen_for.get("image_place") == "first" else "as_written",
-        image_size=_image_size(export),
+        image_size=_image_size(data),
     )
     if found.fingerprint == chosen_for["fingerprint"]:
         return
@@ -248,8 +248,8 @@ def _require_the_chosen_model(export: Export, recipe: Recipe) -> None:
     )
 
 
-def _image_size(export: Export) -> ImageSize:
-    return ImageSize(**export.model.get("image_size", {}))
+def _image_size(data: TrainingData) -> ImageSize:
+    return ImageSize(**data.model.get("image_size", {}))
 
 
 def _load_processor(source: str, revision: str | None) -> Any:
@@ -258,35 +258,35 @@ def _load_processor(source: str, revision: str | None) -> Any:
 
 
 def _load_model(source: str, revision: str | None, recipe: Recipe) -> Any:
-    """The model; what is trained is float32, frozen weights under LoRA are as computed."""
+    """The model: trained weights in float32, frozen weights under LoRA in the recipe's precision."""
     dtype = torch.bfloat16 if recipe.lora and recipe.precision == "bfloat16" else torch.float32
     return AutoModelForImageTextToText.from_pretrained(
         source, revision=revision, dtype=dtype, trust_remote_code=False
     )
 
 
-def _max_tokens(export: Export, recipe: Recipe) -> int:
-    limit = int(export.model["max_tokens"])
+def _max_tokens(data: TrainingData, recipe: Recipe) -> int:
+    limit = int(data.model["max_tokens"])
     return limit if recipe.max_length is None else min(limit, recipe.max_length)
 
 
 def _judged(
     folder: Path, rows: Rows, collator: Collator, max_tokens: int, recipe: Recipe
 ) -> tuple[dict[int, int], list[LeftOut]]:
-    """The rows that can be trained on and those that cannot; an interrupted run's judgement stands."""
+    """The rows that can be trained on and those that cannot; the list of an interrupted run is kept."""
     path = folder / _ROWS
     if not path.exists():
         lengths, left_out = judge(rows, collator, max_tokens, recipe.workers)
-        told = {"tokens_by_row": list(lengths.items()), "left_out": [asdict(row) for row in left_out]}
-        _write_json(path, told)
+        found = {"tokens_by_row": list(lengths.items()), "left_out": [asdict(row) for row in left_out]}
+        _write_json(path, found)
     judged = json.loads(path.read_bytes())
     return dict(judged["tokens_by_row"]), [LeftOut(**row) for row in judged["left_out"]]
 
 
 def _prepared(model: Any, recipe: Recipe) -> Any:
-    """The model with what is not trained frozen, and with adapters where LoRA is asked for.
+    """The model with its untrained parts frozen, and with adapters if the recipe asks for LoRA.
 
-    Adapters begin at random numbers that depend on the seed alone, and on nothing that ran before.
+    Adapters start from random numbers that depend on the seed alone, not on code that ran before.
     """
     set_seed(recipe.seed)
     tower = model.get_encoder(modality="image")
@@ -300,7 +300,7 @@ def _prepared(model: Any, recipe: Recipe) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
-    # A frozen linear layer is left alone, and so is the output layer, as in LoRA's own recipes.
+    # Frozen linear layers get no adapter, nor does the output layer, as in LoRA's own recipes.
     output = model.get_output_embeddings()
     targets = [
         name
@@ -327,7 +327,7 @@ def _trainer(
     collator: Collator,
     recipe: Recipe,
     folder: Path,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Trainer:
     accumulated = recipe.batch_size // recipe.micro_batch_size
     steps = recipe.max_steps or max(1, int(recipe.epochs * -(-len(rows) // recipe.batch_size)))
@@ -335,7 +335,7 @@ def _trainer(
         model=model,
         train_dataset=rows,
         data_collator=collator,
-        callbacks=[_Progress(tell)],
+        callbacks=[_Progress(log)],
         args=TrainingArguments(
             output_dir=str(folder / "checkpoints"),
             num_train_epochs=recipe.epochs,
@@ -348,15 +348,15 @@ def _trainer(
             bf16=recipe.precision == "bfloat16",
             activation_checkpointing=recipe.activation_checkpointing,
             logging_steps=max(1, steps // _POINTS),
-            logging_nan_inf_filter=False,  # a loss that is no number is to be seen
+            logging_nan_inf_filter=False,  # a loss that is no number must be visible
             save_strategy="steps",
             save_steps=recipe.save_every,
-            save_total_limit=2,  # while one is written, the one before is whole
+            save_total_limit=2,  # while one is written, the one before is complete
             seed=recipe.seed,
             data_seed=recipe.seed,
             use_cpu=recipe.device == "cpu" or not torch.cuda.is_available(),
             dataloader_num_workers=recipe.workers,
-            remove_unused_columns=False,  # they are prompts, not columns
+            remove_unused_columns=False,  # items are prompts and have no columns
             label_names=["labels"],
             report_to="none",
             disable_tqdm=True,
@@ -367,20 +367,20 @@ def _trainer(
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
-    """Tells how it goes, and marks each checkpoint that is whole."""
+    """Logs the loss, and marks each complete checkpoint."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
-        """A point of the loss curve."""
+        """Log a point of the loss curve."""
         if logs and "loss" in logs:
-            self._tell(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}")
+            self._log(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The checkpoint's files are all written."""
+        """Mark the checkpoint, whose files are all written now."""
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
 
@@ -389,9 +389,9 @@ def _losses(state: TrainerState) -> tuple[tuple[int, float], ...]:
 
 
 def _last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The last whole checkpoint to go on from, and its step; removes what a killed process left unfinished.
+    """The last complete checkpoint and its step; removes checkpoints that a killed process left unfinished.
 
-    That of the very last step is left alone: the Trainer would take one step beyond it.
+    The checkpoint of the very last step is not used: the Trainer would take one step beyond it.
     """
     found: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
@@ -405,7 +405,7 @@ def _last_checkpoint(folder: Path) -> tuple[Path | None, int]:
 
 
 def _save(model: Any, processor: Any, folder: Path) -> Any:
-    """Write the model as ``from_pretrained`` reads it; returns it, with LoRA's adapters merged."""
+    """Write the model for ``from_pretrained`` and return it, with LoRA's adapters merged."""
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")
         model = model.merge_and_unload()
@@ -415,10 +415,10 @@ def _save(model: Any, processor: Any, folder: Path) -> Any:
 
 
 def _read_result(folder: Path, seconds: float) -> Result:
-    told = json.loads((folder / _RESULT).read_bytes())
-    losses = tuple((step, loss) for step, loss in told["losses"])
+    stored = json.loads((folder / _RESULT).read_bytes())
+    losses = tuple((step, loss) for step, loss in stored["losses"])
     of_this_run = {"folder": folder, "made_now": False, "resumed_from": 0, "seconds": seconds}
-    return Result(**{**told, "losses": losses, **of_this_run})
+    return Result(**{**stored, "losses": losses, **of_this_run})
 
 
 def _packages() -> dict[str, str]:
@@ -426,17 +426,17 @@ def _packages() -> dict[str, str]:
     for name in _PACKAGES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # PEFT, where nothing needs it
+        except PackageNotFoundError:  # PEFT is needed for LoRA only
             continue
     return found
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Be the only process that trains in a folder; the kernel lets go when it dies.
+    """Be the only process that trains in a folder; the kernel releases the lock when the process dies.
 
     Raises:
-        TrainingError: Another one does.
+        TrainingError: Another process trains in it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -451,7 +451,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _empty(folder: Path) -> None:
     if folder.exists():
-        # What says that it is whole goes first, should this be interrupted.
+        # The file that marks the folder as complete goes first, in case the removal is interrupted.
         (folder / _RESULT).unlink(missing_ok=True)
         shutil.rmtree(folder)
 

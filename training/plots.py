@@ -1,4 +1,4 @@
-"""The loss curve for the UI: a picture inside Markdown metadata, which requests nothing from anywhere."""
+"""The loss curve for the UI: a picture inside Markdown metadata, so that the page sends no requests."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ import dagster as dg
 
 
 def loss_curve(losses: Sequence[tuple[int, float]], resumed_from: int) -> dg.MarkdownMetadataValue:
-    """Training loss by optimizer step, with the place marked where this run went on from a checkpoint."""
+    """Training loss by optimizer step, with a mark where this run resumed from a checkpoint."""
     from matplotlib.figure import Figure
 
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]

@@ -1,21 +1,21 @@
-"""What the charts show, each in one sentence without a full stop: text alternatives and captions."""
+"""Text alternatives and captions of the charts, each one sentence without a full stop."""
 
 from scalselect_assets.charts.chart_data import Churn, EnergyCurve, LeverageProfile
 
 
 def energy(curve: EnergyCurve) -> str:
-    """What the energy curve shows."""
+    """A caption for the energy curve."""
     return f"{curve.k:,} of {curve.rank:,} directions hold {curve.k_energy:.2%} of the energy ({curve.rule})"
 
 
 def leverage(profile: LeverageProfile, selected: int) -> str:
-    """What the histogram shows."""
-    told = f"The {selected:,} selected samples hold {profile.leverage_share:.1%} of the pool's leverage"
-    return told if profile.cut is None else f"{told}; the last one has {profile.cut:.3g} times the mean"
+    """A caption for the histogram of leverage."""
+    share = f"The {selected:,} selected samples hold {profile.leverage_share:.1%} of the pool's leverage"
+    return share if profile.cut is None else f"{share}; the last one has {profile.cut:.3g} times the mean"
 
 
 def ranks(profile: LeverageProfile) -> str:
-    """What the rank curve shows."""
+    """A caption for the rank curve."""
     if not profile.values:
         return "No sample has any leverage"
     above = sum(1 for value in profile.values if value >= 1)
@@ -27,7 +27,7 @@ def ranks(profile: LeverageProfile) -> str:
 
 
 def churn(churn: Churn) -> str:
-    """What became of the selection before."""
+    """A sentence on the samples that stayed, came and went."""
     return (
         f"Of the selection before, {churn.stayed:,} samples stayed and {churn.went:,} went "
         f"({churn.share:.1%}); {churn.came:,} came"

@@ -1,20 +1,20 @@
-"""The numbers behind the charts."""
+"""The numbers that the charts draw."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class EnergyCurve:
-    """Cumulative energy by number of directions, thinned where there are many.
+    """Cumulative energy by number of directions, thinned if there are many.
 
     Attributes:
         directions: Numbers of directions, ascending, from 0; ``k`` is among them.
-        energy: Share of the energy that so many leading directions hold.
-        k: How many are kept.
-        k_energy: The share that they hold.
+        energy: Share of the energy that each number of leading directions holds.
+        k: Number of directions that are kept.
+        k_energy: Share of the energy that the kept directions hold.
         rank: Numerical rank of the centred embeddings.
         dimension: Length of a vector.
-        rule: What chose k, in words.
+        rule: The rule that chose k, in words.
     """
 
     directions: tuple[int, ...]
@@ -28,7 +28,7 @@ class EnergyCurve:
 
 @dataclass(frozen=True, slots=True)
 class LeverageBin:
-    """Samples with a normalised leverage in [low, high), of the pool and of the selection."""
+    """Numbers of samples in the pool and in the selection with a normalised leverage in [low, high)."""
 
     low: float
     high: float
@@ -41,13 +41,13 @@ class LeverageProfile:
     """How leverage is spread over the pool.
 
     Attributes:
-        bins: Adjacent, ascending, a quarter of an octave each; the first one begins at 0 where it gathers all
-            that is too small to tell apart.
+        bins: Adjacent and ascending, each a quarter of an octave wide. If the first one begins at 0, it holds
+            all values that are too small to be distinguished.
         ranks: Numbers of samples, ascending.
-        values: For each of ``ranks``, the largest value of a fixed grid that so many samples reach: at most
-            1.1 % below the exact normalised leverage at that rank. Exact at both ends.
-        cut: Normalised leverage of the last selected sample, where the selection is exactly the top by
-            leverage; None where something else chose it.
+        values: For each of ``ranks``, the largest value of a fixed grid that so many samples reach. It is at
+            most 1.1 % below the exact normalised leverage at that rank, and exact at both ends.
+        cut: Normalised leverage of the last selected sample, if the selection is exactly the top by leverage;
+            otherwise None.
         leverage_share: Share of the pool's normalised leverage that the selected samples hold.
     """
 
@@ -60,7 +60,7 @@ class LeverageProfile:
 
 @dataclass(frozen=True, slots=True)
 class Churn:
-    """What became of the selection before: samples that stayed, came and went, and the share that went."""
+    """Samples of the previous selection that stayed and went, new ones, and the share that went."""
 
     stayed: int
     came: int

@@ -1,7 +1,7 @@
-"""The charts: drawn once, kept as a picture for Dagster's UI or as SVG that follows the page's colours.
+"""The charts, as a picture for Dagster's UI or as SVG that takes its colours from the page.
 
-Blue and orange of Okabe and Ito's palette, which people with any common colour blindness tell apart; nothing
-is said by colour alone.
+The colours are blue and orange of Okabe and Ito's palette, which people with any common colour blindness
+can distinguish; no chart relies on colour alone.
 """
 
 import io
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 420, 250
-"""In CSS pixels. A page on a phone shows a chart at four fifths of it, so that its text stays readable."""
+"""Size in CSS pixels. A phone shows a chart at four fifths of it, where its text is still readable."""
 
 _POINTS_PER_INCH = 72.0  # the unit of matplotlib's SVG
 _TEXT_SIZE = 12.5
@@ -39,9 +39,9 @@ class Palette:
 
 
 PRINTED: Final = Palette(ink="#24292f", grid="#d0d7de", series="#0072b2", rest="#a7b1ba", mark="#c4500a")
-"""For pictures, on white."""
+"""Colours of pictures, on a white ground."""
 
-# Colours that no chart has otherwise; in the SVG each becomes the page's variable for its role.
+# Colours that no chart uses otherwise; in the SVG the page's variable for the role replaces each of them.
 _STANDING_IN: Final = Palette(ink="#010203", grid="#010204", series="#010205", rest="#010206", mark="#010207")
 
 Draw: TypeAlias = Callable[["Axes", Palette], None]
@@ -73,10 +73,10 @@ def energy_chart(curve: EnergyCurve) -> Draw:
 
 
 def leverage_chart(profile: LeverageProfile) -> Draw:
-    """Samples by normalised leverage, those selected beneath the rest."""
+    """Samples by normalised leverage, the selected ones at the bottom of each bar."""
 
     def draw(axes: "Axes", palette: Palette) -> None:
-        # What begins at 0 or has no end is drawn as wide as the others.
+        # A bin that begins at 0 or has no end is drawn as wide as the others.
         step = 2**0.25
         lows = [one.low or one.high / step for one in profile.bins]
         widths = [
@@ -102,7 +102,7 @@ def leverage_chart(profile: LeverageProfile) -> Draw:
 
 
 def rank_chart(profile: LeverageProfile, selected: int) -> Draw:
-    """Normalised leverage by rank, with the budget marked where it cuts."""
+    """Normalised leverage by rank, with the budget marked if it alone cut the ranking."""
 
     def draw(axes: "Axes", palette: Palette) -> None:
         axes.plot(profile.ranks, profile.values, color=palette.series, linewidth=2, label="samples")
@@ -120,7 +120,7 @@ def rank_chart(profile: LeverageProfile, selected: int) -> Draw:
 
 
 def png(draw: Draw) -> bytes:
-    """A chart as a picture on white, for where no page's colours can be followed."""
+    """A chart as a picture on a white ground, for places that cannot pass their colours to it."""
     figure = _drawn(draw, PRINTED)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=140, metadata={"Software": None})
@@ -136,12 +136,12 @@ def themed_svg(draw: Draw, name: str, label: str) -> str:
 
     Args:
         draw: The chart.
-        name: Of the chart; letters, digits and hyphens.
-        label: What the chart shows, in words, for those who do not see it.
+        name: Name of the chart: letters, digits and hyphens.
+        label: Description of the chart in words, for people who cannot see it.
     """
     import matplotlib as mpl
 
-    # By default ids are salted by chance, and text is drawn as outlines.
+    # By default matplotlib salts ids at random and draws text as outlines.
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure, written = _drawn(draw, _STANDING_IN), io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
@@ -179,7 +179,7 @@ def _powers_of_two(axes: "Axes", side: str, low: float, high: float) -> None:
     """Ticks at powers of two, seven at most, written as plain numbers."""
     first, last = ceil(log2(low)), floor(log2(high))
     stride = max(1, ceil((last - first + 1) / 7))
-    # From 1 on both ways, which is the mean.
+    # Counted from 1, the mean, in both directions.
     powers = [power for power in range(first, last + 1) if power % stride == 0]
     axis = axes.xaxis if side == "x" else axes.yaxis
     axis.set_ticks([2.0**power for power in powers], labels=[f"{2.0**power:.3g}" for power in powers])
@@ -187,7 +187,7 @@ def _powers_of_two(axes: "Axes", side: str, low: float, high: float) -> None:
 
 
 def _inline(svg: str, name: str, label: str) -> str:
-    """Only what a page needs of matplotlib's file, under names of its own and in the page's colours."""
+    """The part of matplotlib's file that a page needs, with unique ids and in the page's colours."""
     document = minidom.parseString(svg)  # noqa: S318 - matplotlib's own output
     root = document.documentElement
     if root is None:

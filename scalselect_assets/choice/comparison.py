@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from scalselect_assets.choice.pool_rows import PoolRows
 from scalselect_assets.choice.projections import Projections
-from scalselect_assets.declaration.choice_settings import Comparison
+from scalselect_assets.declaration.choice_settings import DeclaredComparison
 from scalselect_assets.recording.columns import Column, Table
 from scalselect_assets.subspace import pool_moments
 
@@ -73,7 +73,7 @@ class Compared:
 
 
 def alternatives(
-    settings: Comparison,
+    settings: DeclaredComparison,
     candidates: "Candidates",
     terms: "Terms",
     projections: Projections,
@@ -102,7 +102,7 @@ def compare(
     projections: Projections,
     *,
     last: NDArray[np.int64] | None,
-    settings: Comparison,
+    settings: DeclaredComparison,
     source_label: str,
     unit_rows: bool,
 ) -> pl.DataFrame:

@@ -65,14 +65,15 @@ class PoolRows:
         """Some rows of a shard with all that a choice may ask of them.
 
         Returns:
-            Their columns, the shard, ``n_text_tokens`` and ``n_image_tokens`` (Int64), a String column for
-            each label and, if asked for, ``image_sha256``.
+            Their columns, the shard, ``n_text_tokens`` and ``n_image_tokens`` (Int64), ``asks_before_image``
+            (Boolean, null where it was not recorded), a String column for each label and, if asked for,
+            ``image_sha256``.
 
         Raises:
             dg.Failure: The shard's table is not the one that was scored.
         """
         table = self.table(shard)
-        wanted = ["sample_key", "n_tokens", "n_vision_tokens"]
+        wanted = ["sample_key", "n_tokens", "n_vision_tokens", "asks_before_image"]
         if self.with_images:
             wanted.append("image_sha256")
         if "image_folder" in self.labels:
@@ -80,6 +81,7 @@ class PoolRows:
         if any(label == "source" or label.startswith("field:") for label in self.labels):
             wanted.append("text")
         held = pl.DataFrame(self.embeddings.read_rows(table, wanted)).with_columns(
+            asks_before_image=pl.col("asks_before_image").cast(pl.Boolean),
             n_image_tokens=pl.col("n_vision_tokens").cast(pl.Int64),
             n_text_tokens=(pl.col("n_tokens") - pl.col("n_vision_tokens")).cast(pl.Int64),
             **{label: label_of(label, shard) for label in self.labels},
@@ -89,6 +91,7 @@ class PoolRows:
             "sample_key",
             "n_text_tokens",
             "n_image_tokens",
+            "asks_before_image",
             *self.labels,
             *(["image_sha256"] if self.with_images else []),
         ]

@@ -8,6 +8,7 @@ the comparison costs (`comparison`).
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ import dagster as dg
 import polars as pl
 
 from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
-from scalselect_assets.choice import comparison, removed_samples
+from scalselect_assets.choice import comparison, image_places, removed_samples
 from scalselect_assets.choice.chooser import Chooser, comparison_metadata
 from scalselect_assets.choice.lists import Lists
 from scalselect_assets.choice.pool_rows import PoolRows
@@ -29,7 +30,8 @@ from scalselect_assets.recording import cycle, data_versions
 from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import SELECTED_SUBSET, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
-from scalselect_assets.recording.partitions import missing_shards_check, pool_shards
+from scalselect_assets.recording.partitions import missing_shards_check
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.storage import StorageResource
@@ -38,6 +40,9 @@ from scalselect_assets.subspace.basis_header import BasisHeader
 
 if TYPE_CHECKING:
     from scalselect_assets.method.subspace.basis import Subspace
+
+_UNKNOWN_NAMED = 100
+"""Entries of lists that name no row, as far as they are recorded by name."""
 
 NAME = "selected_subset"
 CODE_VERSION = "3"
@@ -97,12 +102,18 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 asset=selection.key(NAME),
                 description="Every entry of the lists to include and to exclude names an embedded row.",
             ),
+            dg.AssetCheckSpec(
+                image_places.CHECK,
+                asset=selection.key(NAME),
+                description="In every row some text of the user follows the last image in the prompt, and so "
+                "can attend to it.",
+            ),
         ],
     )
     def selected_subset(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
         """The samples that the strategy prefers within the budget and its terms, over all shards."""
         with at_work(context, storage.locks(selection.store)):
-            shards = pool_shards(context, selection.partitions)
+            shards = sorted(Records(context.instance).known_shards(selection.name))
             return choose_subset(selection, storage, shards, cost=partial(_cost, context, selection)).result()
 
     return selected_subset
@@ -145,11 +156,19 @@ def choose_subset(
         choice = chooser.choose()
         chosen, compared = chooser.chosen(choice), chooser.compared(choice)
         numbers = chooser.numbers(choice)
+        places = image_places.image_places(
+            chooser.rows, choice.rows, pool, subspace, unit_rows=selection.unit_rows
+        )
     sums = _sum_check(chooser.rows, subspace)
     require_passed(sums)
     data_version = _content_version(chosen)
     made_from = provenance(selection, basis.data_version, lists.version, removed_version)
-    stated = data_versions.header(data_version, made_from, subspace_basis=basis.data_version)
+    stated = data_versions.header(
+        data_version,
+        made_from,
+        subspace_basis=basis.data_version,
+        unknown_listed=json.dumps(chooser.unknown[:_UNKNOWN_NAMED], ensure_ascii=False),
+    )
     artifacts.write_frame(comparison.NAME, compared, stated)
     path, n_bytes = artifacts.write_frame(NAME, chosen, stated)
     return Output(
@@ -167,6 +186,7 @@ def choose_subset(
             "normalised_leverage_threshold": float(chosen["normalised_leverage"].to_numpy().min()),
             "basis_version": basis.data_version,
             **{f"drift_{name}": value for name, value in basis.drift.items()},
+            **places.metadata(),
             **comparison_metadata(compared),
             **cost(basis),
             "seconds": time.monotonic() - start,
@@ -179,6 +199,7 @@ def choose_subset(
                 "selection_covers_every_shard", [shard for shard in shards if shard not in basis.shards]
             ),
             _listed_check(chooser.unknown),
+            places.check(),
         ),
     )
 
@@ -206,7 +227,7 @@ def _listed_check(unknown: tuple[str, ...]) -> dg.AssetCheckResult:
         check_name="listed_samples_are_in_the_pool",
         passed=not unknown,
         severity=dg.AssetCheckSeverity.WARN,
-        metadata={"n_unknown": len(unknown), "unknown": list(unknown[:100])},
+        metadata={"n_unknown": len(unknown), "unknown": list(unknown[:_UNKNOWN_NAMED])},
     )
 
 

@@ -3,12 +3,19 @@
 An option that is not given is None, and the store's declaration keeps what it says.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, get_args
 
 import typer
 
-from scalselect_assets.cli.options import PAPER_MODEL, Device, DeviceOption, Dtype, absolute_place
+from scalselect_assets.cli.options import (
+    PAPER_MODEL,
+    Device,
+    DeviceOption,
+    Dtype,
+    ImagePlaceName,
+    absolute_place,
+)
 from scalselect_assets.declaration.choice_settings import StrategyName, parse_quota
 from scalselect_assets.declaration.export_specs import parse_exports
 from scalselect_assets.method.choice.budget import parse_budget
@@ -26,6 +33,10 @@ class PoolOptions:
         str | None,
         typer.Option(help="Folder that image paths start from. (default: the folder of each shard)"),
     ] = None
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of files in the pool that are no shards; may be given several times."),
+    ] = None
     text_only: Annotated[
         str | None,
         typer.Option(
@@ -39,6 +50,13 @@ class PoolOptions:
             "image_folder or field:NAME. (default: source)"
         ),
     ] = None
+    accept_missing_images: Annotated[
+        bool,
+        typer.Option(
+            "--accept-missing-images",
+            help="Agree that missing images are gone: their rows give up their vectors, this time only.",
+        ),
+    ] = False
 
     def settings(self) -> dict[str, Any]:
         """The settings that these options declare."""
@@ -47,6 +65,7 @@ class PoolOptions:
             text_only = _amount("--text-only", text_only)
         return {
             "image_root": _place(self.image_root),
+            "ignore": self.ignore or None,
             "text_only": text_only,
             "source_label": self.source_label,
         }
@@ -85,6 +104,37 @@ class ModelOptions:
             "dtype": self.dtype and self.dtype.value,
             "attention_mass": self.attention_mass,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """Where images stand in the prompt, and how large they are there."""
+
+    PANEL: ClassVar = "Images in the prompt"
+
+    image_place: Annotated[
+        ImagePlaceName | None,
+        typer.Option(
+            help="first: in front of the first question, if all marks of the row are in its turn; or "
+            "as_written. (default: first)"
+        ),
+    ] = None
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of the longest side, at most (Idefics3, SmolVLM).")
+    ] = None
+    min_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image, at least (Qwen-VL).")] = (
+        None
+    )
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image, at most (Qwen-VL).")] = (
+        None
+    )
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Tiles that an image is cut into, at most (InternVL).")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that these options declare."""
+        return {**asdict(self), "image_place": self.image_place and self.image_place.value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +318,10 @@ class StoreOptions:
     name: Annotated[
         str | None, typer.Option(help="Prefix of the asset keys. (default: from the name of the pool)")
     ] = None
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Read the whole store first, and make again what is damaged or wrong."),
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)

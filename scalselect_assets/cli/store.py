@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from scalselect_assets import deployment
 from scalselect_assets.cli.options import JsonOption, VerboseOption, declaration_path
-from scalselect_assets.cli.printing import ERR, OUT, PLAIN, print_json, user_errors
+from scalselect_assets.cli.printing import ERR, print_json, say, user_errors
 from scalselect_assets.declaration.selection import read_selection
 from scalselect_assets.operations.cleaning import clean as clean_store
 from scalselect_assets.operations.leftovers import DEFAULT_RETENTION_DAYS
@@ -22,21 +22,21 @@ from scalselect_assets.resources.storage import StorageResource
 def clean(
     store: Annotated[str, typer.Option(help="The store to clean.")],
     retention_days: Annotated[
-        float, typer.Option(min=0, help="How long a thing must have been unneeded.")
+        float, typer.Option(min=0, help="Days that a file must have been unused.")
     ] = DEFAULT_RETENTION_DAYS,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")
     ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Remove what nothing needs any more: leftovers, old versions, shards that left, other models' tables.
+    """Remove unused files: leftovers, old versions, shards that left the pool, tables of other models.
 
-    What left the pool, and tables of another model, go at the second cleaning that finds them unneeded.
+    Removed shards and tables of other models are deleted only when a second cleaning also finds them unused.
     """
     with user_errors(verbose=verbose):
         selection = read_selection(declaration_path(store))
-        with deployment.open_instance(selection) as instance:
+        with deployment.opened_instance(selection) as instance:
             report = clean_store(
                 selection,
                 StorageResource(),
@@ -47,12 +47,12 @@ def clean(
         if as_json:
             print_json(report.to_json())
             return
-        went = "would go" if dry_run else "removed"
-        for verdict, groups in ((went, report.removed_by_kind()), ("kept", report.kept_by_reason())):
+        verb = "would be removed" if dry_run else "removed"
+        for verdict, groups in ((verb, report.removed_by_kind()), ("kept", report.kept_by_reason())):
             for group in groups:
-                told = f"{group['count']:,} {group['kind'].replace('_', ' ')}, {group['bytes']:,} bytes"
-                OUT.print(f"{verdict:<24}{told}: {escape(group['why'])}", **PLAIN)
-        OUT.print(f"{report.bytes_freed:,} bytes {'would be ' if dry_run else ''}freed.", **PLAIN)
+                files = f"{group['count']:,} {group['kind'].replace('_', ' ')}, {group['bytes']:,} bytes"
+                say(f"{verdict:<24}{files}: {group['why']}")
+        say(f"{report.bytes_freed:,} bytes {'would be ' if dry_run else ''}freed.")
 
 
 def split(
@@ -73,15 +73,12 @@ def split(
                 f"--out {out} is the file's own folder, where its rows would count twice; name another one"
             )
         result = split_shard(UPath(file.absolute()), rows, out)
-        OUT.print(f"{result.n_rows:,} rows in {len(result.files)} shards in {out}")
-        OUT.print(
-            "Image paths are relative to the file that they were in: run with "
-            f"[bold]--image-root {file.parent}[/bold]"
-        )
+        say(f"{result.n_rows:,} rows in {len(result.files)} shards in {out}")
+        say(f"Image paths are relative to the file that they were in: run with --image-root {file.parent}")
 
 
 def ui(
-    store: Annotated[str, typer.Option(help="The store whose runs to show.")],
+    store: Annotated[str, typer.Option(help="The store to open.")],
     port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 3000,
     host: Annotated[str, typer.Option(help="Interface; the UI has no login.")] = "127.0.0.1",
     verbose: VerboseOption = False,
@@ -97,9 +94,9 @@ def ui(
             deployment.SELECTIONS_VARIABLE: str(declaration.absolute()),
         }
         environment.setdefault(deployment.TICK_SETTLE_VARIABLE, "0.1")
-        ERR.print(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)")
-        # Python must not look in the current folder first, which may have a `scalselect_assets` of its own.
+        ERR.print(Text(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)"))
+        # Keeps Python from importing a `scalselect_assets` that the current folder may have.
         environment["PYTHONSAFEPATH"] = "1"
         command = [sys.executable, "-m", "dagster", "dev", "-m", "scalselect_assets.code_location"]
-        # In this process' place, so that a signal reaches Dagster, which stops what it has started.
+        # Dagster takes the place of this process, so that a signal reaches it and it stops its own processes.
         os.execve(sys.executable, [*command, "-h", host, "-p", str(port)], environment)  # noqa: S606

@@ -1,1 +1,1 @@
-"""What a person declares of one selection."""
+"""The settings that a person declares for one selection."""

@@ -1,4 +1,4 @@
-"""What a selection declares of its choice: what may be spent, on what terms, and what it is compared with."""
+"""The settings of the choice: its budget, its terms, and the strategies that it is compared with."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self, TypeAlias
@@ -17,10 +17,10 @@ Label: TypeAlias = Annotated[
     str,
     Field(
         pattern=r"^(source|shard|shard_folder|image_folder|field:.+)$",
-        description="What names a row's source: `source`, its field of that name, else as `shard_folder`; "
-        "`shard`; `shard_folder`, the folder of its shard below the pool, or the shard's own name where it "
-        "is in none; `image_folder`, the first folder of its first image; or `field:NAME`, a field of the "
-        "row, `field:meta.origin` one within another.",
+        description="Where the name of a row's source stands: `source`, its field of that name, or as for "
+        "`shard_folder` if it has none; `shard`; `shard_folder`, the folder of its shard below the pool, or "
+        "the shard's own name where it is in none; `image_folder`, the first folder of its first image; or "
+        "`field:NAME`, a field of the row, `field:meta.origin` one within another.",
     ),
 ]
 
@@ -32,7 +32,7 @@ class _Declared(dg.Model, dg.Resolvable):
 
 
 class TokenBudget(_Declared):
-    """A budget in tokens of the target model's input, not in rows: one of the two, not exceeded."""
+    """A budget in tokens of the target model's input instead of rows: one of the two, never exceeded."""
 
     image_tokens: int | float | None = Field(
         default=None, description="Vision tokens: their number, or a fraction of the pool's if a float."
@@ -50,7 +50,7 @@ class TokenBudget(_Declared):
         return self
 
     def to_budget(self) -> Budget:
-        """As the method takes it."""
+        """The budget in the form that the method takes."""
         if self.image_tokens is not None:
             return Budget(self.image_tokens, "image_tokens")
         assert self.text_tokens is not None  # noqa: S101 - validated
@@ -58,27 +58,40 @@ class TokenBudget(_Declared):
 
 
 class DeclaredQuota(_Declared):
-    """How many of the chosen rows a source has, at least and at most; sources that are not named are free."""
+    """Bounds on the number of chosen rows of each source; a source without a bound is free."""
 
     by: Label = "source"
     floors: dict[str, Annotated[int | float, _COUNT_OR_SHARE]] = Field(
-        default={}, description="By source: rows, or a share of the budget if a float; at least so many."
+        default={},
+        description="The least that is chosen of each source: rows, or a share of the budget if a float.",
     )
     ceilings: dict[str, Annotated[int | float, _COUNT_OR_SHARE]] = Field(
-        default={}, description="By source: rows, or a share of the budget if a float; at most so many."
+        default={},
+        description="The most that is chosen of each source: rows, or a share of the budget if a float.",
     )
 
+    @model_validator(mode="after")
+    def _floors_are_at_most_ceilings(self) -> Self:
+        for value, floor in self.floors.items():
+            ceiling = self.ceilings.get(value)
+            if ceiling is not None and isinstance(floor, int) == isinstance(ceiling, int) and floor > ceiling:
+                raise ValueError(
+                    f"got a floor of {floor} and a ceiling of {ceiling} for {value!r}; the floor has to be "
+                    "at most the ceiling. Change one of them."
+                )
+        return self
+
     def label(self, source_label: str) -> str:
-        """The label that it is by, where the source is ``source_label``."""
+        """The label that the quota counts by; ``source_label`` says where a row's source stands."""
         return source_label if self.by == "source" else self.by
 
     def to_quota(self, source_label: str) -> Quota:
-        """As the method takes it."""
+        """The quota in the form that the method takes."""
         return Quota(self.label(source_label), self.floors, self.ceilings)
 
 
 def parse_quota(floors: Sequence[str], ceilings: Sequence[str]) -> DeclaredQuota | None:
-    """A quota as a command line names it: ``SOURCE=ROWS`` or ``SOURCE=SHARE`` for each bound; none for none.
+    """The quota that ``SOURCE=ROWS`` and ``SOURCE=SHARE`` on a command line describe; None without bounds.
 
     Raises:
         ValueError: A bound is not of this form.
@@ -108,26 +121,26 @@ class KeptEarlier(_Declared):
         default=0.0,
         ge=0,
         le=1,
-        description="An earlier pick stays while its score is at least (1 - slack) times the lowest one that "
-        "would be chosen without it.",
+        description="An earlier pick stays while its score is at least (1 - slack) times the lowest one "
+        "that would be chosen without it.",
     )
-    max_churn: float | None = Field(
-        default=None, ge=0, le=1, description="At most this share of the chosen rows is new."
+    max_churn: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="The largest share of the chosen rows that may be new."
     )
 
     def to_keep(self) -> KeepEarlier:
-        """As the method takes it."""
+        """The bounds in the form that the method takes."""
         return KeepEarlier(self.slack, self.max_churn)
 
 
-class Comparison(_Declared):
-    """What stands beside the choice: other strategies under the same terms, measured alike."""
+class DeclaredComparison(_Declared):
+    """The comparison of the choice with other strategies, under the same terms and by the same measures."""
 
     strategies: list[StrategyName] = Field(
         default=["top_leverage", "spanning", "leverage_sampling", "random", "stratified_random", "length"],
-        description="What the choice is compared with.",
+        description="The strategies that the choice is compared with.",
     )
-    seeds: int = Field(default=3, ge=1, le=20, description="How often a strategy that draws is drawn.")
+    seeds: int = Field(default=3, ge=1, le=20, description="How many times a random strategy is drawn.")
     cosine: float = Field(
         default=0.95,
         gt=0,

@@ -1,7 +1,7 @@
-"""What a selection may ask for beside the path: samples that must not, or need not, be trained on.
+"""The settings for removing samples: those that an evaluation set contains, and near-duplicates.
 
-Only the settings lie here, so that a declaration can be read without what they set in motion
-(`decontamination`, `near_duplicates`).
+Only the settings are here, so that reading a declaration does not import the code that removes samples
+(`scalselect_assets.choice.decontamination`, `scalselect_assets.choice.duplicate_removal`).
 """
 
 from typing import Annotated, Any, Self
@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 
 class Decontamination(dg.Model, dg.Resolvable):
-    """What is looked for in the pool, and how alike it has to be."""
+    """The evaluation set that is looked for in the pool, and how alike a sample must be to match."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -21,31 +21,35 @@ class Decontamination(dg.Model, dg.Resolvable):
         description="File (or folder, or URI) of evaluation texts: .txt with one per line, or .jsonl.",
     )
     text_field: str = Field(default="text", description="The field of a .jsonl line that holds the text.")
-    # The bounds stand inside, as Dagster would apply them to null, too.
+    # The bounds are inside the union, because Dagster would apply outer ones to null, too.
     max_hamming: Annotated[int, Field(ge=0, le=32)] | None = Field(
         default=4,
-        description="Perceptual hashes (64 bits) that differ in at most as many are the same image. Stored "
-        "again or resized it differs by 0 to 2, cropped by a hundredth at each side by up to 6. Null "
-        "compares bytes only, for pools of drawings, which look alike.",
+        description="Two images count as the same if their perceptual hashes (64 bits) differ in at most so "
+        "many bits. A copy that was stored again or resized differs by 0 to 2, one that was cropped by a "
+        "hundredth at each side by up to 6. Null compares bytes only, for pools of drawings, which look "
+        "alike.",
     )
-    ngram: int = Field(default=13, ge=1, description="Words of an n-gram, as in GPT-3's decontamination.")
+    ngram: int = Field(
+        default=13, ge=1, description="Number of words in an n-gram, as in GPT-3's decontamination."
+    )
     short_ngram: int = Field(
         default=8,
         ge=1,
-        description="Words of an n-gram of texts that have fewer than `ngram`; still shorter texts are not "
-        "looked for.",
+        description="Number of words in an n-gram of texts that have fewer words than `ngram`; still "
+        "shorter texts are not looked for.",
     )
     min_overlap: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="Share of an evaluation text's n-grams that a sample must have; with 0, one will do.",
+        description="Share of an evaluation text's n-grams that a sample must contain; with 0, one is "
+        "enough.",
     )
     common_ngrams: int = Field(
         default=10,
         ge=1,
-        description="N-grams that more evaluation texts than this share are a benchmark's prompt and do not "
-        "count.",
+        description="An n-gram that more evaluation texts than this share is a benchmark's prompt and does "
+        "not count.",
     )
 
     @model_validator(mode="after")
@@ -57,12 +61,12 @@ class Decontamination(dg.Model, dg.Resolvable):
         return self
 
     def matching(self) -> dict[str, Any]:
-        """All but where the files are: what a result depends on beside them."""
+        """The settings without the places of the files, of which only the content matters to a result."""
         return self.model_dump(exclude={"images", "texts"})
 
 
 class NearDuplicates(dg.Model, dg.Resolvable):
-    """How alike samples have to be for one to go."""
+    """How alike two samples must be for one of them to be removed."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -70,12 +74,12 @@ class NearDuplicates(dg.Model, dg.Resolvable):
         default=0.995,
         gt=0,
         le=1,
-        description="Cosine of two samples' vectors, from the pool's mean, from which on they are "
-        "near-duplicates. What it means depends on the model: look at what a threshold removes.",
+        description="Least cosine of two samples' vectors, measured from the pool's mean, for "
+        "near-duplicates. Its meaning depends on the model: look at what a threshold removes.",
     )
     exact_up_to: int = Field(
         default=50_000,
         ge=0,
-        description="Pools of so many samples are searched exactly; larger ones with LanceDB's IVF index, "
-        "whose measured recall is told.",
+        description="Largest pool, in samples, that is searched exactly; larger pools are searched through "
+        "LanceDB's IVF index, and its measured recall is recorded.",
     )

@@ -1,4 +1,4 @@
-"""What a declaration says of an export: the format, the order of its rows, and what becomes of the images."""
+"""The settings of an export: its format, the order of its rows, and how it refers to images."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, TypeAlias, get_args
@@ -23,17 +23,19 @@ FORMAT_NAMES: tuple[str, ...] = get_args(FormatName)
 class ExportSpec(dg.Model, dg.Resolvable):
     """One export of the selected rows, in ``training_dataset/exports/<format>``."""
 
-    format: FormatName = Field(description="Whose files are written; see docs/exports.md.")
+    format: FormatName = Field(description="The trainer whose files are written; see docs/exports.md.")
     order: Literal["shuffled", "score", "pool"] = Field(
         default="shuffled",
-        description="Of the rows: shuffled by the seed, by rank (rows without an image last), or as in the "
-        "pool. Several trainers take the first N rows.",
+        description="Order of the rows: shuffled by the seed, by rank (rows without an image last), or as "
+        "in the pool. Several trainers take the first N rows.",
     )
-    seed: int = Field(default=0, description="Of the shuffled order; the same on every machine.")
+    seed: int = Field(
+        default=0, description="Seed of the shuffled order, which is the same on every machine."
+    )
     images: Literal["referenced", "copied", "hardlinked"] = Field(
         default="referenced",
-        description="Whether the files name the pool's images where they lie, or copies or hard links beside "
-        "them; formats that hold the images themselves (trl, webdataset) do so in any case.",
+        description="Whether the files name the pool's images in place, or copies or hard links in the "
+        "export's folder; formats that contain the images (trl, webdataset) do so in any case.",
     )
     channel_field: str = Field(
         default="source",
@@ -50,14 +52,14 @@ def _distinct(exports: list[ExportSpec]) -> list[ExportSpec]:
 
 
 ExportSpecs: TypeAlias = Annotated[list[ExportSpec], AfterValidator(_distinct)]
-"""The exports of one selection, one of a format at most."""
+"""The exports of one selection, at most one of each format."""
 
 
 def parse_exports(options: Sequence[str]) -> list[ExportSpec]:
-    """Exports as a command line names them: ``format`` or ``format:setting=value,setting=value``.
+    """The exports that ``format`` or ``format:setting=value,setting=value`` on a command line describe.
 
     Raises:
-        ValueError: An unknown format or setting, a value that it does not take, or a format twice.
+        ValueError: A format or setting is unknown, a value is not allowed, or a format is named twice.
     """
     exports = []
     for option in options:

@@ -1,4 +1,4 @@
-"""What a deployment declares: one pool, one target model, one budget.
+"""The declaration of a selection: one pool, one target model, one budget.
 
 A deployment may hold several selections; each has its own asset keys (``[name, asset]``), partitions and
 store. Declarations are YAML files that `definitions.py` finds and that ``scalselect run`` writes. They have
@@ -7,14 +7,21 @@ the form of Dagster's component files; `scalselect_assets.component` is the comp
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict
 
 import dagster as dg
 import yaml
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from scalselect_assets.declaration.choice_settings import (
-    Comparison,
+    DeclaredComparison,
     DeclaredQuota,
     KeptEarlier,
     Label,
@@ -29,6 +36,9 @@ from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PL
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
+from scalselect_assets.resources.sample_source import SampleSource
+from scalselect_assets.resources.shown_text import has_credentials, masked
+from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import TargetModel
 
 DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
@@ -37,15 +47,15 @@ DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
 _EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by stores of earlier releases
 
 
-# Fields that say when and for whom the results are made.
+# Fields that say when and for whom results are made, and change no result.
 _DRIVING = {
-    *("report", "settle_seconds", "owners"),
+    *("report", "settle_seconds", "owners", "ignore", "max_missing_images"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
 
-# Settings that are retired, with the only value that is still accepted. Earlier releases wrote them to every
-# declaration and hashed them, so they stay in the hashes: a store that is up to date remains so.
+# Retired settings, each with the only value that is still accepted. Earlier releases wrote them into every
+# declaration and hashed them, so they stay in the hashes, and a store that was up to date remains so.
 RETIRED_SETTINGS: Mapping[str, Any] = {"max_drift": 0.0}
 
 
@@ -65,15 +75,25 @@ _CHOICE = {
 }
 
 
-_EXPECTED_SHARE = 0.16  # of rows, where a budget is a number of tokens: the paper's
+NO_CREDENTIALS = (
+    "a place names a user or a password; give them to the storage by its environment (for S3 "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or by the storage resource's options, and leave them out "
+    "of the URI, which stands in files, records and messages"
+)
+
+_EXPECTED_SHARE = 0.16  # share of the rows if the budget is a number of tokens: the paper's
+
+
+# The bound is inside the union, because Dagster's loader would apply an outer one to null, too.
+_Positive: TypeAlias = Annotated[int, Field(ge=1)]
 
 
 class SelectionFileError(ValueError):
-    """A declaration cannot be read; the message names the file and what is wrong with it."""
+    """A declaration cannot be read; the message names the file and the fault."""
 
 
 class AssetOptions(TypedDict):
-    """What the assets of one selection have in common."""
+    """Options of Dagster that all assets of a selection share."""
 
     key: dg.AssetKey
     group_name: str
@@ -85,22 +105,30 @@ class AssetOptions(TypedDict):
 class Selection(dg.Model):
     """Choose training samples from one pool for one target VLM."""
 
+    # What was given may hold a password, and errors are printed and recorded.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     name: str = Field(
         pattern=r"^[A-Za-z0-9_]+$",
         description="Prefix of the asset keys: letters, digits and underscores.",
     )
     source: str = Field(description="Folder (or file, or URI) of the pool's shard files.")
-    store: str = Field(description="Folder or URI for all that is computed.")
+    store: str = Field(description="Folder or URI for everything that is computed.")
     target_model: str = Field(description="The VLM that will be fine-tuned: local folder or hub id.")
     model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Of the model's weights and activations; auto is bfloat16 for a checkpoint in half "
-        "precision and float32 for others, on every machine.",
+        description="Number type of the model's weights and activations; auto is bfloat16 for a checkpoint "
+        "in half precision and float32 for others, on every machine.",
     )
     image_root: str | None = Field(
         default=None,
-        description="What image paths are relative to; by default the folder of each shard file.",
+        description="Folder that image paths start from; by default the folder of each shard file.",
+    )
+    ignore: list[str] = Field(
+        default=[],
+        description="Patterns (*.tmp.json, old/*) of files and folders in the pool that are no shards, on "
+        "top of the usual ones (dataset_info.json, trainer_state.json, ...); !pattern takes one back.",
     )
     attention_mass: float = Field(
         default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."
@@ -108,28 +136,24 @@ class Selection(dg.Model):
     image_place: Literal["first", "as_written"] = Field(
         default=DEFAULT_IMAGE_PLACE,
         description="Where a row's images stand in the prompt: in front of the first user turn if all its "
-        "marks are in that turn (the published code), or where the marks are written. It should be what the "
-        "training will do.",
+        "marks are in that turn (as in the published code), or where the marks are written. Choose the "
+        "place that the training will use.",
     )
-    image_size: int | None = Field(
+    image_size: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Pixels that the longest side of an image is scaled to at most, for models whose "
         "processor knows it (Idefics3, SmolVLM); by default the processor's own.",
     )
-    min_pixels: int | None = Field(
+    min_pixels: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Pixels that a smaller image is scaled up to (Qwen-VL); by default the processor's own.",
     )
-    max_pixels: int | None = Field(
+    max_pixels: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Pixels that a larger image is scaled down to (Qwen-VL); by default the processor's own.",
     )
-    max_tiles: int | None = Field(
+    max_tiles: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Tiles that an image is cut into at most (InternVL); by default the processor's own.",
     )
     energy: float = Field(
@@ -159,10 +183,14 @@ class Selection(dg.Model):
     )
     strategy: StrategyName = Field(
         default="top_leverage",
-        description="What is preferred: the highest leverage (the paper), rows drawn in proportion to it, "
-        "rows that span the subspace together, or a comparator.",
+        description="How rows are preferred: by the highest leverage (the paper), drawn in proportion to "
+        "it, by how well they span the subspace together, or by a comparator.",
     )
-    seed: int = Field(default=0, ge=0, description="Of strategies and exports that draw.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Seed of everything that is drawn at random.",
+    )
     source_label: Label = "source"
     quotas: list[DeclaredQuota] = Field(
         default=[], description="Floors and ceilings by source, or by any other label; one entry for each."
@@ -172,7 +200,9 @@ class Selection(dg.Model):
         description="Text file of samples that must be chosen, one a line: source id, sample key, or the "
         "SHA-256 of an image.",
     )
-    exclude: str | None = Field(default=None, description="The same, of samples that must not be chosen.")
+    exclude: str | None = Field(
+        default=None, description="Text file of samples that must not be chosen, in the form of `include`."
+    )
     keep_earlier: KeptEarlier | None = Field(
         default=None, description="Bounds on how far the choice moves from the last one; by default none."
     )
@@ -180,11 +210,12 @@ class Selection(dg.Model):
         default=None, description="Remove samples that repeat one of higher leverage; by default none."
     )
     decontamination: Decontamination | None = Field(
-        default=None, description="Remove samples that an evaluation set holds; by default none."
+        default=None, description="Remove samples that an evaluation set contains; by default none."
     )
-    report: bool = Field(default=True, description="Whether the result is told on a page for people.")
-    compare: Comparison | None = Field(
-        default=Comparison(), description="What the choice is measured beside; null for nothing."
+    report: bool = Field(default=True, description="Whether a page for people describes the result.")
+    compare: DeclaredComparison | None = Field(
+        default=DeclaredComparison(),
+        description="The strategies that the choice is compared with; null for none.",
     )
     text_only: Literal["drop", "keep"] | int | float = Field(
         default="drop",
@@ -193,33 +224,40 @@ class Selection(dg.Model):
     )
     exports: ExportSpecs = Field(
         default=[],
-        description="Trainers' own formats that the training dataset is written in beside, one of a format.",
+        description="Formats of trainers that the training dataset is also written in, at most once in each.",
     )
     settle_seconds: float = Field(
         default=3.0,
         ge=0,
         allow_inf_nan=False,
-        description="A shard whose file or images were modified more recently is taken to be still being "
+        description="A shard whose file or images were modified within this time counts as still being "
         "written, and waits.",
     )
+    max_missing_images: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="A refresh stops where more than this share of the pool's images is missing that were "
+        "there before: a disk that is not mounted. Until a person agrees, rows keep their vectors.",
+    )
     owners: list[Annotated[str, StringConstraints(pattern=r"^(team:[\w-]+|[^@\s]+@[^@\s]+)$")]] = Field(
-        default=[], description="Who is asked about the assets, as the UI shows: addresses or team:<name>."
+        default=[], description="Owners that the UI shows for the assets: addresses or team:<name>."
     )
     automation: Literal["refresh", "declarative", "declarative_nightly"] = Field(
         default="refresh",
-        description="What brings the selection up to date: the refresh (by hand, by `scalselect run` or by "
-        "the schedule <name>_nightly_rescoring), or Dagster's automation conditions through the sensors "
-        "<name>_discovery and <name>_automation, as changes come or at the tick of nightly_cron. Each is off "
-        "until a person turns it on.",
+        description="How the selection is brought up to date: by the refresh (by hand, by `scalselect run` "
+        "or by the schedule <name>_nightly_rescoring), or by Dagster's automation conditions through the "
+        "sensors <name>_discovery and <name>_automation, either at each change or at the tick of "
+        "nightly_cron. Schedule and sensors are off until a person turns them on.",
     )
     automation_seconds: int = Field(
-        default=30, ge=1, description="How often the two sensors of declarative automation look."
+        default=30, ge=1, description="Seconds between two ticks of the sensors of declarative automation."
     )
     nightly_cron: str = Field(
         default="0 2 * * *",
-        description="When the schedule, or nightly declarative automation, begins.",
+        description="Start of the schedule, or of nightly declarative automation.",
     )
-    nightly_timezone: str = Field(default="UTC", description="In which nightly_cron is read: an IANA name.")
+    nightly_timezone: str = Field(default="UTC", description="Time zone of nightly_cron: an IANA name.")
 
     @field_validator(*RETIRED_SETTINGS)
     @classmethod
@@ -232,10 +270,21 @@ class Selection(dg.Model):
             )
         return value
 
+    @model_validator(mode="after")
+    def _no_place_holds_credentials(self) -> Self:
+        pending: list[object] = [self.model_dump()]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, dict | list):
+                pending += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, str) and has_credentials(value):
+                raise ValueError(NO_CREDENTIALS)
+        return self
+
     @field_validator("budget")
     @classmethod
     def _budget_is_possible(cls, budget: int | float | TokenBudget) -> int | float | TokenBudget:
-        # The pool's size is not known here; any size that a count fits in shows the other mistakes.
+        # The size of the pool is unknown here. Other mistakes show with any size that the count fits in.
         if not isinstance(budget, TokenBudget):
             budget_size(budget, budget if isinstance(budget, int) and budget > 0 else 1)
         return budget
@@ -270,7 +319,7 @@ class Selection(dg.Model):
 
     @property
     def is_declarative(self) -> bool:
-        """Whether Dagster's automation conditions drive it, and not the refresh."""
+        """Whether Dagster's automation conditions drive the selection, and not the refresh."""
         return self.automation != "refresh"
 
     @property
@@ -280,11 +329,11 @@ class Selection(dg.Model):
 
     @property
     def declared_budget(self) -> Budget:
-        """What may be spent, as the method takes it."""
+        """The budget in the form that the method takes."""
         return self.budget.to_budget() if isinstance(self.budget, TokenBudget) else Budget(self.budget)
 
     def expected_share(self, n_rows: int) -> float:
-        """The share of ``n_rows`` that the budget is taken to buy before their tokens are known."""
+        """The share of ``n_rows`` that the budget probably buys, estimated before their tokens are known."""
         budget = self.declared_budget
         if isinstance(budget.amount, float):
             return budget.amount
@@ -297,13 +346,13 @@ class Selection(dg.Model):
 
     @property
     def labels(self) -> list[str]:
-        """The labels that the choice asks of a row, the source first."""
+        """The labels of a row that the choice needs, the source first."""
         return list(
             dict.fromkeys([self.source_label, *(quota.label(self.source_label) for quota in self.quotas)])
         )
 
     def choice_settings(self) -> dict[str, Any]:
-        """All that the choice depends on, beside scores and lists."""
+        """The settings that the choice depends on, beside scores and lists."""
         return self.model_dump(include=_CHOICE)
 
     @property
@@ -313,7 +362,7 @@ class Selection(dg.Model):
 
     @property
     def target(self) -> TargetModel:
-        """What identifies the target model to `scalselect_assets.resources.vlm.VlmResource`."""
+        """The settings by which `scalselect_assets.resources.vlm.VlmResource` identifies the target model."""
         return {
             "model": self.target_model,
             "revision": self.model_revision,
@@ -327,15 +376,19 @@ class Selection(dg.Model):
         }
 
     def result_settings(self) -> dict[str, Any]:
-        """All that may change a result or what is told of it: not when it is made, nor who is asked."""
+        """The settings that may change a result or its description; not those of its schedule and owners."""
         return self.model_dump(exclude=_DRIVING | set(RETIRED_SETTINGS))
+
+    def open_pool(self, storage: StorageResource) -> SampleSource:
+        """The pool that is declared, without the files that are to be ignored."""
+        return storage.samples(self.source, self.image_root, self.store, self.ignore)
 
     def key(self, asset: str) -> dg.AssetKey:
         """The asset key of this selection's ``asset``."""
         return dg.AssetKey([self.name, asset])
 
     def asset_options(self, asset: str, *, by_shard: bool) -> AssetOptions:
-        """What every asset of this selection has in common, for ``asset``."""
+        """The options that all assets of this selection share, for ``asset``."""
         return {
             "key": self.key(asset),
             "group_name": self.name,
@@ -350,7 +403,7 @@ class Selection(dg.Model):
         return f"{self.name}_{job}"
 
     def to_yaml(self, *, in_store: bool = False) -> str:
-        """The declaration that `read_selection` reads back; one that lies in its store moves with it."""
+        """The declaration as `read_selection` reads it; one in a store does not name the store's place."""
         declared = self.model_dump(exclude=set(RETIRED_SETTINGS))
         attributes = {**declared, **({"store": "."} if in_store else {})}
         return yaml.safe_dump(
@@ -359,7 +412,7 @@ class Selection(dg.Model):
 
 
 def _absolute(place: str, declaration: Path) -> str:
-    """A path of a declaration, which is relative to the folder that the file is in."""
+    """A path of a declaration made absolute; it is relative to the folder of the file."""
     return str((declaration.parent / Path(place).expanduser()).absolute())
 
 
@@ -385,16 +438,17 @@ def _attributes(declared: object, path: Path) -> dict[str, Any]:
 def read_selection(path: Path) -> Selection:
     """Read one declaration; relative local paths in it are relative to the file's folder.
 
-    A target model is taken as a path where it begins with a dot; otherwise it may be a hub id. The type that
-    earlier releases wrote is accepted too, so that their stores still open.
+    A target model that begins with a dot is a path; otherwise it may be a hub id. The type that earlier
+    releases wrote is accepted, too, so that their stores still open.
 
     Raises:
-        SelectionFileError: Not YAML, not of this type, or an attribute is unknown, missing or out of range.
+        SelectionFileError: The file is not YAML or not of this type, or an attribute is unknown, missing or
+            out of range.
     """
     try:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SelectionFileError(f"cannot read the selection {path}: {error}") from error
+        raise SelectionFileError(masked(f"cannot read the selection {path}: {error}")) from error
     attributes = _attributes(declared, path)
     for name in ("source", "store", "image_root", "target_model", "include", "exclude"):
         value = attributes.get(name)
@@ -410,7 +464,7 @@ def read_selection(path: Path) -> Selection:
             for name, value in evaluation.items()
         }
     try:
-        # Not through Dagster's templating: it would read a name of digits as a number.
+        # Dagster's templating is not used, because it would read a name of digits as a number.
         return Selection.model_validate(attributes)
     except ValueError as error:
-        raise SelectionFileError(f"the selection {path} is not valid: {error}") from error
+        raise SelectionFileError(masked(f"the selection {path} is not valid: {error}")) from error

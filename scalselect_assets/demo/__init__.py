@@ -1,1 +1,1 @@
-"""What `scalselect demo` runs on: a pool of drawn scenes and a small VLM, both generated here."""
+"""The input of `scalselect demo`: a pool of drawn scenes and a small VLM, both generated here."""

@@ -1,7 +1,7 @@
 """The demo model's parts: a LLaVA-1.5 architecture, its weights, and its tokenizer and processor.
 
-Kept apart from `demo_model` because it imports torch, which a demo that is up to date does
-not need.
+This module is separate from `demo_model` because it imports torch, which a demo that is up to date does not
+need.
 """
 
 import math
@@ -32,10 +32,10 @@ _MAX_VOCABULARY: Final = 2000
 # Standard deviations of the weights relative to 1 / sqrt(fan in), by a part of the parameter's name.
 _GAINS: Final[Mapping[str, float]] = MappingProxyType(
     {
-        # Sharp enough that part of the patches suffices, soft enough that no single one takes all.
+        # Attention sharp enough to select some of the patches, and soft enough not to select only one.
         "language_model.layers.0.self_attn.q_proj": 2.2,
         "language_model.layers.0.self_attn.k_proj": 2.2,
-        # GELU halves the variance; the image tokens should arrive at the scale of the words.
+        # GELU halves the variance; this brings the image tokens back to the scale of the words.
         "multi_modal_projector": math.sqrt(2),
         # Residual branches below the stream keep a patch's colour readable through the random layers.
         ".self_attn.out_proj": 0.5,
@@ -43,7 +43,7 @@ _GAINS: Final[Mapping[str, float]] = MappingProxyType(
     }
 )
 _POSITION_SCALE: Final = 0.3
-# LLaVA-1.5's form, except that an image keeps its place in the turn; content may be parts or plain text.
+# LLaVA-1.5's template, except that an image keeps its place in the turn. Content is parts or plain text.
 _CHAT_TEMPLATE: Final = (
     "{%- macro render(content) -%}"
     "{%- if content is string -%}{{ content }}"
@@ -105,13 +105,13 @@ def demo_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         tokenizer=tokenizer,
         patch_size=PATCH_SIDE,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which the default strategy drops again
+        num_additional_image_tokens=1,  # the class token, which the default strategy drops
         chat_template=_CHAT_TEMPLATE,
     )
 
 
 def demo_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """The whole model with its weights; the caller's random streams do not move."""
+    """The whole model with its weights; the caller's random state does not change."""
     pad, bos, eos, image = tokenizer.convert_tokens_to_ids(list(_SPECIAL_TOKENS))
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -139,7 +139,7 @@ def demo_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditi
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    # Constructing a module draws from the global CPU generator; the caller's stream must not move.
+    # Constructing a module draws from the global CPU generator, whose state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         model = LlavaForConditionalGeneration(config)
     _fill(model, seed)
@@ -148,18 +148,18 @@ def demo_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditi
 
 @torch.no_grad()
 def _fill(model: torch.nn.Module, seed: int) -> None:
-    """Set every weight from one generator, in the order of the names, so that the scene reaches the states.
+    """Set every weight from one generator, in the order of the names, so that vectors depend on the scene.
 
     The libraries' own initialisation is made for training: its small weights leave the first layer's
     attention almost uniform (90 % of the mass needs 91 % of the vision tokens, whatever the scene shows).
-    Here every layer keeps the scale of what it reads, and two things are put in that training would bring.
+    Here every layer keeps the scale of its input, and two properties of trained models are added.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("embed_tokens.weight"):
-            # Words of a trained model share a direction. Without one, each instruction token prefers other
-            # patches, and the mean over the instruction is flat again.
+            # In a trained model the embeddings of words share a direction. Without it, each instruction token
+            # prefers other patches, and the mean over the instruction is flat again.
             shared = torch.randn(parameter.shape[1], generator=generator)
             parameter.copy_((noise + shared) / math.sqrt(2))
         elif name.endswith("position_embedding.weight"):

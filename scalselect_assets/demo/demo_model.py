@@ -1,8 +1,8 @@
 """The demo model: LLaVA-1.5's architecture at a few MB, with random weights and its real processor.
 
-It stands in for a target model where none can be downloaded. It answers nothing sensibly; what the method
-reads from it (which patches the first layer looks at, and what that layer makes of them) does depend on the
-scene. The recipe is in ``demo_recipe.json`` beside the weights.
+It stands in for a target model where none can be downloaded. Its answers make no sense, but the values that
+the method reads from it (the patches that the first layer looks at, and the layer's output for them) depend
+on the scene. The recipe is in ``demo_recipe.json`` beside the weights.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ from typing import Any, Final
 
 RECIPE_FILE: Final = "demo_recipe.json"
 
-# Raise it with every change to what is written, the wording of the demo pool included: a folder with the
+# Raise it with every change to the written files, including the wording of the demo pool: a folder with the
 # current recipe is never written again.
 _RECIPE_VERSION: Final = 1
 
 
 def write_demo_vlm(path: Path, *, seed: int = 0) -> Path:
-    """Write model and processor to the folder ``path``, unless it holds them already, whole and unchanged.
+    """Write model and processor to the folder ``path``, unless it already holds them unchanged.
 
-    The folder appears in one step: a crash leaves the old one or none. An older demo model is replaced.
+    The folder appears in one step: a crash leaves the old folder or none. An older demo model is replaced.
 
     Args:
         path: Folder to create; ``from_pretrained`` reads it.
-        seed: Decides the weights. The tokenizer does not depend on it.
+        seed: Seed of the weights. The tokenizer does not depend on it.
 
     Returns:
         ``path``.
@@ -47,7 +47,7 @@ def write_demo_vlm(path: Path, *, seed: int = 0) -> Path:
             f"{path} exists and is not a demo model (it has no {RECIPE_FILE}); name a new or an empty folder."
         )
         raise FileExistsError(msg)
-    # Only now: torch takes seconds to import.
+    # Imported here, because torch takes seconds to import.
     from scalselect_assets.demo.architecture import demo_model, demo_processor, demo_tokenizer
     from scalselect_assets.method.representation.quiet import quiet_transformers
 
@@ -67,7 +67,7 @@ def write_demo_vlm(path: Path, *, seed: int = 0) -> Path:
 
 
 def _holds(path: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether the folder was written with this recipe and all that was written is still there, unchanged."""
+    """Whether the folder was written with this recipe and every file of it is still unchanged."""
     try:
         stored = json.loads((path / RECIPE_FILE).read_text())
         files = stored["files"]

@@ -1,10 +1,10 @@
-"""The demo pool: drawn scenes with questions whose answers are true of the drawing, and rows that must fail.
+"""The demo pool: drawn scenes with questions and correct answers, and rows that must be rejected.
 
 Most scenes are near-identical variants of a few templates, as in real instruction pools; about 3 % form a
-rare tail that looks and reads differently. A third of the conversations is Korean. The planned faults are
-listed in ``DEMO_REJECTIONS``, so a run over the pool can be checked to the row.
+rare tail that looks and reads differently. A third of the conversations is Korean. ``DEMO_REJECTIONS`` lists
+the planned faults, so that a run over the pool can be checked to the row.
 
-Needs only NumPy and Pillow. Costs less than a second and less than 1 MB.
+The pool needs only NumPy and Pillow; it takes less than a second and less than 1 MB.
 """
 
 import itertools
@@ -49,7 +49,7 @@ DEMO_REJECTIONS: Final[Mapping[RejectionReason, int]] = MappingProxyType(
         RejectionReason.TOO_LONG: 1,
     }
 )
-"""How many rows of the pool the demo model's deployment must reject, by reason; duplicates are in-shard."""
+"""Rows of the pool that must be rejected for the demo model, by reason; duplicates are within a shard."""
 
 _N_COMMON_ROWS: Final = 449
 _N_SCENES_PER_SOURCE: Final = 60
@@ -59,7 +59,7 @@ _Row: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class DemoPool:
-    """What ``write_demo_pool`` left on disk; ``n_rows`` counts every line, the bad ones included."""
+    """A pool that ``write_demo_pool`` wrote; ``n_rows`` counts every line, including the bad ones."""
 
     root: Path
     n_shards: int
@@ -68,20 +68,20 @@ class DemoPool:
 
 
 def write_demo_pool(root: Path, *, seed: int = 0) -> DemoPool:
-    """Write the shards and images under ``root``; files that already hold the same bytes stay untouched.
+    """Write the shards and images under ``root``, except files that already hold the same bytes.
 
-    Files that the pool does not own are neither read nor removed. Names do not depend on the seed, so
-    another seed replaces the pool in place.
+    Other files are neither read nor removed. Names do not depend on the seed, so another seed replaces the
+    pool in place.
 
     Args:
         root: Folder of ``shard-000.jsonl`` and so on, and the image root of the rows.
-        seed: Decides every position, wording and order; the counts stay the same.
+        seed: Seed of every position, wording and order; the counts stay the same.
 
     Returns:
         The folder and its counts.
     """
     plan = _plan(seed)
-    # Images first: a sensor that watches the folder must never see a shard before what it names.
+    # Images first: a sensor that watches the folder must never see a shard before its images.
     for reference, content in _image_files(plan.pictures).items():
         _write_if_different(root / reference, content)
     for index, lines in enumerate(plan.shards):
@@ -95,7 +95,7 @@ def write_demo_pool(root: Path, *, seed: int = 0) -> DemoPool:
 
 
 def demo_corpus() -> Iterator[str]:
-    """Every text piece of the good rows of the default pool, without image marks, for tokenizer training."""
+    """The texts of the good rows of the default pool, without image marks, for training the tokenizer."""
     for row in _plan(0).good_rows:
         for message in row["messages"]:
             yield from filter(None, (piece.strip() for piece in message["content"].split(_MARK)))
@@ -190,7 +190,7 @@ _RARE_ROWS: Final[tuple[tuple[RareKind, tuple[Pair, ...], tuple[Pair, ...]], ...
 )
 
 
-# ---------------------------------------------------------------------------------------------------- plan
+# Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +210,11 @@ def _plan(seed: int) -> _Plan:
     rows = [rows[int(i)] for i in rng.permutation(len(rows))]
     bounds = [round(i * len(rows) / N_SHARDS) for i in range(N_SHARDS + 1)]
     shards = [[_line(row) for row in rows[a:b]] for a, b in itertools.pairwise(bounds)]
-    # A duplicate stands in the shard of its original, which is where a shard-wise reader can see it.
+    # A duplicate is in the shard of its original, because duplicates are only found within a shard.
     for index, (shard, copied) in enumerate(((2, 5), (6, 11))):
         row = rows[bounds[shard] + copied]
-        shards[shard].insert(30 + index, _line(_bad(row, RejectionReason.DUPLICATE)))
+        # Another field than the id would make it another row.
+        shards[shard].insert(30 + index, _line({**row, "id": f"bad-{RejectionReason.DUPLICATE}-{index}"}))
     for index, line in enumerate(_bad_lines(sorted(pictures), rng)):
         shard_lines = shards[index % N_SHARDS]
         shard_lines.insert(int(rng.integers(len(shard_lines) + 1)), line)
@@ -250,7 +251,7 @@ def _common_rows(pictures: dict[str, Picture], rng: np.random.Generator) -> list
 
 
 def _row_id(source: Source, index: int, reference: str) -> _Row:
-    """Ids as real pools have them: integers, strings repeated for each conversation of an image, none."""
+    """Ids of the kinds in real pools: integers, strings shared by the conversations of an image, none."""
     if source == "counting":
         return {"id": 1000 + index}
     if source == "colour":
@@ -321,7 +322,7 @@ def _line(row: _Row) -> str:
 
 
 def _bad(row: _Row, reason: RejectionReason) -> _Row:
-    """The row, marked as planned to fail for ``reason``."""
+    """The row, with a note that it is planned to fail for ``reason``."""
     return {**row, "source": "bad", "expected_rejection": reason.value}
 
 
@@ -376,7 +377,7 @@ def _image_files(pictures: Mapping[str, Picture]) -> dict[str, bytes]:
 
 
 def _write_if_different(path: Path, content: bytes) -> None:
-    """Replace ``path`` in one step, unless it holds ``content`` already: its mtime is part of its version."""
+    """Replace ``path`` in one step, unless it holds ``content`` already: a new mtime is a new version."""
     if path.is_file() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,15 +12,13 @@ from scalselect_assets.demo.scenes import (
     COLOURS,
     IMAGE_SIDE,
     SHAPES,
-    Kind,
+    Look,
     Picture,
     RarePicture,
     Scene,
     Thing,
     pick,
 )
-
-# ------------------------------------------------------------------------------------------------- drawing
 
 NOT_A_PICTURE: Final = "images/bad-not-a-picture.png"
 CUT_PICTURE: Final = "images/bad-cut-short.png"
@@ -53,7 +51,7 @@ def _draw_scene(scene: Scene) -> Image.Image:
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
-    """Draw with the area of a circle of the thing's radius, so that its radius alone decides its size."""
+    """Draw a thing with the area of a circle of its radius, so that its radius alone decides its size."""
     x, y, fill = thing.x, thing.y, COLOURS[thing.kind.colour].rgb
     if thing.kind.shape == "circle":
         r = thing.radius
@@ -80,12 +78,12 @@ def _draw_rare(picture: RarePicture) -> Image.Image:
     draw = ImageDraw.Draw(image)
     match picture.kind:
         case "noise":
-            # Two-pixel grains: as loud as single pixels for the patches, at a quarter of the bytes.
+            # Grains of two pixels disturb the patches as much as single pixels, at a quarter of the bytes.
             grains = rng.integers(0, 256, size=(side // 2, side // 2, 3), dtype=np.uint8)
             image = Image.fromarray(grains.repeat(2, axis=0).repeat(2, axis=1))
         case "negative":
             things = tuple(
-                Thing(Kind(pick(rng, list(SHAPES)), pick(rng, list(COLOURS))), x, y, 10)
+                Thing(Look(pick(rng, list(SHAPES)), pick(rng, list(COLOURS))), x, y, 10)
                 for x in (24, 56, 88)
                 for y in (30, 80)
             )

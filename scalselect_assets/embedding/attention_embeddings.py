@@ -6,7 +6,6 @@ memory of the shard's vectors and one batch.
 """
 
 import hashlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -32,15 +31,17 @@ from scalselect_assets.recording.columns import (
 )
 from scalselect_assets.recording.materialization import Output, materialize_shards
 from scalselect_assets.recording.partitions import shard_check
+from scalselect_assets.recording.records import RunRecords
 from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactCorruptError, ArtifactMissingError
 from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.progress import Progress
+from scalselect_assets.resources.progress import Log, Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 
 if TYPE_CHECKING:
     from scalselect_assets.method.representation.encoder import ChatSample, Outcome, Representation
+    from scalselect_assets.method.representation.image_place import EffectivePlace
 
 from scalselect_assets.embedding.device_pool import DEVICE_POOL
 from scalselect_assets.embedding.receipts import CODE_VERSION, NAME, REJECTED, provenance, recorded_table
@@ -89,7 +90,8 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """One vector per sample: the mean first-layer state of the vision tokens that the text attends to."""
-        embedding = _Embedding(selection, storage, vlm, progress, context.log, again=config.embed_again)
+        log = RunRecords(context).log
+        embedding = _Embedding(selection, storage, vlm, progress, log, again=config.embed_again)
         return materialize_shards(context, storage.locks(selection.store), embedding.make)
 
     return attention_embeddings
@@ -104,14 +106,14 @@ class _Embedding:
         storage: StorageResource,
         vlm: VlmResource,
         progress: Progress,
-        log: logging.Logger,
+        log: Log,
         *,
         again: bool,
     ) -> None:
         self._selection, self._vlm, self._progress, self._log = selection, vlm, progress, log
         self._artifacts = storage.artifacts(selection.store)
         self._tables = storage.embeddings(selection.store)
-        self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._source = selection.open_pool(storage)
         self._card = vlm.card(self._artifacts, **selection.target)
         self._conditions = {
             "fingerprint": self._card["fingerprint"],
@@ -266,11 +268,20 @@ def _replace_table(
         # The text travels with the vector, so that what is trained on is what was embedded.
         attributes={
             **_attributes(representations),
+            "asks_before_image": _asks_before_image(embedded, card["image_place"]),
             "images": pa.array(embedded["images"].to_list(), pa.list_(pa.string())),
             "text": pa.array(embedded["text"].to_list(), pa.string()),
         },
         notes=notes,
     )
+
+
+def _asks_before_image(embedded: pl.DataFrame, place: "EffectivePlace") -> pa.Array:
+    from scalselect_assets.method.representation.conversation import Conversation
+    from scalselect_assets.method.representation.image_place import asks_before_its_image
+
+    conversations = (Conversation.from_json(text) for text in embedded["conversation"])
+    return pa.array([asks_before_its_image(one, place) for one in conversations], pa.bool_())
 
 
 def _attributes(representations: tuple["Representation", ...]) -> dict[str, pa.Array]:

@@ -27,8 +27,7 @@ from scalselect_assets.embedding import receipts
 from scalselect_assets.explain.sample_search import SamplePlace, find_sample, last_shards, remedy
 from scalselect_assets.method.representation.rejection import RejectionReason
 from scalselect_assets.pool import raw_samples
-from scalselect_assets.recording.partitions import known_shards
-from scalselect_assets.recording.records import MadeBy, made_by
+from scalselect_assets.recording.records import MadeBy, Records
 from scalselect_assets.resources.artifacts import (
     ARRAYS,
     FRAME,
@@ -152,10 +151,10 @@ class _Trace:
     """Follows one sample, and collects steps and problems on the way."""
 
     def __init__(self, selection: Selection, storage: StorageResource, instance: dg.DagsterInstance) -> None:
-        self._selection, self._storage, self._instance = selection, storage, instance
+        self._selection, self._storage, self._records = selection, storage, Records(instance)
         self._artifacts = storage.artifacts(selection.store)
         self._embeddings = storage.embeddings(selection.store)
-        self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._source = selection.open_pool(storage)
         self._remedy = remedy(selection)
         self._steps: list[Step] = []
         self._problems: list[str] = []
@@ -163,7 +162,7 @@ class _Trace:
     def of(self, key: str) -> SampleLineage:
         """The lineage of the one sample that goes by ``key``."""
         # Those in the pool, and those that the last results are of.
-        known = set(known_shards(self._instance, self._selection.name))
+        known = set(self._records.known_shards(self._selection.name))
         shards = known | last_shards(self._artifacts)
         place = find_sample(self._selection, self._artifacts, shards, key)
         raw, header = self._artifacts.read_frame(raw_samples.NAME, place.shard)
@@ -410,7 +409,7 @@ class _Trace:
 
     def _add(self, asset: str, header: Mapping[str, str], shard: str | None = None, **facts: Any) -> None:
         version = header.get("data_version")
-        made = version and made_by(self._instance, self._selection.key(asset), shard, version)
+        made = version and self._records.made_by(self._selection.key(asset), shard, version)
         self._steps.append(Step(asset, version, facts, made or None, self._page(asset, shard)))
 
     def _compare(self, what: str, of: str, stated: str | None, now: str | None) -> None:

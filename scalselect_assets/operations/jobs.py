@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -10,12 +11,12 @@ from pydantic import Field
 
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import device_pool, receipts
-from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.operations.cleaning import clean
 from scalselect_assets.operations.faults import RefreshError
 from scalselect_assets.operations.leftovers import DEFAULT_RETENTION_DAYS, NAME
 from scalselect_assets.operations.refresh import Refresh
 from scalselect_assets.operations.sensors import STARTING_SECONDS, UNFINISHED
+from scalselect_assets.recording.records import Records, RunRecords
 from scalselect_assets.resources.locks import StoreBusyError
 from scalselect_assets.resources.progress import Progress
 from scalselect_assets.resources.storage import StorageResource
@@ -23,18 +24,21 @@ from scalselect_assets.resources.vlm import VlmResource
 
 
 class MaintenanceConfig(dg.Config):
-    """What a person may ask of one cleaning."""
+    """The settings of one cleaning."""
 
     retention_days: float = Field(
         default=DEFAULT_RETENTION_DAYS,
         ge=0,
-        description="How long a thing must have been unneeded before it goes.",
+        description="How many days a thing must have been unneeded before it is deleted.",
     )
-    dry_run: bool = Field(default=False, description="Delete nothing, and say what would go.")
+    dry_run: bool = Field(default=False, description="Delete nothing, and report what would be deleted.")
 
 
 def maintenance_job(selection: Selection) -> dg.JobDefinition:
-    """Cleaning the store as a job; what went stands in an observation of the embeddings, by size the most."""
+    """The job that cleans the store.
+
+    Its report is an observation of the embeddings, since they take up most of a store.
+    """
 
     @dg.op(name=selection.job_name("maintenance_op"), description="Remove what nothing needs any more.")
     def maintenance_op(
@@ -47,24 +51,25 @@ def maintenance_job(selection: Selection) -> dg.JobDefinition:
             retention=timedelta(days=config.retention_days),
             dry_run=config.dry_run,
         )
-        observation = dg.AssetObservation(
-            selection.key(receipts.NAME),
-            metadata={
-                "bytes_freed": report.bytes_freed,
-                "retention_days": config.retention_days,
-                "dry_run": report.dry_run,
-                "removed": _table(report.removed_by_kind()),
-                "kept": _table(report.kept_by_reason()),
-            },
+        RunRecords(context).log_event(
+            dg.AssetObservation(
+                selection.key(receipts.NAME),
+                metadata={
+                    "bytes_freed": report.bytes_freed,
+                    "retention_days": config.retention_days,
+                    "dry_run": report.dry_run,
+                    "removed": _table(report.removed_by_kind()),
+                    "kept": _table(report.kept_by_reason()),
+                },
+            )
         )
-        with deferred():
-            context.log_event(observation)
 
     @dg.job(
         name=selection.job_name(NAME),
         executor_def=dg.in_process_executor,
-        description="Remove what nothing has needed for the retention time: leftovers of killed processes, "
-        "shards that left the pool, tables of other models, old table versions. Works alone on the store.",
+        description="Delete what nothing has needed for the retention time: leftovers of killed processes, "
+        "shards that left the pool, tables of other models, old table versions. Nobody else can work on the "
+        "store meanwhile.",
     )
     def maintenance() -> None:
         maintenance_op()
@@ -87,6 +92,15 @@ def _table(groups: Sequence[dict[str, Any]]) -> dg.TableMetadataValue:
     )
 
 
+class RefreshConfig(dg.Config):
+    """What a person may ask of one refresh."""
+
+    accept_missing_images: bool = Field(
+        default=False,
+        description="Agree that images that are missing are gone, so that their rows give up their vectors.",
+    )
+
+
 def refresh_job(selection: Selection) -> dg.JobDefinition:
     """The refresh as a job, for the UI and for schedules."""
 
@@ -97,20 +111,13 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
     )
     def refresh_op(
         context: dg.OpExecutionContext,
+        config: RefreshConfig,
         storage: StorageResource,
         vlm: VlmResource,
         progress: dg.ResourceParam[Progress],
     ) -> None:
-        _require_pool_by_run(context.instance)
-
-        @deferred()
-        def stopped() -> bool:
-            run = context.instance.get_run_by_id(context.run_id)
-            return run is not None and run.status in {
-                dg.DagsterRunStatus.CANCELING,
-                dg.DagsterRunStatus.CANCELED,
-            }
-
+        records = RunRecords(context)
+        _require_pool_by_run(records)
         report = Refresh(
             selection,
             job=context.repository_def.get_job(selection.job_name("assets")),
@@ -118,12 +125,12 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
             storage=storage,
             vlm=vlm,
             progress=progress,
-            log=context.log,
-            should_stop=stopped,
+            log=records.log,
+            accept_missing_images=config.accept_missing_images,
+            should_stop=partial(records.is_being_stopped, context.run_id),
         ).run()
         n_embedded, n_failed = len(report.embedded), len(report.failed)
-        with deferred():
-            context.log.info(f"{len(report.runs)} runs, {n_embedded} shards embedded, {n_failed} failed")
+        records.log.info(f"{len(report.runs)} runs, {n_embedded} shards embedded, {n_failed} failed")
         if problems := report.problems():
             raise dg.Failure("\n".join(problems), allow_retries=False)
 
@@ -138,30 +145,27 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
     return refresh
 
 
-@deferred()
-def _require_pool_by_run(instance: dg.DagsterInstance) -> None:
-    """A slot by op would be held by the refresh and waited for, in vain, by the embeddings that it makes.
+def _require_pool_by_run(records: Records) -> None:
+    """Make sure that a limit of the device pool counts runs.
+
+    With a limit per op, the refresh would hold the only slot while its own embedding runs wait for it: a
+    deadlock.
 
     Raises:
-        RefreshError: That is how the instance is configured.
+        RefreshError: The instance limits the device pool by op.
     """
-    pools = instance.get_concurrency_config().pool_config
-    limited = pools.default_pool_limit is not None or any(
-        limit.name == device_pool.DEVICE_POOL for limit in instance.event_log_storage.get_pool_limits()
-    )
-    by_run = pools.pool_granularity is not None and pools.pool_granularity.value == "run"
-    if limited and not by_run:
+    if records.is_limited_by_op(device_pool.DEVICE_POOL):
         raise RefreshError(
-            f"the pool {device_pool.DEVICE_POOL} has a limit by op, which a refresh would wait for "
-            "while it holds it; set `concurrency: pools: granularity: run` in the instance's dagster.yaml"
+            f"the device pool {device_pool.DEVICE_POOL} has a limit by op: a refresh would wait for a slot "
+            "that it holds itself; set `concurrency: pools: granularity: run` in the instance's dagster.yaml"
         )
 
 
 def nightly_schedule(selection: Selection) -> dg.ScheduleDefinition:
-    """The refresh, night by night; off until a person turns it on.
+    """The schedule that refreshes a selection every night; it is off until a person turns it on.
 
-    Dagster launches it once per tick of the cron. A tick that finds another refresh at work is skipped, and
-    says so; a refresh that finds nothing stale makes no further run.
+    Dagster launches the refresh once per tick of the cron. A tick that finds another refresh at work is
+    skipped with a message; a refresh that finds nothing stale makes no further run.
     """
 
     @dg.schedule(
@@ -170,7 +174,7 @@ def nightly_schedule(selection: Selection) -> dg.ScheduleDefinition:
         cron_schedule=selection.nightly_cron,
         execution_timezone=selection.nightly_timezone,
         default_status=dg.DefaultScheduleStatus.STOPPED,
-        description="Embed what is new or changed since the last time, rescore the pool, select again.",
+        description="Embed what is new or changed since the last refresh, rescore the pool, select again.",
     )
     def nightly_rescoring(
         context: dg.ScheduleEvaluationContext, storage: StorageResource
@@ -184,26 +188,30 @@ def nightly_schedule(selection: Selection) -> dg.ScheduleDefinition:
 def _refresh_at_work(
     selection: Selection, instance: dg.DagsterInstance, storage: StorageResource
 ) -> str | None:
-    """Who refreshes the selection now, or is about to; nobody where only the record of a dead run says so."""
-    records = instance.get_run_records(
+    """A message that names the refresh at work, or about to start; none where there is none.
+
+    The record of a run whose process is dead does not count.
+    """
+    records = Records(instance)
+    unfinished = records.runs(
         dg.RunsFilter(job_name=selection.job_name("refresh"), statuses=list(UNFINISHED))
     )
-    told = {
+    described = {
         record.dagster_run.run_id: f"run {record.dagster_run.run_id} of {record.dagster_run.job_name} is "
         f"{UNFINISHED[record.dagster_run.status]}"
-        for record in records
+        for record in unfinished
     }
     try:
         with storage.locks(selection.store).refreshing():
             pass
     except StoreBusyError as error:
-        return next(iter(told.values()), str(error))
-    now = time.time()
-    for record in records:
-        # A run without the lock waits for its turn, is about to take it, or is dead. Dagster ends dead ones
-        # where its launcher can look after runs; elsewhere, after a power cut, they stay so for ever.
+        return next(iter(described.values()), str(error))
+    now, dead_runs_end = time.time(), records.ends_dead_runs()
+    for record in unfinished:
+        # A run without the lock waits for its turn, is about to take the lock, or is dead. Dagster ends dead
+        # runs where its launcher can check them; elsewhere, after a power cut, they stay unfinished for ever.
         waiting = record.dagster_run.status is dg.DagsterRunStatus.QUEUED
         starting = now - record.update_timestamp.timestamp() < STARTING_SECONDS
-        if waiting or starting or instance.run_launcher.supports_check_run_worker_health:
-            return told[record.dagster_run.run_id]
+        if waiting or starting or dead_runs_end:
+            return described[record.dagster_run.run_id]
     return None

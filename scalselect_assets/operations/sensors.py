@@ -22,11 +22,8 @@ UNFINISHED: Final = {
 STARTING_SECONDS = 600.0  # importing everything on a busy machine takes less
 
 
-# Sensors and the schedule
-
-
 def automation_sensors(selection: Selection) -> list[dg.SensorDefinition]:
-    """What drives a declarative selection: one sensor finds shards, the other evaluates the conditions."""
+    """The sensors of a declarative selection: one discovers shards, the other evaluates the conditions."""
     return [
         discovery_sensor(selection),
         dg.AutomationConditionSensorDefinition(
@@ -35,15 +32,15 @@ def automation_sensors(selection: Selection) -> list[dg.SensorDefinition]:
             run_tags={AUTOMATION_TAG: selection.name},
             default_status=dg.DefaultSensorStatus.STOPPED,
             minimum_interval_seconds=selection.automation_seconds,
-            description="Materialize what has changed and what follows from it, each in its turn.",
-            # A backfill starts up to half a minute later and is seen to end as much later.
+            description="Materialize what has changed and then, in order, everything that depends on it.",
+            # A backfill would start up to half a minute later, and Dagster would see its end as much later.
             emit_backfills=False,
         ),
     ]
 
 
 def discovery_sensor(selection: Selection) -> dg.SensorDefinition:
-    """Finds new, changed and removed shards and tells Dagster; requests nothing."""
+    """The sensor that reports new, changed and removed shards to Dagster; it requests no run."""
 
     @dg.sensor(
         name=selection.job_name("discovery"),
@@ -52,22 +49,22 @@ def discovery_sensor(selection: Selection) -> dg.SensorDefinition:
         description="Find new, changed and removed shards.",
     )
     def discovery(context: dg.SensorEvaluationContext, storage: StorageResource) -> dg.SkipReason:
-        limit_devices(context.instance)  # before the first shard's run is asked for
+        limit_devices(context.instance)  # before a run of the first shard is requested
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = selection.open_pool(storage)
         found = discover(source, artifacts, selection.settle_seconds)
         if not found.versions:
             # A file system that is not mounted looks like a pool without shards.
-            return dg.SkipReason(f"no shard in {selection.source} can be read now; Dagster's shards stay")
-        # Events that a sensor returns would be stored before the partitions that they are about.
+            return dg.SkipReason(f"no shard in {selection.source} can be read now; Dagster keeps its shards")
+        # Dagster would store events that a sensor returns before the partitions that they belong to.
         added, removed = report_discovery(selection, context.instance, found)
         for shard in removed:
             reuse.forget(artifacts, shard)
         state = digest(dict(found.versions))
-        told = f"{len(found.versions)} shards, {len(found.unsettled)} still being written"
+        counts = f"{len(found.versions)} shards, {len(found.unsettled)} still being written"
         if state == context.cursor and not added and not removed:
-            return dg.SkipReason(f"nothing has changed: {told}")
+            return dg.SkipReason(f"nothing has changed: {counts}")
         context.update_cursor(state)
-        return dg.SkipReason(f"reported {len(added)} new and {len(removed)} removed shards: {told}")
+        return dg.SkipReason(f"reported {len(added)} new and {len(removed)} removed shards: {counts}")
 
     return discovery

@@ -1,8 +1,8 @@
-"""Which outputs of a selection are out of date.
+"""Staleness: which outputs of a selection are out of date.
 
-An output is current where its own header and Dagster's record of it both state the provenance that it would
-have now, and none of its checks of severity ERROR failed when it was last evaluated. The assets of the path
-say what that is (`asset_path`); nothing here knows any of them by name.
+An output is current if its own header and Dagster's record of it both state the provenance that it would have
+now, and if none of its checks of severity ERROR failed when it was last evaluated. Each asset of the path
+computes that provenance (`asset_path`); this module knows no asset by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,41 +12,43 @@ import dagster as dg
 
 from scalselect_assets.asset_path import OutputHeader, PathAsset, PoolAsset, ShardAsset, StoreState, path_of
 from scalselect_assets.declaration.selection import Selection
-from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.pool.discovery import Discovery
 from scalselect_assets.recording import checks
 from scalselect_assets.recording.data_versions import recorded
-from scalselect_assets.recording.partitions import known_shards
-from scalselect_assets.recording.records import latest_versions
+from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.verified_files import VerifiedFiles
 from scalselect_assets.resources.vlm import VlmResource
 
 
 class Staleness:
-    """Compares what a store and Dagster's records hold with what would be computed now; changes nothing.
+    """Compares the provenances in a store and in Dagster's records with the present ones; changes nothing.
 
     Attributes:
         path: The assets of the selection, in order.
-        first: The assets by shard that come before all assets over the pool.
-        rest: The assets after them.
+        first: The assets by shard that come before the first asset over the pool.
+        rest: All further assets.
+        verified: Which of the store's files hold what was written to them.
     """
 
     def __init__(
         self, selection: Selection, storage: StorageResource, vlm: VlmResource, instance: dg.DagsterInstance
     ) -> None:
-        self._selection, self._storage, self._vlm, self._instance = selection, storage, vlm, instance
+        self._selection, self._storage, self._vlm = selection, storage, vlm
+        self._records = Records(instance)
         self.path = path_of(selection)
+        self.verified = VerifiedFiles(storage.artifacts(selection.store))
         n_first = next(i for i, asset in enumerate(self.path) if isinstance(asset, PoolAsset))
         self.first = [asset for asset in self.path[:n_first] if isinstance(asset, ShardAsset)]
         self.rest: list[PathAsset] = self.path[n_first:]
 
     @cached_property
     def model_fingerprint(self) -> str:
-        """The target model's fingerprint when it was first asked for."""
+        """The target model's fingerprint, as it was at the first use of this attribute."""
         return self.model_fingerprint_now()
 
     def model_fingerprint_now(self) -> str:
-        """The target model's fingerprint, from its files as they are."""
+        """The target model's fingerprint, computed from its files as they are now."""
         artifacts = self._storage.artifacts(self._selection.store)
         return str(self._vlm.card(artifacts, **self._selection.target)["fingerprint"])
 
@@ -57,12 +59,15 @@ class Staleness:
             self._storage,
             self._vlm,
             lambda: self.model_fingerprint,
-            known_shards(self._instance, self._selection.name),
+            self._records.known_shards(self._selection.name),
             shard_versions or {},
+            self.verified,
         )
 
     def stale_shards(self, shard_versions: Mapping[str, str]) -> dict[str, list[str]]:
-        """By shard, the first assets that must run, in order: the first stale one and all after it.
+        """The assets that must run for each stale shard: the first stale one and all after it.
+
+        Assets over the pool, and those after them, are not among them.
 
         Args:
             shard_versions: The fingerprint of each shard file to look at.
@@ -83,7 +88,7 @@ class Staleness:
         return stale
 
     def stale_shards_of(self, asset: ShardAsset, state: StoreState) -> set[str]:
-        """The shards of which an asset after an asset over the pool must be computed."""
+        """The shards for which an asset that comes after one over the pool must be computed."""
         expected = {shard: asset.expected(state, shard) for shard in state.shards}
         wanted = {shard: provenance for shard, provenance in expected.items() if provenance is not None}
         found = self._recorded_by_shard(asset, set(wanted))
@@ -94,12 +99,10 @@ class Staleness:
         }
 
     def is_stale(self, asset: PathAsset, state: StoreState) -> bool:
-        """Whether an asset, or any shard of it, must be computed, given that all before it is up to date."""
+        """Whether an asset, or any shard of it, must be computed, if everything before it is up to date."""
         if isinstance(asset, ShardAsset):
             return bool(self.stale_shards_of(asset, state))
-        with deferred():
-            event = self._instance.get_latest_materialization_event(self._selection.key(asset.name))
-        found = recorded(event.asset_materialization) if event else {}
+        found = recorded(self._records.latest_materialization(self._selection.key(asset.name)))
         is_current = _is_current(state.header(asset), found, asset.expected(state))
         return not is_current or bool(self._failed_checks(asset))
 
@@ -116,9 +119,9 @@ class Staleness:
         ]
 
     def pending(self, discovery: Discovery) -> list[str]:
-        """What a refresh would compute now: shards, else assets over the pool.
+        """The names of what a refresh would compute now: shards, or else assets over the pool.
 
-        Where shards are pending, what follows from them cannot be known and is not listed.
+        Where shards are pending, the assets after them are not listed: whether they change is not known yet.
         """
         if shards := list(self.stale_shards(discovery.versions)):
             return shards
@@ -133,29 +136,24 @@ class Staleness:
 
     def _failed_checks(self, asset: PoolAsset) -> Mapping[str, str]:
         key = self._selection.key(asset.name)
-        return checks.failed_checks(self._instance, key, asset.error_checks)
+        return checks.failed_checks(self._records, key, asset.error_checks)
 
     def _failed_by_shard(self, asset: ShardAsset) -> Mapping[str, str]:
         """What failed checks saw of shards that the pool still has."""
         key = self._selection.key(asset.name)
-        failed = checks.shards_with_failed_checks(self._instance, key, asset.error_checks)
-        known = set(known_shards(self._instance, self._selection.name)) if failed else set()
+        failed = checks.shards_with_failed_checks(self._records, key, asset.error_checks)
+        known = set(self._records.known_shards(self._selection.name)) if failed else set()
         return {shard: seen for shard, seen in failed.items() if shard in known}
 
     def _recorded_by_shard(self, asset: ShardAsset, shards: set[str]) -> Mapping[str, Mapping[str, str]]:
         """The versions that the latest materialization of each shard recorded."""
-        return latest_versions(
-            self._instance,
-            self._selection.key(asset.name),
-            dg.DagsterEventType.ASSET_MATERIALIZATION,
-            shards,
-        )
+        return self._records.latest_versions(self._selection.key(asset.name), shards)
 
 
 def _is_current(header: OutputHeader, found: Mapping[str, str], expected: str | None) -> bool:
-    """Whether what is stored, and what Dagster recorded of it, are what would be computed now.
+    """Whether the stored output and Dagster's record of it both are what would be computed now.
 
-    Both are asked: a store may be driven through several Dagster instances, and a process may be killed
+    Neither is enough alone: several Dagster instances may work on one store, and a process may be killed
     between writing a file and recording it.
     """
     return header.get("provenance") == found.get("provenance") == expected and header.get(

@@ -1,1 +1,1 @@
-"""What Dagster records of an asset: versions, columns, partitions, materializations."""
+"""Dagster's records of an asset: versions, columns, partitions, materializations, and the door to them."""

@@ -8,16 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
-from dagster._core.event_api import PartitionKeyFilter
 from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecord,
     AssetCheckExecutionRecordStatus,
 )
 
-from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.recording.records import Records, RunRecords
 
-_COMPLETED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
-_MOST_SHARDS = 1000
 FAILED_CHECKS = "failed_checks"
 """The metadata of a failure that holds what the failed checks saw, by name."""
 
@@ -52,18 +49,18 @@ def as_failure(
         error: The checks.
         shard: The shard, where the asset has one output for each.
     """
+    records = RunRecords(context)
     for check in error.checks:
-        with deferred():
-            context.log_event(
-                dg.AssetCheckEvaluation(
-                    context.asset_key,
-                    str(check.check_name),
-                    passed=False,
-                    metadata=check.metadata,
-                    severity=check.severity,
-                    partition=shard,
-                )
+        records.log_event(
+            dg.AssetCheckEvaluation(
+                context.asset_key,
+                str(check.check_name),
+                passed=False,
+                metadata=check.metadata,
+                severity=check.severity,
+                partition=shard,
             )
+        )
     return dg.Failure(
         f"{what}: check failed: {error}; it was not written, and the last result stays. Run again; where the "
         "check fails again, `scalselect verify --deep` names what is damaged",
@@ -72,43 +69,26 @@ def as_failure(
     )
 
 
-def failed_checks(instance: dg.DagsterInstance, key: dg.AssetKey, names: Sequence[str]) -> dict[str, str]:
+def failed_checks(records: Records, asset: dg.AssetKey, names: Sequence[str]) -> dict[str, str]:
     """What the checks of an asset over the pool saw that failed when they were last evaluated, by name."""
     failed = {}
     for name in names:
-        record = _last(instance, dg.AssetCheckKey(key, name))
+        record = records.last_check(dg.AssetCheckKey(asset, name))
         if record is not None and record.status is AssetCheckExecutionRecordStatus.FAILED:
             failed[name] = _seen_in(record)
     return failed
 
 
-@deferred()
-def shards_with_failed_checks(
-    instance: dg.DagsterInstance, key: dg.AssetKey, names: Sequence[str]
-) -> dict[str, str]:
+def shards_with_failed_checks(records: Records, asset: dg.AssetKey, names: Sequence[str]) -> dict[str, str]:
     """What a check of an asset by shard saw that failed when it was last evaluated, by shard."""
     failed = {}
     for name in names:
-        check = dg.AssetCheckKey(key, name)
-        ever = instance.event_log_storage.get_asset_check_execution_history(
-            check, limit=_MOST_SHARDS, status={AssetCheckExecutionRecordStatus.FAILED}
-        )
-        for shard in {record.partition for record in ever if record.partition is not None}:
-            record = _last(instance, check, PartitionKeyFilter(key=shard))
+        check = dg.AssetCheckKey(asset, name)
+        for shard in records.shards_that_failed(check):
+            record = records.last_check(check, shard)
             if record is not None and record.status is AssetCheckExecutionRecordStatus.FAILED:
                 failed[shard] = f"{name} {_seen_in(record)}"
     return failed
-
-
-@deferred()
-def _last(
-    instance: dg.DagsterInstance, check: dg.AssetCheckKey, shard: PartitionKeyFilter | None = None
-) -> AssetCheckExecutionRecord | None:
-    """The last evaluation of a check that was completed."""
-    records = instance.event_log_storage.get_asset_check_execution_history(
-        check, limit=1, status=_COMPLETED, partition_filter=shard
-    )
-    return records[0] if records else None
 
 
 def _seen(check: dg.AssetCheckResult) -> str:

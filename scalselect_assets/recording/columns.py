@@ -62,6 +62,11 @@ ATTENTION_EMBEDDINGS: Table = {
     "n_dominant_tokens": Column(pl.Int32(), "Vision tokens kept; the vector is their mean."),
     "n_instruction_tokens": Column(pl.Int32(), "Tokens that are neither vision nor an answer's content."),
     "vision_attention": Column(pl.Float32(), "Share of the instruction's attention on vision tokens."),
+    "asks_before_image": Column(
+        pl.Boolean(),
+        "Whether no text of the user follows the last image in the prompt, so that no question can attend to "
+        "it; absent where an earlier release has embedded the shard.",
+    ),
     "image_sha256": Column(pl.List(pl.String()), "SHA-256 of each image's bytes, in order."),
     "images": Column(pl.List(pl.String()), "Image paths relative to the image root, in order."),
     "text": Column(pl.String(), "The row's JSON, verbatim."),

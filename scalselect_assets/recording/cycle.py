@@ -1,19 +1,17 @@
-"""What one cycle has cost: all that was computed from one selected subset to the next.
+"""The cost of one cycle: all that was computed from one selected subset to the next.
 
-A night's refresh is one cycle, and so is whatever else led to a new subset, through the UI or automation
-conditions, in however many runs: it is counted from what Dagster recorded since the last subset. Costs: one
-query per asset, and reading the records of this cycle.
+A night's refresh is one cycle. So is any other work that led to a new subset, through the UI or automation
+conditions, in any number of runs: a cycle is counted from what Dagster recorded since the last subset. Costs:
+one query per asset, and reading the records of this cycle.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
 
-from scalselect_assets.method.interrupts import deferred
-
-_RECORDS_PER_QUERY = 1000  # Dagster's own limit
+from scalselect_assets.recording.records import Records
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +20,10 @@ class Cycle:
 
     Attributes:
         shards_embedded: Shards of the pool whose vectors were materialized.
-        shards_reused: Shards of the pool whose vectors stand as they were.
+        shards_reused: Shards of the pool whose vectors were not materialized.
         samples_embedded: Vectors of the pool that the model computed.
         samples_reused: Vectors of the pool that were there before.
-        seconds: By asset, in its bodies, over all its materializations.
+        seconds: Time spent in each asset's body, summed over all its materializations.
     """
 
     shards_embedded: int
@@ -54,7 +52,6 @@ class Cycle:
         }
 
 
-@deferred()
 def since_last(
     instance: dg.DagsterInstance,
     subset: dg.AssetKey,
@@ -65,19 +62,19 @@ def since_last(
     """The cycle that a new subset ends.
 
     Args:
-        instance: Where materializations are recorded.
-        subset: Of the selected subset, whose last materialization began the cycle.
-        embeddings: Of the embeddings, whose metadata tell how many rows were computed.
-        others: Further assets whose seconds count.
-        rows: Embedded rows of the pool's shards.
+        instance: The instance where materializations are recorded.
+        subset: Key of the selected subset, whose last materialization began the cycle.
+        embeddings: Key of the embeddings, whose metadata say how many rows were computed.
+        others: Keys of further assets whose seconds count.
+        rows: Number of embedded rows by shard of the pool.
     """
-    last = instance.fetch_materializations(subset, limit=1).records
-    begin = last[0].storage_id if last else None
+    records = Records(instance)
+    begin = records.latest_storage_id(subset)
     seconds = {}
     computed: dict[str, int] = {}
     for key in (embeddings, *others):
         spent = 0.0
-        for made in _materializations(instance, key, begin):
+        for made in records.materializations_since(key, begin):
             spent += float(_number(made, "seconds"))
             shard = made.partition
             if key == embeddings and shard is not None and shard in rows:
@@ -95,24 +92,8 @@ def since_last(
     )
 
 
-def _materializations(
-    instance: dg.DagsterInstance, key: dg.AssetKey, begin: int | None
-) -> Iterator[dg.AssetMaterialization]:
-    """Those after a storage id."""
-    wanted = dg.AssetRecordsFilter(key, after_storage_id=begin)
-    cursor = None
-    while True:
-        page = instance.fetch_materializations(wanted, limit=_RECORDS_PER_QUERY, cursor=cursor)
-        for record in page.records:
-            if record.asset_materialization is not None:
-                yield record.asset_materialization
-        if not page.has_more:
-            return
-        cursor = page.cursor
-
-
 def _number(materialization: dg.AssetMaterialization, name: str) -> float | int:
-    """A number of its metadata, 0 where it has none."""
+    """A number in a materialization's metadata; 0 where it has none of this name."""
     value = materialization.metadata.get(name)
     return (
         value.value if isinstance(value, dg.IntMetadataValue | dg.FloatMetadataValue) and value.value else 0

@@ -1,12 +1,12 @@
-"""What a materialization was computed from, as one hash, so that staleness is a comparison.
+"""The two versions of every materialization, which make staleness a comparison.
 
-Every materialization carries two versions. Its *data version* says what came out; its *provenance* hashes the
-asset's code version, the settings that matter to it and the data versions that it read. An asset is stale
-where the provenance that it would have now differs from the one that Dagster recorded, or from the one in the
-file itself, so a changed input that leaves an output as it was stops there. Both are recorded in the
-materialization's metadata, since a run over many shards has metadata for each but one data version for all.
-Dagster's own staleness is not used for the decision: it skips fan-ins of 100 partitions or more and ignores
-deleted ones.
+The *data version* identifies the content. The *provenance* hashes the asset's code version, the settings that
+matter to it and the data versions that it read. An asset is stale if the provenance that it would have now
+differs from the one that Dagster recorded, or from the one in the file itself. A changed input whose output
+comes out the same therefore makes nothing after that output stale. Both versions are recorded in the
+materialization's metadata, since a run over many shards has metadata for each shard but one data version for
+all. Dagster's own staleness does not decide: it skips fan-ins of 100 partitions or more, and it ignores
+deleted partitions.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _PROVENANCE = "scalselect/provenance"
 
 
 def header(data_version: str, provenance: str, **more: str) -> dict[str, str]:
-    """What an artifact says of itself, stored inside its file."""
+    """The header that an artifact stores inside its file."""
     return {"data_version": data_version, "provenance": provenance, **more}
 
 
@@ -31,17 +31,17 @@ def recorded_versions(data_version: str, provenance: str) -> dict[str, str]:
 
 
 def recorded(materialization: dg.AssetMaterialization | None) -> dict[str, str]:
-    """What ``recorded_versions`` wrote, named as in a file's header; empty where there is nothing."""
+    """Both versions that ``recorded_versions`` wrote, named as in a file's header; empty where it did not."""
     metadata = materialization.metadata if materialization else {}
     names = {"data_version": _DATA_VERSION, "provenance": _PROVENANCE}
     return {name: str(metadata[key].value) for name, key in names.items() if key in metadata}
 
 
 def provenance(asset: str, code_version: str, **inputs: Any) -> str:
-    """The hash of all that determines ``asset``: its code, its settings and the versions that it reads."""
+    """The hash of everything that determines ``asset``: its code, its settings and the versions it reads."""
     return digest(asset, code_version, inputs)
 
 
 def shown_code_version(code_version: str, **settings: Any) -> str:
-    """The code version that Dagster shows and compares: of the code and of the settings that matter to it."""
+    """The code version that Dagster shows and compares: the code's own, with a hash of the settings."""
     return f"{code_version}-{digest(settings)[:8]}"

@@ -1,11 +1,12 @@
-"""What every asset body of the path shares: one writer at a time, faults told apart, one shard or many.
+"""The frame of every asset body: locks, faults, and runs over one shard or many.
 
-A body says how one shard (or the asset over all shards) is made; here lies what is the same for all. Locks:
-whoever writes a shard's rows, vectors or moments holds that shard, so that two daemons, or the command line
-beside one, take turns, and who comes second finds the work done. Retries: a fault that may pass (a network
-file system that does not answer) is tried again, with more patience each time; one that stays (a full disk, a
-missing permission) fails at once and says what to do. A run of many shards, as a backfill makes it, loads the
-model once; it records each shard's own versions, and goes on past a shard that cannot be computed.
+A body says how to make one shard, or the asset over all shards; this module holds what is the same for all
+bodies. Locks: whoever writes a shard's rows, vectors or moments holds that shard. Two daemons, or a daemon
+and the command line, therefore take turns, and the second one finds the work done. Retries: a fault that may
+pass (a network file system that does not answer) is tried again, each time after a longer wait. A fault that
+stays (a full disk, a missing permission) fails at once and says what to do. A backfill makes one run of many
+shards, which loads the model once; it records the versions of each shard, and continues after a shard that
+fails.
 """
 
 import errno
@@ -17,15 +18,15 @@ from typing import Any
 
 import dagster as dg
 
-from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.recording.checks import FailedCheckError, as_failure
 from scalselect_assets.recording.data_versions import DATA_VERSION_TAG, recorded_versions
+from scalselect_assets.recording.records import RunRecords
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.locks import StoreLocks
 
 RETRIES = 3
 RETRY_SECONDS = 5.0
-"""Before the first retry; each further one waits four times as long."""
+"""Wait before the first retry; each further wait is four times as long."""
 
 _PASSING = {
     *(errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET),
@@ -45,12 +46,12 @@ _REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one asset made of one shard, or of all.
+    """The output of an asset for one shard, or for all.
 
     Attributes:
-        data_version: Of what came out.
-        provenance: Of what it was computed from.
-        metadata: For the UI.
+        data_version: Version of the content.
+        provenance: Hash of everything that the content was computed from.
+        metadata: Metadata for the UI.
         checks: Results of the asset's checks.
     """
 
@@ -60,11 +61,11 @@ class Output:
     checks: tuple[dg.AssetCheckResult, ...] = ()
 
     def recorded(self) -> dict[str, Any]:
-        """The metadata with both versions, as `lineage.recorded` reads them back."""
+        """The metadata with both versions, which `data_versions.recorded` reads back."""
         return {**self.metadata, **recorded_versions(self.data_version, self.provenance)}
 
     def result(self) -> dg.MaterializeResult:
-        """What Dagster takes for it."""
+        """The output in the form that an asset returns to Dagster."""
         return dg.MaterializeResult(
             data_version=dg.DataVersion(self.data_version),
             metadata=self.recorded(),
@@ -76,24 +77,24 @@ class Output:
 def at_work(
     context: dg.AssetExecutionContext, locks: StoreLocks, shard: str | None = None, work: str | None = None
 ) -> Iterator[None]:
-    """Be the only writer of an asset, or of a shard, and tell faults apart.
+    """Be the only writer of an asset, or of a shard, and turn faults into retries and failures.
 
     Args:
-        context: Of the asset.
-        locks: Of the store.
+        context: Context of the asset.
+        locks: Locks of the store.
         shard: The shard; none for an asset over all shards.
-        work: What is locked; by default the shard as such, else the asset.
+        work: Name of the lock; by default the shard, or else the asset.
 
     Raises:
-        dg.Failure: A fault that stays, or that did not pass in time.
-        dg.RetryRequested: A fault that may pass.
+        dg.Failure: A fault stays, or did not pass in time.
+        dg.RetryRequested: A fault may pass.
     """
     name = context.asset_key.path[-1]
     what = name if shard is None else f"{name}[{shard}]"
     try:
         with (
-            _told_faults(context, what),
-            locks.writing(work or shard or name, deferred()(context.log.info)),
+            _faults_named(context, what),
+            locks.writing(work or shard or name, RunRecords(context).log.info),
         ):
             yield
     except FailedCheckError as error:
@@ -109,20 +110,22 @@ def materialize_shards(
 ) -> dg.MaterializeResult:
     """Make an asset for the run's shards: one, or a range of them.
 
-    Over a range, Dagster's own data version is the same for all of them, a hash of theirs; each shard's own
-    is in its metadata, where the refresh looks.
+    Over a range, Dagster knows one data version for all shards, which is a hash of theirs. The version of
+    each shard is in its metadata, where the refresh looks.
 
     Args:
-        context: Of the asset.
-        locks: Of the store.
+        context: Context of the asset.
+        locks: Locks of the store.
         make: Makes one shard.
-        work: What is locked beside the shard's name; by default the shard as such.
+        work: First part of the lock's name, before the shard; by default the lock is the shard's.
 
     Raises:
-        dg.Failure: As ``at_work``; over a range after all other shards, which are recorded by then.
-        dg.RetryRequested: As ``at_work``.
+        dg.Failure: A shard failed, as in ``at_work``; over a range this is raised last, when all other shards
+            are made and recorded.
+        dg.RetryRequested: A fault may pass, as in ``at_work``.
     """
-    shards = context.partition_keys
+    records = RunRecords(context)
+    shards = records.shards()
     if not shards:
         raise dg.Failure(
             "this run covers no shard; a range goes from the earlier to the later one", allow_retries=False
@@ -137,10 +140,9 @@ def materialize_shards(
             if len(shards) == 1:
                 raise
             failures[shard] = failure
-            with deferred():
-                context.log.error(f"{shard}: {failure.description}")
+            records.log.error(f"{shard}: {failure.description}")
     if failures:
-        _record(context, outputs)
+        _record_each(records, context.asset_key, outputs)
         raise dg.Failure(
             f"{len(failures)} of {len(shards)} shards failed, the others are done: "
             + "; ".join(f"{shard}: {failure.description}" for shard, failure in failures.items()),
@@ -156,13 +158,12 @@ def materialize_shards(
     )
 
 
-@deferred()
-def _record(context: dg.AssetExecutionContext, outputs: Mapping[str, Output]) -> None:
-    """Record shards one by one, where the run will not, since it fails."""
+def _record_each(records: RunRecords, asset: dg.AssetKey, outputs: Mapping[str, Output]) -> None:
+    """Record each shard's materialization, since the run fails and so records none of them."""
     for shard, output in outputs.items():
-        context.log_event(
+        records.log_event(
             dg.AssetMaterialization(
-                context.asset_key,
+                asset,
                 partition=shard,
                 metadata=output.recorded(),
                 tags={DATA_VERSION_TAG: output.data_version},
@@ -171,7 +172,7 @@ def _record(context: dg.AssetExecutionContext, outputs: Mapping[str, Output]) ->
 
 
 def _merged_checks(outputs: Mapping[str, Output]) -> list[dg.AssetCheckResult]:
-    """One result of each check: passed where it did for all shards, naming those where it did not."""
+    """One result of each check: it passed if it passed for all shards, and it names those where it failed."""
     by_name: dict[str, dict[str, dg.AssetCheckResult]] = {}
     for shard, output in outputs.items():
         for check in output.checks:
@@ -195,47 +196,47 @@ def _merged_checks(outputs: Mapping[str, Output]) -> list[dg.AssetCheckResult]:
 
 
 @contextmanager
-def _told_faults(context: dg.AssetExecutionContext, what: str) -> Iterator[None]:
-    """Turn what the operating system reports into a retry or into a failure that says what to do.
+def _faults_named(context: dg.AssetExecutionContext, what: str) -> Iterator[None]:
+    """Turn an error of the operating system into a retry, or into a failure that says what to do.
 
-    Errors of this project, which say that themselves, pass through.
+    Errors of this project say that themselves and pass through.
 
     Args:
-        context: Of the asset.
+        context: Context of the asset.
         what: Asset and shard, for the message.
 
     Raises:
-        dg.RetryRequested: It may pass, and has been tried less than ``RETRIES`` times.
-        dg.Failure: It stays.
+        dg.RetryRequested: The fault may pass, and has been tried less than ``RETRIES`` times.
+        dg.Failure: The fault stays.
     """
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
-        told = f"{what}: {error.strerror or os.strerror(error.errno)}" + (
+        fault = f"{what}: {error.strerror or os.strerror(error.errno)}" + (
             f" ({error.filename})" if error.filename else ""
         )
         if error.errno in _PASSING:
-            retry_or_fail(context, told, error)
+            retry_or_fail(context, fault, error)
         remedy = _REMEDIES.get(error.errno, "remove the cause")
-        raise dg.Failure(f"{told}; {remedy}, and run again", allow_retries=False) from error
+        raise dg.Failure(f"{fault}; {remedy}, and run again", allow_retries=False) from error
 
 
-def retry_or_fail(context: dg.AssetExecutionContext, told: str, cause: BaseException | None = None) -> None:
+def retry_or_fail(context: dg.AssetExecutionContext, fault: str, cause: BaseException | None = None) -> None:
     """Ask Dagster to try again later; always raises.
 
-    Dagster's own retry policy is not used: it would also retry what stays, and what a person has stopped.
+    Dagster's own retry policy is not used, since it would also retry faults that stay and runs that a person
+    has stopped.
 
     Raises:
-        dg.RetryRequested: Unless it was tried ``RETRIES`` times already.
-        dg.Failure: Otherwise.
+        dg.RetryRequested: The fault was met less than ``RETRIES`` times before.
+        dg.Failure: It was met that often.
     """
     tried = context.retry_number
     if tried < RETRIES:
-        with deferred():
-            context.log.warning(f"{told}; it will be tried again")
+        RunRecords(context).log.warning(f"{fault}; it will be tried again")
         raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=RETRY_SECONDS * 4**tried) from cause
     raise dg.Failure(
-        f"{told}; it did not pass in {RETRIES} retries, run again", allow_retries=False
+        f"{fault}; it did not pass in {RETRIES} retries, run again", allow_retries=False
     ) from cause

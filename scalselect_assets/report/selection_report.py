@@ -22,11 +22,11 @@ from scalselect_assets.dataset import training_dataset, training_manifest
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts
 from scalselect_assets.embedding.device_pool import DEVICE_POOL
-from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.checks import require_passed
 from scalselect_assets.recording.columns import COMPOSITION, column_schema
 from scalselect_assets.recording.materialization import Output, at_work
+from scalselect_assets.recording.records import Records
 from scalselect_assets.report.content import (
     ReportContent,
 )
@@ -42,7 +42,7 @@ from scalselect_assets.report.page_receipt import (
     provenance,
     read_receipt,
 )
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import importance_scores, subspace_basis
@@ -138,16 +138,14 @@ def write_report(
     )
 
 
-@deferred()
 def last_churn(instance: dg.DagsterInstance, selection: Selection) -> Churn | None:
-    """What became of the selection before, as it was recorded when the present one was made; none if not."""
-    event = instance.get_latest_materialization_event(selection.key(selected_subset.NAME))
-    made = event.asset_materialization if event else None
-    told_by_name = {name: value.value for name, value in made.metadata.items()} if made else {}
-    if "churn" not in told_by_name:
+    """The change from the selection before, as the present one recorded it; none for the first selection."""
+    made = Records(instance).latest_materialization(selection.key(selected_subset.NAME))
+    numbers = {name: value.value for name, value in made.metadata.items()} if made else {}
+    if "churn" not in numbers:
         return None
-    stayed, came, went = (int(str(told_by_name[name])) for name in ("stayed", "came", "went"))
-    return Churn(stayed, came, went, float(str(told_by_name["churn"])))
+    stayed, came, went = (int(str(numbers[name])) for name in ("stayed", "came", "went"))
+    return Churn(stayed, came, went, float(str(numbers["churn"])))
 
 
 def _link(path: UPath) -> str:
@@ -242,7 +240,8 @@ def expected(state: StoreState) -> str:
 
 def header(state: StoreState) -> OutputHeader:
     """The receipt of the page; empty where it or the page is missing or damaged."""
-    return read_receipt(state.artifacts) if is_complete(state.artifacts) else {}
+    complete = is_complete(state.artifacts, state.verified.sha256)
+    return read_receipt(state.artifacts) if complete else {}
 
 
 ASSET = PoolAsset(

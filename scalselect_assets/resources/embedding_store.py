@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from upath import UPath
 
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.names import encode_name
 from scalselect_assets.resources.row_hashes import (
     NAMED,
@@ -233,12 +233,19 @@ class EmbeddingStore:
             )
 
     def read_rows(self, table: EmbeddingTable, columns: Sequence[str]) -> pa.Table:
-        """Some columns other than the vectors of the recorded version, sorted by row; raises as ``read``."""
+        """Some columns other than the vectors of the recorded version, sorted by row; raises as ``read``.
+
+        A column that is not there, as in tables that an earlier release has written, is null.
+        """
         with self._readable(table):
             handle = self._open(table)
-            wanted = dict.fromkeys(["row", *columns])
+            there = set(handle.schema.names)
+            wanted = dict.fromkeys(["row", *(name for name in columns if name in there)])
             rows = handle.search().select(list(wanted)).limit(None).to_arrow().sort_by("row")
             check_columns(rows, handle.schema.metadata or {})
+        for name in columns:
+            if name not in there:
+                rows = rows.append_column(name, pa.nulls(rows.num_rows))
         return rows
 
     def read_all(self, table: EmbeddingTable) -> pa.Table:
@@ -260,7 +267,9 @@ class EmbeddingStore:
         rows = self.read_all(table)
         own = {"vector", ROW_HASH, *NAMED}
         found = content_hash(
-            *(rows[name].to_pylist() for name in NAMED),
+            rows["row"].to_pylist(),
+            rows["sample_key"].to_pylist(),
+            rows["source_id"].to_pylist(),
             _matrix(rows, table.dimension),
             {name: rows[name] for name in rows.column_names if name not in own},
         )

@@ -1,22 +1,22 @@
-"""Where the speed of the long step goes: the run's log by default, a progress bar in the CLI."""
+"""Progress of the long step, the embedding: lines in the run's log by default, a progress bar in the CLI."""
 
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
-
-from scalselect_assets.method.interrupts import deferred
+from typing import Protocol, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
+Log: TypeAlias = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
 
 class Progress(Protocol):
-    """Told of the work of a whole refresh and of each embedded row."""
+    """Follows the work of a whole refresh and each embedded row."""
 
     def planned(self, n_shards: int, n_rows: int) -> None:
-        """Before the first shard: how many shards and rows will be embedded."""
+        """Take note, before the first shard, of how many shards and rows will be embedded."""
 
-    def track(self, rows: Iterable[T], shard: str, n_rows: int, log: logging.Logger) -> Iterator[T]:
+    def track(self, rows: Iterable[T], shard: str, n_rows: int, log: Log) -> Iterator[T]:
         """Pass ``rows`` through, reporting as they go by."""
 
 
@@ -27,9 +27,9 @@ class LogProgress:
         self._interval = interval_seconds
 
     def planned(self, n_shards: int, n_rows: int) -> None:
-        """Nothing to do: each shard's lines speak for themselves."""
+        """Do nothing: the lines of each shard state its own number of rows."""
 
-    def track(self, rows: Iterable[T], shard: str, n_rows: int, log: logging.Logger) -> Iterator[T]:
+    def track(self, rows: Iterable[T], shard: str, n_rows: int, log: Log) -> Iterator[T]:
         """Pass ``rows`` through, logging every interval and at the end."""
         start = reported = time.monotonic()
         done = 0
@@ -40,8 +40,6 @@ class LogProgress:
             if now - reported >= self._interval:
                 reported, rate = now, done / max(now - start, 1e-9)
                 left = (n_rows - done) / rate
-                with deferred():
-                    log.info(f"{shard}: {done}/{n_rows} rows, {rate:.1f}/s, {left:.0f} s left")
+                log.info(f"{shard}: {done}/{n_rows} rows, {rate:.1f}/s, {left:.0f} s left")
         seconds = max(time.monotonic() - start, 1e-9)
-        with deferred():
-            log.info(f"{shard}: {done} rows in {seconds:.1f} s, {done / seconds:.1f}/s")
+        log.info(f"{shard}: {done} rows in {seconds:.1f} s, {done / seconds:.1f}/s")

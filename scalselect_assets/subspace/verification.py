@@ -4,7 +4,7 @@ import dagster as dg
 import numpy as np
 
 from scalselect_assets.declaration.selection import Selection
-from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.recording.records import RunRecords
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import pool_moments
@@ -22,8 +22,7 @@ def verify_job(selection: Selection) -> dg.JobDefinition:
     @dg.op(name=selection.job_name("verify_basis_op"), description="Compare the basis with its rebuild.")
     def verify_basis_op(context: dg.OpExecutionContext, storage: StorageResource) -> None:
         difference = rebuild_difference(storage.artifacts(selection.store))
-        with deferred():
-            context.log_event(dg.AssetObservation(selection.key(NAME), metadata=difference))
+        RunRecords(context).log_event(dg.AssetObservation(selection.key(NAME), metadata=difference))
         if max(difference.values()) > REBUILD_TOLERANCE:
             raise dg.Failure(
                 f"the basis differs from the one of all shards' moments by {difference}, allowed is "

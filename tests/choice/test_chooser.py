@@ -13,7 +13,7 @@ from scalselect_assets.asset_path import path_of
 from scalselect_assets.choice import comparison, labels
 from scalselect_assets.choice.labels import source_of
 from scalselect_assets.choice.lists import SampleListError
-from scalselect_assets.declaration.choice_settings import Comparison
+from scalselect_assets.declaration.choice_settings import DeclaredComparison
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.operations.faults import RefreshError
 from scalselect_assets.operations.summary import summary
@@ -231,7 +231,7 @@ def metadata(bench: Bench) -> dict[str, Any]:
 
 
 def test_the_choice_is_measured_beside_others_of_its_size(bench: Bench) -> None:
-    chosen(bench, budget=8, compare=Comparison(seeds=2))
+    chosen(bench, budget=8, compare=DeclaredComparison(seeds=2))
     compared, header = bench.artifacts.read_frame(comparison.NAME)
     assert header["data_version"] == bench.artifacts.read_header("selected_subset")["data_version"]
     assert compared["strategy"].to_list() == [
@@ -260,13 +260,13 @@ def test_the_choice_is_measured_beside_others_of_its_size(bench: Bench) -> None:
 
 
 def test_a_pool_beyond_the_declared_size_is_not_compared(bench: Bench) -> None:
-    chosen(bench, budget=8, compare=Comparison(max_rows=5))
+    chosen(bench, budget=8, compare=DeclaredComparison(max_rows=5))
     assert bench.artifacts.read_frame(comparison.NAME)[0].is_empty()
 
 
 def test_a_comparison_that_is_declared_otherwise_is_made_without_another_choice(bench: Bench) -> None:
     before = chosen(bench, budget=8, compare=None)
-    after = chosen(bench, budget=8, compare=Comparison(strategies=["random"], seeds=1))
+    after = chosen(bench, budget=8, compare=DeclaredComparison(strategies=["random"], seeds=1))
     assert after.equals(before)
     assert bench.artifacts.read_frame(comparison.NAME)[0].height == 2
 

@@ -243,7 +243,7 @@ def test_a_sample_is_followed_back_and_the_store_cleaned(
     before = sorted(lance.iterdir())
     assert scalselect("run", "pool", "--store", "s", "--attention-mass", "0.7").returncode == 0
     rehearsed = scalselect("clean", "--store", "s", "--retention-days", "0", "--dry-run")
-    assert "would go                1 tables of other models, " in rehearsed.stdout
+    assert "would be removed        1 tables of other models, " in rehearsed.stdout
     assert len(list(lance.iterdir())) == 2
     kept = scalselect("clean", "--store", "s")
     assert "kept                    1 tables of other models, " in kept.stdout

@@ -56,7 +56,7 @@ def test_a_shard_that_is_gone_cost_time_but_is_not_of_the_pool(instance: dg.Dags
 def test_more_records_than_dagster_gives_at_once_are_all_counted(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scalselect_assets.recording.cycle._RECORDS_PER_QUERY", 2)
+    monkeypatch.setattr("scalselect_assets.recording.records._RECORDS_PER_QUERY", 2)
     for number in range(5):
         made(instance, EMBEDDINGS, f"s{number}", seconds=1.0, computed_rows=2)
     found = cycle(instance, **{f"s{number}": 2 for number in range(5)})

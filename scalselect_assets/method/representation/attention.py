@@ -197,7 +197,8 @@ class Heads:
 
 
 def _taken(part: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return part.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
+    taken = part.index_select(0, tokens.flatten())
+    return taken.reshape(*tokens.shape, *taken.shape[1:]).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)

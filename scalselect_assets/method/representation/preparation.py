@@ -116,9 +116,10 @@ class Preparer:
             text_only = Rejection(RejectionReason.TEXT_ONLY, "it has no image; add one or leave the row out")
             return [text_only] * len(conversations)
         too_long = [self._beyond_length(conversation) for conversation in conversations]
-        found = next((rejection for rejection in too_long if rejection), None)
-        if found is None or not all(too_long):
-            found = self._decode(images, read_image)
+        refusals = [refused for refused in too_long if refused is not None]
+        if len(refusals) == len(too_long):
+            return list(refusals)
+        found = self._decode(images, read_image)
         if isinstance(found, Rejection):
             return [refused or found for refused in too_long]
         decoded, digests = found
@@ -148,10 +149,8 @@ class Preparer:
                 budget.spend(known[reference][0])
             except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {position}: {error}")
-            except ImageTooLargeError as error:
-                return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {position}: {error}")
-            except UndecodableImageError as error:
-                return Rejection(RejectionReason.UNDECODABLE_IMAGE, f"image {position}: {error}")
+            except (ImageTooLargeError, UndecodableImageError) as error:
+                return Rejection(error.reason, f"image {position}: {error}")
         return [known[name][0] for name in images], tuple(known[name][1] for name in images)
 
     def _beyond_length(self, conversation: Conversation) -> Rejection | None:

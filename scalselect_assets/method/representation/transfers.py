@@ -22,7 +22,9 @@ class Transfers:
     def __init__(self, device: torch.device) -> None:
         """On a CUDA device, copies to it get a stream of their own."""
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = (
+            torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        )
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the host to fill, page-locked where it is to go to a CUDA device."""
@@ -48,7 +50,7 @@ class Transfers:
         copies = [self.empty(*value.shape, dtype=value.dtype) for value in values]
         for copy, value in zip(copies, values, strict=True):
             copy.copy_(value, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self.device))
 
         def wait() -> list[torch.Tensor]:

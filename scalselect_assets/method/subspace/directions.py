@@ -84,6 +84,22 @@ def strongest_directions(subspace: Subspace, vectors: NDArray[Any], n: int = 3) 
     return StrongestDirections(order + 1, share, np.take_along_axis(u, order, axis=1))
 
 
+def variance_between(total: NDArray[np.float64], n_marked: int, n: int) -> NDArray[np.float64]:
+    """How much of each direction's variance lies between some marked rows and all others of the pool.
+
+    1 where a direction does nothing but tell the marked rows from the others, 0 where it tells nothing of it.
+    Over the pool, coordinates sum to 0 and their squares to 1, so the variance between the two groups follows
+    from one sum: with S over m of n rows, it is S²/m + S²/(n - m) = S²·n / (m·(n - m)).
+
+    Args:
+        total: (j,) the sum of the marked rows' coordinates, or of the others'.
+        n_marked: How many rows are marked, 1 to n - 1.
+        n: Rows of the pool.
+    """
+    between: NDArray[np.float64] = np.square(total) * (n / (n_marked * (n - n_marked)))
+    return np.minimum(between, 1.0)
+
+
 def centred_cosines(subspace: Subspace, x: NDArray[Any], row: NDArray[Any]) -> NDArray[np.float64]:
     """How alike rows are to one row, as the basis sees them: centred on its mean and divided by its scale.
 

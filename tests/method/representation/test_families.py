@@ -29,7 +29,7 @@ from tests.method import zoo
 from tests.method.samples import SAMPLES, assert_equal, chat, counts, pixels, question, read_image, represent
 from tests.method.zoo import PALIGEMMA_TEMPLATE, Reference, write_tiny_vlm
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "tiny_vlm")
 
 FAMILIES = [family for family in zoo.FAMILIES if family != "paligemma"]
 WriteRecipe = Callable[..., Path]

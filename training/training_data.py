@@ -1,8 +1,8 @@
-"""What a selection leaves for others, read and verified: manifest, training file, subset.
+"""Reads and verifies the outputs of a selection: manifest, training file, subset.
 
-A run that says which subset it trained on must have read that one. The manifest holds the SHA-256 of the
-training file and of the subset; files that do not fit it (a refresh is just writing them, someone edited one)
-are refused. Costs: the training file in memory, once as bytes and once as rows.
+A run that records the subset it trained on must have read exactly that subset. The manifest holds the SHA-256
+of the training file and of the subset; files that do not match it are refused (a refresh is writing them, or
+somebody edited one). The training file is held in memory twice, as bytes and as rows.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ MANIFEST = "manifest.json"
 SUBSET = "selected_subset"
 
 
-class ExportError(RuntimeError):
-    """A selection's output is missing or does not fit its manifest; the message names it and the remedy."""
+class TrainingDataError(RuntimeError):
+    """An output of a selection is missing or does not match its manifest; the message names the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
+class TrainingData:
     """One version of a selection's training dataset.
 
     Attributes:
-        manifest: `manifest.json`, as the selection wrote it.
-        subset_version: Dagster's data version of the `selected_subset` that the rows are.
+        manifest: Content of `manifest.json`.
+        subset_version: Dagster's data version of the `selected_subset` that the rows belong to.
         rows: The JSON text of every row of the training file, in its order.
     """
 
@@ -52,7 +52,7 @@ class Export:
 
     @property
     def training_file_sha256(self) -> str:
-        """Of the file that was read; `read_export` has verified it."""
+        """SHA-256 of the training file; `read_training_data` has verified it."""
         return str(self.manifest["files"][self.manifest["training_file"]]["sha256"])
 
 
@@ -60,26 +60,28 @@ def read_manifest(folder: UPath) -> dict[str, Any]:
     """The manifest in a `training_dataset` folder.
 
     Raises:
-        ExportError: It is not there, or not readable.
+        TrainingDataError: The manifest is missing or not readable.
     """
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(data := path.read_bytes())
         seal.check(data, manifest)
     except FileNotFoundError as error:
-        raise ExportError(
+        raise TrainingDataError(
             f"there is no {path}: materialize training_dataset first (`scalselect run` does)"
         ) from error
     except ValueError as error:
-        raise ExportError(f"{path} is not readable ({error}); materialize training_dataset again") from error
+        raise TrainingDataError(
+            f"{path} is not readable ({error}); materialize training_dataset again"
+        ) from error
     return manifest
 
 
-def read_export(folder: UPath) -> Export:
+def read_training_data(folder: UPath) -> TrainingData:
     """Read and verify the `training_dataset` in ``folder`` and the `selected_subset` beside it.
 
     Raises:
-        ExportError: A file is missing or is not the one that the manifest describes.
+        TrainingDataError: A file is missing, or the manifest describes another file.
     """
     manifest = read_manifest(folder)
     files: dict[str, dict[str, Any]] = manifest["files"]
@@ -87,22 +89,24 @@ def read_export(folder: UPath) -> Export:
     data = _verified(folder / name, files[name])
     rows = _rows(data, lines=name.endswith(".jsonl"))
     if len(rows) != files[name]["rows"]:
-        raise ExportError(f"{folder / name} holds {len(rows)} rows, its manifest says {files[name]['rows']}")
+        raise TrainingDataError(
+            f"{folder / name} holds {len(rows)} rows, its manifest says {files[name]['rows']}"
+        )
     subset_name = next(path for path in files if path.endswith(f"/{SUBSET}.parquet"))
     subset = _verified(folder.parent / subset_name.removeprefix("../"), files[subset_name])
     header = pl.read_parquet_metadata(io.BytesIO(subset))
-    return Export(manifest, header["data_version"], rows)
+    return TrainingData(manifest, header["data_version"], rows)
 
 
 def _verified(path: UPath, described: Mapping[str, Any]) -> bytes:
     try:
         data = bytes(path.read_bytes())
     except FileNotFoundError as error:
-        raise ExportError(
+        raise TrainingDataError(
             f"the manifest names {path}, which is not there; materialize training_dataset again"
         ) from error
     if (found := hashlib.sha256(data).hexdigest()) != described["sha256"]:
-        raise ExportError(
+        raise TrainingDataError(
             f"{path} has SHA-256 {found}, its manifest says {described['sha256']}: one of them is of another "
             "version, and nothing is trained on it. Where a refresh is at work, wait for its end; else "
             "materialize selected_subset and training_dataset again"
@@ -112,6 +116,6 @@ def _verified(path: UPath, described: Mapping[str, Any]) -> bytes:
 
 def _rows(data: bytes, *, lines: bool) -> tuple[str, ...]:
     if lines:
-        # Not splitlines(): a carriage return may stand inside a row.
+        # splitlines() would also split at a carriage return, which a row may contain.
         return tuple(line.decode() for line in data.split(b"\n") if line)
     return tuple(json.dumps(row, ensure_ascii=False) for row in json.loads(data))
