@@ -31,11 +31,15 @@ from scalselect_assets.method.representation.attention import (
     instruction_attention,
 )
 from scalselect_assets.method.representation.dominance import dominant
-from scalselect_assets.method.representation.families import UnsupportedModelError
+from scalselect_assets.method.representation.families import (
+    UnsupportedModelError,
+    known_on_the_host,
+)
 from scalselect_assets.method.representation.kernels import without_costs_per_shape
 from scalselect_assets.method.representation.layer_tail import AfterAttention
+from scalselect_assets.method.representation.packing import Packing, rectangle
 from scalselect_assets.method.representation.pixel_scale import PixelScale
-from scalselect_assets.method.representation.transfers import Transfers, rectangle
+from scalselect_assets.method.transfers import Transfers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,6 +170,7 @@ class FirstLayer:
         joined = self._joined(images, images[0].inputs)
         output = self.model.get_image_features(
             **{name: self._to_device(value, images[0].scale) for name, value in joined.items()},
+            **known_on_the_host(self.model.config, joined),
             return_dict=True,
         )
         pooled = output.pooler_output
@@ -211,6 +216,7 @@ class FirstLayer:
             One state per sample; one that is not finite has NaN in its vector.
         """
         begun = self._begin(samples, features, attention_mass)
+        del features
         yield
         found = self._finish(begun)
         del begun  # whose queries, keys and values are most of the memory
@@ -236,7 +242,7 @@ class FirstLayer:
         hidden, layer_inputs = self._layer_inputs(samples, features)
         mask: RowMask = layer_inputs["attention_mask"]
         lengths = [len(sample) for sample in samples]
-        packing = _Packing(lengths, self._transfers)
+        packing = Packing(lengths, self._transfers)
         layer_inputs = {name: packing.packed(value) for name, value in layer_inputs.items()}
         tokens = packing.packed(hidden)
         heads = Heads.of(self._run_to_attention(tokens, layer_inputs), lengths, self._transfers)
@@ -421,26 +427,3 @@ class _Begun:
     places: torch.Tensor
     n_kept: torch.Tensor
     counts: Callable[[], list[torch.Tensor]]
-
-
-class _Packing:
-    """Takes tensors by token from samples padded on the right to samples end to end."""
-
-    def __init__(self, lengths: Sequence[int], transfers: Transfers) -> None:
-        self._n_samples, self._length = len(lengths), max(lengths)
-        real = np.arange(self._length) < np.asarray(lengths)[:, None]
-        self._places = transfers.to_device(torch.from_numpy(np.flatnonzero(real)))
-
-    def packed(self, value: Any) -> Any:
-        """Tensors of (..., B or 1, S, ·) as (..., 1, T, ·); anything else as it is."""
-        if isinstance(value, tuple):
-            return tuple(self.packed(item) for item in value)
-        if (
-            not isinstance(value, torch.Tensor)
-            or value.ndim < 3
-            or value.shape[-2] != self._length
-            or value.shape[-3] not in (1, self._n_samples)
-        ):
-            return value
-        batch = value.expand(*value.shape[:-3], self._n_samples, -1, -1).flatten(-3, -2)
-        return batch.index_select(-2, self._places).unsqueeze(-3)
