@@ -46,7 +46,7 @@ class Dtype(StrEnum):
 
 
 _OF_THE_MODEL = ("model_revision", "image_size", "min_pixels", "max_pixels", "max_tiles")
-"""Settings of one model, which another model does not take over."""
+"""Settings that belong to one model; they are dropped when a run names another model."""
 
 DeviceOption = Annotated[Device, typer.Option(help="Device that the model runs on.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
@@ -99,10 +99,10 @@ def declared_from_options(
 
 
 def _declared_over(known: dict[str, Any], options: Mapping[str, Any], location: str, store: str) -> Selection:
-    """What is known of a selection, with the options that are given in its place.
+    """The known settings of a selection, replaced by the options that are given.
 
     Raises:
-        typer.BadParameter: That is no selection.
+        typer.BadParameter: The settings do not make a valid selection.
     """
     given = {key: value for key, value in options.items() if value is not None}
     if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():

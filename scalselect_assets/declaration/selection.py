@@ -36,7 +36,9 @@ from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PL
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
+from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.shown_text import has_credentials, masked
+from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import TargetModel
 
 DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
@@ -47,7 +49,7 @@ _EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by store
 
 # Fields that say when and for whom results are made, and change no result.
 _DRIVING = {
-    *("report", "settle_seconds", "owners", "max_missing_images"),
+    *("report", "settle_seconds", "owners", "ignore", "max_missing_images"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
@@ -122,6 +124,11 @@ class Selection(dg.Model):
     image_root: str | None = Field(
         default=None,
         description="Folder that image paths start from; by default the folder of each shard file.",
+    )
+    ignore: list[str] = Field(
+        default=[],
+        description="Patterns (*.tmp.json, old/*) of files and folders in the pool that are no shards, on "
+        "top of the usual ones (dataset_info.json, trainer_state.json, ...); !pattern takes one back.",
     )
     attention_mass: float = Field(
         default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."
@@ -371,6 +378,10 @@ class Selection(dg.Model):
     def result_settings(self) -> dict[str, Any]:
         """The settings that may change a result or its description; not those of its schedule and owners."""
         return self.model_dump(exclude=_DRIVING | set(RETIRED_SETTINGS))
+
+    def open_pool(self, storage: StorageResource) -> SampleSource:
+        """The pool that is declared, without the files that are to be ignored."""
+        return storage.samples(self.source, self.image_root, self.store, self.ignore)
 
     def key(self, asset: str) -> dg.AssetKey:
         """The asset key of this selection's ``asset``."""

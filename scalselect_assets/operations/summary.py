@@ -1,4 +1,4 @@
-"""The last result in a few numbers, with the places of its files."""
+"""A summary of the last result: a few numbers, and the places of its files."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactStore
 
 
 def summary(artifacts: ArtifactStore) -> dict[str, Any]:
-    """The last result as the manifest tells it, with the files' places.
+    """The numbers of the last result in its manifest, and the places of its files.
 
     Raises:
         ArtifactMissingError: There is no result yet.
@@ -20,6 +20,8 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
     return {
         **{name: manifest[name] for name in ("rows", "embedded", "rejected", "rank", "energy", "selected")},
         "basis_drift": manifest["basis_drift"],
+        "passed_over": manifest.get("passed_over", {}),
+        "unknown_listed": manifest.get("unknown_listed", []),
         "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=FRAME)),
         "training_dataset": str(folder / manifest["training_file"]),
         "manifest": str(artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)),
