@@ -24,9 +24,9 @@ from scalselect_assets.operations.damaged_records import (
     named_damage,
 )
 from scalselect_assets.recording import records
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
+from scalselect_assets.resources.pool_listing import STORE_MARK
 from scalselect_assets.resources.progress import LogProgress
-from scalselect_assets.resources.sample_source import STORE_MARK
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 

@@ -164,6 +164,7 @@ def fine_tune(
                 data.manifest["images_relative_to"],
                 fsspec_options or {},
                 data.model.get("image_place", "as_written"),
+                data.manifest.get("embedded_images_relative_to"),
             )
             lengths, left_out = _judged(folder, rows, Collator(processor), _max_tokens(data, recipe), recipe)
             log(f"{len(lengths)} of {len(data.rows)} rows are trained on, in {folder}")

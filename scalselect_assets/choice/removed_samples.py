@@ -113,6 +113,11 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 description="No sample is removed twice, or for one that is removed itself.",
             ),
             dg.AssetCheckSpec(
+                "every_evaluation_file_is_read",
+                asset=selection.key(NAME),
+                description="No file of the evaluation set's kinds is passed over.",
+            ),
+            dg.AssetCheckSpec(
                 "no_shard_is_removed_whole",
                 asset=selection.key(NAME),
                 description="No shard is a copy of the evaluation set, as one whose rows all match it is.",
@@ -152,6 +157,7 @@ def find_removed(selection: Selection, storage: StorageResource) -> Output:
     require_passed(partners)
     data_version = digest(hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
     made_from = provenance(selection, storage, basis.data_version)
+    passed_over = decontamination.files_passed_over(storage, selection)
     path, size = artifacts.write_frame(NAME, frame, data_versions.header(data_version, made_from))
     return Output(
         data_version,
@@ -168,6 +174,12 @@ def find_removed(selection: Selection, storage: StorageResource) -> Output:
         },
         (
             partners,
+            dg.AssetCheckResult(
+                check_name="every_evaluation_file_is_read",
+                passed=not passed_over,
+                severity=dg.AssetCheckSeverity.WARN,
+                metadata={"passed_over": passed_over},
+            ),
             dg.AssetCheckResult(
                 check_name="no_shard_is_removed_whole",
                 passed=not looked.whole_shards,

@@ -8,6 +8,7 @@ the comparison costs (`comparison`).
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -39,6 +40,9 @@ from scalselect_assets.subspace.basis_header import BasisHeader
 
 if TYPE_CHECKING:
     from scalselect_assets.method.subspace.basis import Subspace
+
+_UNKNOWN_NAMED = 100
+"""Entries of lists that name no row, as far as they are recorded by name."""
 
 NAME = "selected_subset"
 CODE_VERSION = "3"
@@ -159,7 +163,12 @@ def choose_subset(
     require_passed(sums)
     data_version = _content_version(chosen)
     made_from = provenance(selection, basis.data_version, lists.version, removed_version)
-    stated = data_versions.header(data_version, made_from, subspace_basis=basis.data_version)
+    stated = data_versions.header(
+        data_version,
+        made_from,
+        subspace_basis=basis.data_version,
+        unknown_listed=json.dumps(chooser.unknown[:_UNKNOWN_NAMED], ensure_ascii=False),
+    )
     artifacts.write_frame(comparison.NAME, compared, stated)
     path, n_bytes = artifacts.write_frame(NAME, chosen, stated)
     return Output(
@@ -218,7 +227,7 @@ def _listed_check(unknown: tuple[str, ...]) -> dg.AssetCheckResult:
         check_name="listed_samples_are_in_the_pool",
         passed=not unknown,
         severity=dg.AssetCheckSeverity.WARN,
-        metadata={"n_unknown": len(unknown), "unknown": list(unknown[:100])},
+        metadata={"n_unknown": len(unknown), "unknown": list(unknown[:_UNKNOWN_NAMED])},
     )
 
 

@@ -26,6 +26,7 @@ from scalselect_assets.operations.staleness import Staleness
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.pool.discovery import discover
 from scalselect_assets.recording.records import Records
+from scalselect_assets.resources.pool_listing import in_words
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace.sample_directions import DEFAULT_DIRECTIONS
@@ -55,7 +56,7 @@ def status(
             return
         artifacts = storage.artifacts(selection.store)
         discovery = discover(
-            storage.samples(selection.source, selection.image_root, selection.store),
+            storage.samples(selection.source, selection.image_root, selection.store, selection.ignore),
             artifacts,
             selection.settle_seconds,
             remember=deployment.is_writable_store(selection),
@@ -71,6 +72,7 @@ def status(
             "shards": len(discovery.versions),
             "pending": pending,
             "being_written": list(discovery.unsettled),
+            "passed_over": dict(discovery.passed_over),
             "shards_removed": sorted(known - set(discovery.versions)),
             "problems": problems,
         }
@@ -78,9 +80,11 @@ def status(
             print_json(state)
         else:
             if result:
-                print_summary(selection, result)
+                print_summary(selection, state)
             else:
                 say("There is no result yet.")
+                if there := in_words(discovery.passed_over):
+                    say(f"Not read: {there}.")
             if pending:
                 say(f"Out of date: {', '.join(pending[:20])}; `scalselect run` brings it up to date.")
             else:

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.operations.refresh import RefreshReport
+from scalselect_assets.resources.pool_listing import in_words
 from scalselect_assets.resources.progress import Log
 from scalselect_assets.resources.shard_reader import ShardFormatError
 from scalselect_assets.resources.shown_text import json_shown, shown
@@ -63,6 +64,12 @@ def print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
         ("embedded", f"{result['embedded']:,}"),
         ("rejected", f"{sum(rejected.values()):,}"),
         *((f"  {reason}", f"{count:,}") for reason, count in rejected.items()),
+        *([("not read", there)] if (there := in_words(result["passed_over"])) else []),
+        *(
+            [("not in the pool", f"{len(unknown):,} listed: {', '.join(unknown[:5])}")]
+            if (unknown := result["unknown_listed"])
+            else []
+        ),
         ("rank k", f"{result['rank']} ({result['energy']:.1%} of the energy)"),
         *(
             [("basis moved", f"{moved['score_change']:.2g} (bound on the mean change of a score)")]

@@ -130,6 +130,7 @@ def refresh_and_report(
         "samples_computed": report.computed_rows,
         "samples_reused": report.reused_rows,
         "being_written": report.unsettled,
+        "passed_over": report.passed_over,
         "rows_without_image": report.kept_rows,
         "damaged": report.damaged,
         "failed": report.failed,

@@ -33,6 +33,10 @@ class PoolOptions:
         str | None,
         typer.Option(help="Folder that image paths start from. (default: the folder of each shard)"),
     ] = None
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of files in the pool that are no shards; may be given several times."),
+    ] = None
     text_only: Annotated[
         str | None,
         typer.Option(
@@ -61,6 +65,7 @@ class PoolOptions:
             text_only = _amount("--text-only", text_only)
         return {
             "image_root": _place(self.image_root),
+            "ignore": self.ignore or None,
             "text_only": text_only,
             "source_label": self.source_label,
         }

@@ -7,6 +7,7 @@ in memory; exports add a temporary file of the chosen texts and what `exports.pu
 """
 
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,11 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 asset=selection.key(NAME),
                 description="The file holds each selected row once, and the text-only rows if they are kept.",
             ),
+            dg.AssetCheckSpec(
+                "every_file_of_the_pool_is_read",
+                asset=selection.key(NAME),
+                description="No file in the pool's folder is passed over but images and ignored ones.",
+            ),
             *_export_checks(selection),
         ],
     )
@@ -100,7 +106,7 @@ def write_dataset(
     """
     start = time.monotonic()
     artifacts = storage.artifacts(selection.store)
-    source = storage.samples(selection.source, selection.image_root, selection.store)
+    source = storage.samples(selection.source, selection.image_root, selection.store, selection.ignore)
     subset, subset_header = artifacts.read_frame(selected_subset.NAME)
     subspace, basis = subspace_basis.read_basis(artifacts)
     in_basis = sorted(basis.shards)
@@ -122,6 +128,7 @@ def write_dataset(
 
         path, n_bytes = writer.write(subset, finish)
     left_out = [shard for shard in shards if shard not in basis.shards]
+    passed_over = source.listing().to_json()
     data_version = _data_version(writer.sha256, exports)
     made_from = provenance(
         selection,
@@ -137,6 +144,9 @@ def write_dataset(
         "basis_version": basis.data_version,
         "basis_drift": basis.drift,
         "images_relative_to": str(source.images_folder()),
+        "embedded_images_relative_to": str(source.shards_folder()),
+        "passed_over": passed_over,
+        "unknown_listed": json.loads(subset_header.get("unknown_listed", "[]")),
         "training_file": path.name,
         **_settings(selection),
         **_counts(subspace, subset, writer),
@@ -160,7 +170,7 @@ def write_dataset(
             "sha256": writer.sha256,
             **publish.metadata(exports),
         },
-        (_every_row_check(writer, subset), *_export_results(exports)),
+        (_every_row_check(writer, subset), _every_file_check(passed_over), *_export_results(exports)),
     )
 
 
@@ -170,6 +180,17 @@ def _every_row_check(writer: DatasetWriter, subset: pl.DataFrame) -> dg.AssetChe
         check_name=ROWS_CHECK,
         passed=writer.n_selected == subset.height and writer.n_rows == writer.n_selected + writer.n_text_only,
         metadata={"written": writer.n_rows, "selected": subset.height},
+    )
+
+
+def _every_file_check(passed_over: Mapping[str, Any]) -> dg.AssetCheckResult:
+    """Whether nothing in the pool's folder is passed over without having been asked for."""
+    unexpected = {kind: found for kind, found in passed_over.items() if kind != "ignored"}
+    return dg.AssetCheckResult(
+        check_name="every_file_of_the_pool_is_read",
+        passed=not unexpected,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"passed_over": unexpected},
     )
 
 

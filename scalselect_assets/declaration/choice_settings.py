@@ -70,6 +70,17 @@ class DeclaredQuota(_Declared):
         description="The most that is chosen of each source: rows, or a share of the budget if a float.",
     )
 
+    @model_validator(mode="after")
+    def _floors_are_at_most_ceilings(self) -> Self:
+        for value, floor in self.floors.items():
+            ceiling = self.ceilings.get(value)
+            if ceiling is not None and isinstance(floor, int) == isinstance(ceiling, int) and floor > ceiling:
+                raise ValueError(
+                    f"got a floor of {floor} and a ceiling of {ceiling} for {value!r}; the floor has to be "
+                    "at most the ceiling. Change one of them."
+                )
+        return self
+
     def label(self, source_label: str) -> str:
         """The label that the quota counts by; ``source_label`` says where a row's source stands."""
         return source_label if self.by == "source" else self.by

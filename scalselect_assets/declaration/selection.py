@@ -47,7 +47,7 @@ _EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by store
 
 # Fields that say when and for whom results are made, and change no result.
 _DRIVING = {
-    *("report", "settle_seconds", "owners", "max_missing_images"),
+    *("report", "settle_seconds", "owners", "ignore", "max_missing_images"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
@@ -122,6 +122,11 @@ class Selection(dg.Model):
     image_root: str | None = Field(
         default=None,
         description="Folder that image paths start from; by default the folder of each shard file.",
+    )
+    ignore: list[str] = Field(
+        default=[],
+        description="Patterns (*.tmp.json, old/*) of files and folders in the pool that are no shards, on "
+        "top of the usual ones (dataset_info.json, trainer_state.json, ...); !pattern takes one back.",
     )
     attention_mass: float = Field(
         default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."

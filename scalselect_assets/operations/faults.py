@@ -5,6 +5,10 @@ class RefreshError(RuntimeError):
     """The refresh cannot go on; the message says what to do."""
 
 
+class NothingEmbeddedError(RefreshError):
+    """No row of the pool could be embedded; what was read of it is in the store, to be looked at."""
+
+
 def error_cause(error: BaseException) -> BaseException:
     """The exception that Dagster has wrapped: the first of ours, else the one at the bottom."""
     while error.__cause__ is not None and not _is_ours(error):

@@ -20,6 +20,8 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
     return {
         **{name: manifest[name] for name in ("rows", "embedded", "rejected", "rank", "energy", "selected")},
         "basis_drift": manifest["basis_drift"],
+        "passed_over": manifest.get("passed_over", {}),
+        "unknown_listed": manifest.get("unknown_listed", []),
         "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=FRAME)),
         "training_dataset": str(folder / manifest["training_file"]),
         "manifest": str(artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)),

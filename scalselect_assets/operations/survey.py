@@ -38,7 +38,7 @@ from scalselect_assets.resources.artifacts import (
     ArtifactMissingError,
     ArtifactStore,
 )
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.names import decode_name, encode_name
 from scalselect_assets.resources.search_table import SEARCH_TABLE
 from scalselect_assets.resources.storage import StorageResource
@@ -71,7 +71,11 @@ class Survey:
         self._held: dict[str, str] = json.loads(totals.get("shards", "{}"))
         basis = self._basis_shards()
         manifest = self._manifest()
-        pool = set(storage.samples(selection.source, selection.image_root, selection.store).shard_keys())
+        pool = set(
+            storage.samples(
+                selection.source, selection.image_root, selection.store, selection.ignore
+            ).shard_keys()
+        )
         # Why a shard that has left the pool is still needed.
         self._still_needed = {
             **dict.fromkeys(manifest, "the manifest names it, until the next refresh"),

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import dagster as dg
 
@@ -29,6 +30,7 @@ class Discovery:
         n_rows: Number of rows of each shard; ``None`` where the file cannot be read as rows.
         unsettled: Shards whose file or images are still being written. They count as neither new nor changed
             nor gone until that has ended.
+        passed_over: Files that are no shards, by kind, with count and examples; see `PoolListing`.
         missing_images: The images that are not there, of each shard that names such.
         n_images: How many images the shards name, counted in each of them.
     """
@@ -36,6 +38,7 @@ class Discovery:
     versions: Mapping[str, str]
     n_rows: Mapping[str, int | None]
     unsettled: tuple[str, ...] = ()
+    passed_over: Mapping[str, Any] = field(default_factory=dict)
     missing_images: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     n_images: int = 0
 
@@ -55,7 +58,8 @@ def discover(
         FileNotFoundError: The pool does not exist.
     """
     versions, n_rows, unsettled, missing, n_images = {}, {}, [], {}, 0
-    for shard in source.shard_keys():
+    listing = source.listing()
+    for shard in source.shards_of(listing):
         try:
             if _is_being_written(source.changed_at(shard), settle_seconds):
                 unsettled.append(shard)  # not read now, since it would have to be read again
@@ -74,7 +78,7 @@ def discover(
         n_images += len(index.images)
         if state.missing_images:
             missing[shard] = state.missing_images
-    return Discovery(versions, n_rows, tuple(unsettled), missing, n_images)
+    return Discovery(versions, n_rows, tuple(unsettled), listing.to_json(), missing, n_images)
 
 
 def settled_discovery(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float) -> Discovery:
@@ -158,7 +162,7 @@ def source_assets(selection: Selection) -> list[dg.SourceAsset]:
 
     def discovered(context: dg.OpExecutionContext, storage: StorageResource) -> Discovery:
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = storage.samples(selection.source, selection.image_root, selection.store, selection.ignore)
         discovery = settled_discovery(source, artifacts, selection.settle_seconds)
         report_discovery(selection, context.instance, discovery)
         return discovery

@@ -31,7 +31,7 @@ from scalselect_assets.resources.shard_reader import ShardFormatError
 from scalselect_assets.resources.storage import StorageResource
 
 NAME = "raw_samples"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 SHARD_INDEXES = "shard_index-"
 """Followed by the version of the code that reads shards, as whose rows an index knows the images."""
 SHARD_INDEX = f"{SHARD_INDEXES}{CODE_VERSION}"

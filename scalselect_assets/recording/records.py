@@ -37,6 +37,10 @@ _NEWEST_PER_QUERY = 100
 """Page size of a search that mostly ends at the newest record."""
 
 
+_SHARDS_AT_ONCE = 10_000
+"""SQLite takes 32,766 variables in one statement by default, and Dagster asks for all shards in one."""
+
+
 @dataclass(frozen=True, slots=True)
 class MadeBy:
     """The run that recorded a version.
@@ -163,10 +167,12 @@ class Records:
             return instance.get_dynamic_partitions(shards_name(selection_name))
 
     def add_shards(self, selection_name: str, shards: Sequence[str]) -> None:
-        """Make shards known to Dagster, in one transaction."""
-        if shards:
+        """Make shards known to Dagster, so many in one transaction as one statement of SQLite takes."""
+        for start in range(0, len(shards), _SHARDS_AT_ONCE):
             with self._uninterrupted() as instance:
-                instance.add_dynamic_partitions(shards_name(selection_name), shards)
+                instance.add_dynamic_partitions(
+                    shards_name(selection_name), shards[start : start + _SHARDS_AT_ONCE]
+                )
 
     def delete_shards(self, selection_name: str, shards: Iterable[str]) -> None:
         """Make Dagster forget shards, one by one."""

@@ -42,7 +42,7 @@ from scalselect_assets.report.page_receipt import (
     provenance,
     read_receipt,
 )
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import importance_scores, subspace_basis

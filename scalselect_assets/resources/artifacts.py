@@ -28,7 +28,7 @@ from safetensors.numpy import save as save_safetensors
 from upath import UPath
 
 from scalselect_assets.resources import seal
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.names import encode_name
 
 Header = Mapping[str, str]

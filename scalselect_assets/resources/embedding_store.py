@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from upath import UPath
 
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.names import encode_name
 from scalselect_assets.resources.row_hashes import (
     NAMED,

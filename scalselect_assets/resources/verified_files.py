@@ -13,7 +13,7 @@ from pathlib import Path
 from upath import UPath
 
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 
 NAME = "verified_files-1"
 _SEALED = "sealed"

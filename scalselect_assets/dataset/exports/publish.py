@@ -15,12 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from upath import UPath
 
 from scalselect_assets.dataset.exports.axolotl import Axolotl
 from scalselect_assets.dataset.exports.base import (
+    Carried,
     Export,
     PlacedImage,
     PlacedRow,
@@ -28,6 +31,8 @@ from scalselect_assets.dataset.exports.base import (
     Refusal,
     RefusalReason,
     Setting,
+    carried_fields,
+    refuse_uncarried,
     safe_suffix,
     write_line,
 )
@@ -42,6 +47,7 @@ from scalselect_assets.dataset.exports.trl_parquet import TrlParquet
 from scalselect_assets.dataset.exports.web_dataset import WebDataset
 from scalselect_assets.declaration.export_specs import ExportSpec
 from scalselect_assets.method.representation.rejection import Rejection
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.folders import (
     HashedStream,
     NewFolder,
@@ -50,12 +56,12 @@ from scalselect_assets.resources.folders import (
     remove_folder,
     replaced_folder,
 )
+from scalselect_assets.resources.forms.embedded import address_of, image_suffix
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.image_root import ImageRoot, is_local
 from scalselect_assets.resources.sample_source import SampleSource
 
 FOLDER = "exports"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Of all formats: another one writes declared exports again."""
 SELECTED, REJECTED, IMAGES = "selected_ids.jsonl", "rejected.jsonl", "images.jsonl"
 _IMAGE_FOLDER = "images"
@@ -114,6 +120,32 @@ def write_exports(
     return reports
 
 
+def require_possible(specs: Sequence[ExportSpec], source: SampleSource, folder: UPath) -> None:
+    """Whether the declared exports can be written where they will lie; nothing is written.
+
+    Raises:
+        ExportError: Images cannot be hard-linked between the pool and the store.
+    """
+    images = source.images_folder()
+    for spec in specs:
+        if spec.images == "hardlinked" and not EXPORTS[spec.format].embeds_images:
+            _require_links(images, folder / spec.format)
+
+
+def _require_links(images: UPath, target: UPath) -> None:
+    remedy = "declare `images: copied`, or put pool and store on one file system"
+    if not (is_local(images) and is_local(target)):
+        raise ExportError(
+            f"images of {images} cannot be hard-linked into {target}: both have to be on a local disk; "
+            f"{remedy}"
+        )
+    there = next(folder for folder in (Path(target.path), *Path(target.path).parents) if folder.exists())
+    if Path(images.path).exists() and there.stat().st_dev != Path(images.path).stat().st_dev:
+        raise ExportError(
+            f"images of {images} cannot be hard-linked into {target}: they are on two file systems; {remedy}"
+        )
+
+
 def remove_others(folder: UPath, kept: Sequence[str]) -> None:
     """Remove exports that are no longer declared.
 
@@ -137,7 +169,7 @@ class Report:
         images_base: The folder that its image references start at; None where the images are embedded.
         chosen: Rows that were to be written.
         refused: Rows that the format does not take, by reason.
-        leading: Key of the row that was put first for its image; None where the order is as declared.
+        leading: Keys of the rows that were put first so that a reader sees all columns; mostly none.
         preflight: The verdict on the files.
         files: Every file but the images.
         image_files: Images beside the files.
@@ -149,7 +181,7 @@ class Report:
     images_base: str | None
     chosen: int
     refused: dict[str, int]
-    leading: str | None
+    leading: list[str]
     preflight: Preflight
     files: dict[str, WrittenFile]
     image_files: int
@@ -169,7 +201,7 @@ class Report:
             "chosen": self.chosen,
             "written": self.written,
             "refused": self.refused,
-            "leading_row": self.leading,
+            "leading_rows": self.leading,
             "preflight": self.preflight.to_json(),
             "files": sorted(self.files),
             "image_files": self.image_files,
@@ -189,6 +221,9 @@ def _fill(
     folder: NewFolder, export: Export, spec: ExportSpec, spool: RowSpool, source: SampleSource, name: str
 ) -> Report:
     """Write an export into its new folder and read it again by its trainer's rules."""
+    if spool.has_embedded and spec.images == "referenced" and not export.embeds_images:
+        # No trainer opens an image inside a shard of the pool.
+        spec = spec.model_copy(update={"images": "copied"})
     images = _images(export, spec, source, folder)
     setting = Setting(spec, name, images.base, images.is_there)
     writing = _Writing(export, spec, spool, images)
@@ -205,6 +240,9 @@ def _fill(
     expected = len(spool) - sum(writing.refused.values())
     verdict.require(verdict.rows == expected, f"{verdict.rows} rows are read, {expected} were to be written")
     verdict.require(writing.written == expected, f"{writing.written} rows were written, not {expected}")
+    for field in Carried:
+        n = writing.carried[field]
+        verdict.require(verdict.carried[field] == n, f"{verdict.carried[field]} rows have {field}, not {n}")
     verdict.require(expected, "no row is left to train on")
     beside = [file for path, file in folder.files.items() if path.startswith(f"{_IMAGE_FOLDER}/")]
     return Report(
@@ -229,7 +267,8 @@ class _Writing:
         self._order = spool.order(spec.order, spec.seed)
         self.refused = Counter[str]()
         self.written = 0
-        self.leading: str | None = None
+        self.carried = Counter[str]()
+        self.leading: list[str] = []
 
     def rows(self, selected: HashedStream, rejected: HashedStream) -> Iterator[PlacedRow]:
         for place in self._places():
@@ -243,29 +282,39 @@ class _Writing:
             scores = {name: getattr(row, name) for name in ("rank", "leverage", "normalised_leverage")}
             write_line(selected, {**row.identity(), **scores, "images": list(row.images)})
             self.written += 1
+            self.carried.update(carried_fields(row))
             yield placed
 
     def _places(self) -> Iterator[int]:
-        """The order, a row with an image in front of it where the format's reader needs one there."""
-        leading = self._first_with_image() if self._export.image_row_first else None
-        if leading is not None and leading != self._order[0]:
-            self.leading = self._spool[leading].sample_key
-            yield leading
-        else:
-            leading = None
+        """The order; in front of it, where the format's reader needs them there, rows with each column."""
+        leading = self._leading() if self._export.image_row_first else []
+        self.leading = [self._spool[place].sample_key for place in leading]
+        yield from leading
         for place in map(int, self._order):
-            if place != leading:
+            if place not in leading:
                 yield place
 
-    def _first_with_image(self) -> int | None:
-        """The first row with an image that can be written."""
+    def _leading(self) -> list[int]:
+        """The first row that can be written with each thing that some rows lack; none where all come soon."""
+        wanted: list[Callable[[int], bool]] = [
+            self._spool.has_image,
+            *(partial(self._carries, field) for field in sorted(self._export.carries)),
+        ]
+        found = dict.fromkeys(place for has in wanted if (place := self._first(has)) is not None)
+        first = [int(place) for place in self._order[: len(found)]]
+        return [] if set(found) == set(first) else list(found)
+
+    def _first(self, has: Callable[[int], bool]) -> int | None:
         for place in map(int, self._order):
-            if self._spool.has_image(place) and isinstance(self._place(self._spool[place]), PlacedRow):
+            if has(place) and isinstance(self._place(self._spool[place]), PlacedRow):
                 return place
         return None
 
+    def _carries(self, field: Carried, place: int) -> bool:
+        return self._spool.may_have_trained_fields(place) and field in carried_fields(self._spool[place])
+
     def _place(self, row: ExportRow) -> PlacedRow | Refusal:
-        refusal = self._export.refuses(row)
+        refusal = refuse_uncarried(row, self._export.carries) or self._export.refuses(row)
         if refusal is not None:
             return refusal
         images = self._images.place(row)
@@ -277,7 +326,7 @@ class _Images:
 
     def __init__(self, source: SampleSource) -> None:
         self._folder = source.images_folder()
-        self._root = ImageRoot(self._folder, self._folder)
+        self._root = source.image_files()
         self.base = str(self._folder)
 
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
@@ -330,11 +379,8 @@ class _ImagesBeside(_Images):
         self._new, self._linked = folder, linked
         self._placed: dict[tuple[str, str], str] = {}
         self.base = str(folder.target)
-        if linked and not (is_local(self._folder) and is_local(folder.target)):
-            raise ExportError(
-                f"images of {self._folder} cannot be hard-linked into {folder.target}: both have to be on a "
-                "local disk; declare `images: copied`"
-            )
+        if linked:
+            _require_links(self._folder, folder.target)
 
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
         named = list(zip(row.images, row.image_sha256, strict=True))
@@ -359,7 +405,7 @@ class _ImagesBeside(_Images):
         if isinstance(contents, Refusal):
             return contents
         for path, sha256, data in zip(row.images, row.image_sha256, contents, strict=True):
-            name = self._name(path, sha256)
+            name = _name_beside(path, sha256, data)
             if name not in self._new.files:
                 self._new.write(name, data)
             self._placed.setdefault((path, sha256), name)
@@ -368,12 +414,15 @@ class _ImagesBeside(_Images):
     def _link(self, row: ExportRow) -> Refusal | None:
         """Link the files whose bytes were read: each is read and linked while it is open."""
         for path, sha256 in zip(row.images, row.image_sha256, strict=True):
+            if address_of(path) is not None:
+                return self._copy(row)  # what lies inside a shard has no file of its own
             try:
                 file = self._root.open(path)
             except (FileNotFoundError, PermissionError) as error:
                 return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
             with file:
-                data, name = file.read(), self._name(path, sha256)
+                data = file.read()
+                name = _name_beside(path, sha256, data)
                 if changed := _changed(row, path, data, sha256):
                     return changed
                 if name not in self._new.files:
@@ -393,9 +442,11 @@ class _ImagesBeside(_Images):
                 "`images: copied`, or put pool and store on one file system"
             ) from error
 
-    @staticmethod
-    def _name(path: str, sha256: str) -> str:
-        return f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{safe_suffix(path)}"
+
+def _name_beside(path: str, sha256: str, data: bytes) -> str:
+    """The name of an image beside an export's files: by content, with the suffix of its file or its bytes."""
+    suffix = safe_suffix(path) if address_of(path) is None else image_suffix(data)
+    return f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{suffix}"
 
 
 def _changed(row: ExportRow, path: str, data: bytes, sha256: str) -> Refusal | None:

@@ -22,6 +22,12 @@ from PIL import Image
 
 from scalselect_assets.method.representation.attention import register_rows_attention
 from scalselect_assets.method.representation.chat import ChatTemplateError, render_chat
+from scalselect_assets.method.representation.checkpoint_files import (
+    check_config,
+    check_folder,
+    check_parts,
+    unknown_type,
+)
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
 from scalselect_assets.method.representation.dominance import dominant_tokens
 from scalselect_assets.method.representation.dtypes import (
@@ -166,7 +172,9 @@ def _load_parts(
     source = str(folder) if folder.is_dir() else model
     with _cannot_load(model):
         commit = resolve_commit(source, revision)
+    check_folder(source)
     config = _supported_config(source, commit)
+    check_config(model, config)
     token_id = image_token_id(config)
     # Transformers reports the weights that stay unread; leaving them out is the point.
     with quiet_transformers(keep_bars=not folder.is_dir()), _cannot_load(model):
@@ -175,6 +183,7 @@ def _load_parts(
         ask_for(processor.image_processor, image_size)
         known_dtype = _own_dtype(source, commit, config) if dtype == "auto" else dtype
         base_model = _load_base_model(source, commit, config, getattr(torch, known_dtype))
+        check_parts(model, config, processor, base_model)
         card = model_card(
             model,
             revision,
@@ -280,9 +289,7 @@ def _supported_config(model: str, commit: str | None) -> Any:
     except OSError as error:
         raise ModelLoadError(f"cannot read the configuration of {model!r}: {error}") from error
     except ValueError as error:
-        raise UnsupportedModelError(
-            f"{model!r} is not a model that Transformers itself knows: {error}"
-        ) from error
+        raise unknown_type(model, error) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UnsupportedModelError(
             f"{model!r} is of type {config.model_type!r}, which is not an image-text-to-text model"

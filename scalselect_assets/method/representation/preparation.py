@@ -139,10 +139,8 @@ class Preparer:
                 budget.spend(known[reference][0])
             except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {position}: {error}")
-            except ImageTooLargeError as error:
-                return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {position}: {error}")
-            except UndecodableImageError as error:
-                return Rejection(RejectionReason.UNDECODABLE_IMAGE, f"image {position}: {error}")
+            except (ImageTooLargeError, UndecodableImageError) as error:
+                return Rejection(error.reason, f"image {position}: {error}")
         return [known[name][0] for name in images], tuple(known[name][1] for name in images)
 
     def _beyond_length(self, conversation: Conversation) -> Rejection | None:
