@@ -56,7 +56,7 @@ def status(
             return
         artifacts = storage.artifacts(selection.store)
         discovery = discover(
-            storage.samples(selection.source, selection.image_root, selection.store, selection.ignore),
+            selection.open_pool(storage),
             artifacts,
             selection.settle_seconds,
             remember=deployment.is_writable_store(selection),

@@ -106,7 +106,7 @@ def write_dataset(
     """
     start = time.monotonic()
     artifacts = storage.artifacts(selection.store)
-    source = storage.samples(selection.source, selection.image_root, selection.store, selection.ignore)
+    source = selection.open_pool(storage)
     subset, subset_header = artifacts.read_frame(selected_subset.NAME)
     subspace, basis = subspace_basis.read_basis(artifacts)
     in_basis = sorted(basis.shards)

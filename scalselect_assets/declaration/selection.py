@@ -36,7 +36,9 @@ from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PL
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
+from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.shown_text import has_credentials, masked
+from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import TargetModel
 
 DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
@@ -376,6 +378,10 @@ class Selection(dg.Model):
     def result_settings(self) -> dict[str, Any]:
         """The settings that may change a result or its description; not those of its schedule and owners."""
         return self.model_dump(exclude=_DRIVING | set(RETIRED_SETTINGS))
+
+    def open_pool(self, storage: StorageResource) -> SampleSource:
+        """The pool that is declared, without the files that are to be ignored."""
+        return storage.samples(self.source, self.image_root, self.store, self.ignore)
 
     def key(self, asset: str) -> dg.AssetKey:
         """The asset key of this selection's ``asset``."""

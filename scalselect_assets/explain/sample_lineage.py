@@ -154,7 +154,7 @@ class _Trace:
         self._selection, self._storage, self._records = selection, storage, Records(instance)
         self._artifacts = storage.artifacts(selection.store)
         self._embeddings = storage.embeddings(selection.store)
-        self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._source = selection.open_pool(storage)
         self._remedy = remedy(selection)
         self._steps: list[Step] = []
         self._problems: list[str] = []

@@ -37,7 +37,7 @@ def check_declaration(selection: Selection, storage: StorageResource, vlm: VlmRe
     decontamination.list_files(storage, selection)
     if selection.exports:
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = selection.open_pool(storage)
         folder = artifacts.root / training_manifest.NAME / publish.FOLDER
         try:
             publish.require_possible(selection.exports, source, folder)

@@ -1,4 +1,4 @@
-"""The last result in a few numbers, with the places of its files."""
+"""A summary of the last result: a few numbers, and the places of its files."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactStore
 
 
 def summary(artifacts: ArtifactStore) -> dict[str, Any]:
-    """The last result as the manifest tells it, with the files' places.
+    """The numbers of the last result in its manifest, and the places of its files.
 
     Raises:
         ArtifactMissingError: There is no result yet.

@@ -1,9 +1,9 @@
 """Step 1, by shard: every row of the shard file, read and judged.
 
-Holds: all rows, rejected ones too, each with its verbatim text. Decides what can be told from the row and the
-presence of its images; pixels are looked at in step 2. A row that only misses an image stays as it was while
-the image was there (`missing_images`). Costs: the file is read for its rows and hashed before
-and after, so that a change meanwhile shows; one stat per image; memory of one shard.
+The output holds all rows, rejected ones too, each with its verbatim text. A row is judged by its content and
+by the presence of its images; step 2 looks at pixels. A row that only misses an image stays as it was while
+the image was there (`missing_images`). Costs: the file is read for its rows and hashed before and after, so
+that a change meanwhile is noticed; one stat per image; memory of one shard.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """Every row of the shard, read, validated and given its content key, with what speaks against it."""
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = selection.open_pool(storage)
 
         def read(shard: str) -> Output:
             start = time.monotonic()

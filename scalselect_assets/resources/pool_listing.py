@@ -208,7 +208,9 @@ def entries_of(folder: UPath) -> Iterator[Entry]:
 
 
 def _kind(entry: "os.DirEntry[str]") -> str:
+    if entry.is_symlink():
+        # A link that leads nowhere, or in a circle, is a shard that fails, and not one that is gone.
+        return "linked_folder" if os.path.isdir(entry.path) else "file"  # noqa: PTH112
     if entry.is_dir():
-        return "linked_folder" if entry.is_symlink() else "folder"
-    # A link that leads nowhere may be a shard that fails, and is none that is gone.
-    return "file" if entry.is_file() or entry.is_symlink() else "unreadable"
+        return "folder"
+    return "file" if entry.is_file() else "unreadable"

@@ -1,5 +1,6 @@
 """Every file of a pool is a shard, an image, ignored, or counted."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,13 @@ def test_what_is_passed_over_is_counted_by_kind_with_examples(pool: Path, tmp_pa
         (pool / name).touch()
     (tmp_path / "elsewhere").mkdir()
     (pool / "linked").symlink_to(tmp_path / "elsewhere")
-    (pool / "dangling.jsonl").symlink_to("nowhere")
+    os.mkfifo(pool / "pipe.jsonl")
+    (pool / "dangling.jsonl").symlink_to("nowhere")  # a shard, which fails by itself
 
-    told = listed(pool).to_json()
+    found = listed(pool)
+    told = found.to_json()
+
+    assert "dangling.jsonl" in found.shards
 
     assert {kind: found["count"] for kind, found in told.items()} == {
         "hidden": 2, "linked_folder": 1, "unreadable": 1, "other:": 1, "other:.csv": 2,

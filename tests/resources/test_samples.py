@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
 from scalselect_assets.method.representation.rejection import RejectionReason as Reason
-from scalselect_assets.resources import samples
+from scalselect_assets.resources import written_json
 from scalselect_assets.resources.samples import (
     content_key,
     conversation_of,
@@ -398,6 +398,6 @@ def test_an_id_is_kept_as_written_however_deep_its_parts_lie():
 
 def test_no_part_of_an_id_is_copied_for_each_level_around_it():
     inner, pieces = "x" * 1000, []
-    samples._write_json([[[{"a": inner}]]], pieces)
+    written_json._write([[[{"a": inner}]]], pieces)
     assert "".join(pieces) == json.dumps([[[{"a": inner}]]])
     assert sum(map(len, pieces)) == len(inner) + len('[[[{"a": ""}]]]')
