@@ -46,7 +46,7 @@ def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
     ("page", "names"),
     [
         ("README.md", ASSET_MODULES),
-        ("README.md", RejectionReason),
+        ("docs/data.md", RejectionReason),
         ("docs/choosing.md", STRATEGIES),
         ("docs/exports.md", FORMAT_NAMES),
     ],
