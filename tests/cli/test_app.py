@@ -280,9 +280,13 @@ def test_split_makes_shards_that_run(scalselect: Command, tmp_path: Path, demo_v
 
 def test_options_that_failed_are_not_remembered(scalselect: Command, tmp_path: Path, demo_vlm: Path) -> None:
     write_pool_shard(tmp_path / "2024", "a.jsonl", 4, seed=0)
-    assert scalselect("run", "2024", "--model", tmp_path / "no-model").returncode == 1
-    assert not (tmp_path / ".scalselect" / "2024" / "selection.yaml").exists()
-    assert scalselect("run", "2024", "--model", demo_vlm, "--budget", "2").returncode == 0
+    store = Path(".scalselect") / "2024"
+    assert scalselect("run", "2024", "--model", "./nowhere").returncode == 1
+    assert not (tmp_path / store / "selection.yaml").exists()
+    assert scalselect("run", "2024", "--model", demo_vlm, "--budget", "1000").returncode == 1
+    # The samples are embedded, and without its declaration no command could open their store.
+    assert scalselect("status", "--store", store).returncode == 0
+    assert scalselect("run", "2024", "--budget", "2").returncode == 0
     assert scalselect("run", "2024", "--budget", "1000").returncode == 1
     assert summary_of(scalselect("run", tmp_path / "x" / ".." / "2024", "--json"))["selected"] == 2
 
