@@ -61,7 +61,8 @@ class Shingles:
         frequency = np.bincount(hashes % _BUCKETS, minlength=int(_BUCKETS))
         weight = np.log((n + 1) / np.clip(frequency, 1, max(1, n)))
         owner = np.repeat(np.arange(n), np.diff(start))
-        return cls(start, hashes, weight, np.bincount(owner, weight[hashes % _BUCKETS], n))
+        total = np.bincount(owner, weight[hashes % _BUCKETS], n).astype(np.float64)
+        return cls(start, hashes, weight, total)
 
     def likeness(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of each pair of texts, (m,) in [0, 1]; 1 where both are empty."""
