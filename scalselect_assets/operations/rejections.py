@@ -102,8 +102,11 @@ def _references(text: str) -> tuple[str, ...]:
 
 
 def _files_named(folder: Path, names: set[str]) -> Iterator[Path]:
-    """Files of these names in a folder and below it, the nearest first, of the first so many entries."""
-    waiting, looked_at = [folder], 0
+    """Files of these names in a folder and below it, the nearest first, of the first so many entries.
+
+    Other file systems are left out: a hint is not worth waiting for a network.
+    """
+    waiting, looked_at, device = [folder], 0, folder.stat().st_dev
     while waiting and looked_at < _LOOKED_AT:
         below = waiting.pop(0)
         try:
@@ -112,8 +115,10 @@ def _files_named(folder: Path, names: set[str]) -> Iterator[Path]:
             continue  # a hint is not worth an error
         looked_at += len(entries)
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                waiting.append(Path(entry.path))
+            if entry.is_dir(follow_symlinks=False):
+                hidden = entry.name.startswith(".")
+                if not hidden and entry.stat(follow_symlinks=False).st_dev == device:
+                    waiting.append(Path(entry.path))
             elif entry.name in names:
                 yield Path(entry.path)
 
