@@ -15,7 +15,6 @@ from scalselect_assets.method.representation.rejection import RejectionReason
 from scalselect_assets.resources.artifacts import FRAME, ArtifactMissingError, ArtifactStore
 from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.image_root import ImageRoot
-from scalselect_assets.resources.row_images import RowError
 from scalselect_assets.resources.samples import parse_row
 from scalselect_assets.resources.storage import StorageResource
 
@@ -94,10 +93,7 @@ def find_images(selection: Selection, storage: StorageResource, texts: Iterable[
 
 
 def _references(text: str) -> tuple[str, ...]:
-    try:
-        sample = parse_row(text).sample
-    except RowError:
-        return ()
+    sample = parse_row(text).sample
     return tuple(name for name in sample.images if "://" not in name) if sample else ()
 
 
