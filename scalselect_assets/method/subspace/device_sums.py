@@ -22,9 +22,9 @@ class DeviceSums:
         from scalselect_assets.method.transfers import Transfers
 
         self._torch, self._transfers = torch, Transfers(torch.device(device))
-        zeros = {"dtype": torch.float64, "device": device}
-        self._shift, self._sum = torch.zeros(d, **zeros), torch.zeros(d, **zeros)
-        self._gram = torch.zeros((d, d), **zeros)
+        self._shift = torch.zeros(d, dtype=torch.float64, device=device)
+        self._sum = torch.zeros_like(self._shift)
+        self._gram = torch.zeros((d, d), dtype=torch.float64, device=device)
         self._begun = False
 
     def add(self, x: NDArray[Any]) -> bool:
