@@ -145,7 +145,7 @@ def opened_instance(selection: Selection, *, to_read: bool = False) -> Iterator[
     folder = instance_folder(selection)
     with ExitStack() as stack:
         stack.enter_context(named_damage(folder))
-        if to_read and not is_writable(folder if folder.exists() else folder.parent):
+        if to_read and not (folder.exists() and is_writable(folder)):
             copy = stack.enter_context(copied_records(folder))
             copy.mkdir(exist_ok=True)
             _write_config(copy)

@@ -183,8 +183,9 @@ class Selection(dg.Model):
     )
     strategy: StrategyName = Field(
         default="top_leverage",
-        description="How rows are preferred: by the highest leverage (the paper), drawn in proportion to "
-        "it, by how well they span the subspace together, or by a comparator.",
+        description="How rows are preferred: by the highest leverage (the paper), by high leverage in every "
+        "part of the subspace, drawn in proportion to leverage, by how well they span the subspace together, "
+        "or by a comparator.",
     )
     seed: int = Field(
         default=0,
@@ -211,6 +212,11 @@ class Selection(dg.Model):
     )
     decontamination: Decontamination | None = Field(
         default=None, description="Remove samples that an evaluation set contains; by default none."
+    )
+    contentless_pictures: Literal["keep", "remove"] = Field(
+        default="keep",
+        description="Whether samples are removed whose pictures are all of one colour or noise, as broken "
+        "scans are; leverage prefers them. Nothing that shows something is removed, however rare.",
     )
     report: bool = Field(default=True, description="Whether a page for people describes the result.")
     compare: DeclaredComparison | None = Field(
@@ -341,8 +347,8 @@ class Selection(dg.Model):
 
     @property
     def removes_samples(self) -> bool:
-        """Whether duplicates or contaminated samples are removed before the choice."""
-        return bool(self.near_duplicates or self.decontamination)
+        """Whether duplicates, contaminated or contentless samples are removed before the choice."""
+        return bool(self.near_duplicates or self.decontamination or self.contentless_pictures == "remove")
 
     @property
     def labels(self) -> list[str]:

@@ -22,9 +22,11 @@ class DeviceSums:
         from scalselect_assets.method.transfers import Transfers
 
         self._torch, self._transfers = torch, Transfers(torch.device(device))
-        self._shift = torch.zeros(d, dtype=torch.float64, device=device)
-        self._sum = torch.zeros_like(self._shift)
-        self._gram = torch.zeros((d, d), dtype=torch.float64, device=device)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self._shift, self._sum, self._gram = zeros(d), zeros(d), zeros(d, d)
         self._begun = False
 
     def add(self, x: NDArray[Any]) -> bool:
