@@ -6,7 +6,7 @@ DEMO := .scalselect
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train dev test test-quick e2e faults lint format constraints screenshots clean
+.PHONY: help install demo train dev test test-quick e2e faults gpu lint format constraints screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ e2e: install  ## Run the test of a real Dagster deployment on loopback (five min
 
 faults: install  ## Run the tests that kill processes, fill disks and move clocks
 	$(BIN)/python -m pytest -m faults -n auto
+
+gpu:  ## Measure the representation on a CUDA device (five minutes; with the torch of PYTHON, not .venv)
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 lint: install  ## Check style, types, the import contract and the declared dependencies
 	$(BIN)/ruff check

@@ -2,7 +2,7 @@
 
 Selections are declared in YAML (`scalselect_assets.declaration.selection`), by default one in each store
 under `./.scalselect`, where `scalselect run` writes it; SCALSELECT_SELECTIONS names other files or folders.
-The path that each becomes is the table in `scalselect_assets/__init__.py`.
+The table in `scalselect_assets/__init__.py` shows the path of assets that each selection becomes.
 """
 
 import dagster as dg

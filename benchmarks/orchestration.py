@@ -11,7 +11,8 @@ of it: our code, LanceDB, and Dagster by what it does. Also the same shards as o
 
 ``--night``: a pool of 200 shards, 25 of the demo's pools side by side. Each night is a process of its own,
 as it is in a deployment: one with nothing new, one with a shard more, one with another energy threshold, one
-with another budget. The model's files are the demo model's, so that loading it is real, and is told apart.
+with another budget. The model's files are the demo model's, so that loading it is real; its time is listed
+separately.
 
 ``--discover``: 10,000 small shards, six different contents: discovered for the first time and again, reported
 to Dagster for the first time and again. Fails where the second discovery reads a shard file.
@@ -148,7 +149,7 @@ class StandInVlm(VlmResource):
     """Gives the stand-in, without any model."""
 
     def encoder(self, artifacts: Any, **target: Any) -> Any:
-        """The stand-in; the store is told its card."""
+        """The stand-in model; its card is written to the store."""
         import torch
 
         from scalselect_assets.method.representation.model_card import ModelCard
@@ -550,8 +551,8 @@ def print_per_shard(results: Mapping[str, Any]) -> None:
 def print_nights(results: Sequence[Mapping[str, Any]]) -> None:
     """One line per night."""
     print(
-        "\n## Nights\n\n| | seconds | processor s | Dagster runs | shards embedded | model loads | of them s "
-        "| importing s |\n|---|" + "---:|" * 7
+        "\n## Nights\n\n| | seconds | processor s | Dagster runs | shards embedded | model loads "
+        "| s for loading | importing s |\n|---|" + "---:|" * 7
     )
     for one in results:
         print(

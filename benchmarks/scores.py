@@ -247,7 +247,7 @@ def sklearn_pca(x: Matrix, task: Task, *, solver: str) -> Outcome:
 
 
 def sklearn_incremental_pca(x: Matrix, task: Task) -> Outcome:
-    """scikit-learn's incremental PCA, which takes no share of energy and is told k."""
+    """scikit-learn's incremental PCA, which takes k instead of a share of energy."""
     from sklearn.decomposition import IncrementalPCA
 
     batch_rows = min(5 * x.shape[1], len(x))
@@ -259,7 +259,7 @@ def sklearn_incremental_pca(x: Matrix, task: Task) -> Outcome:
 
 
 def torch_svd_lowrank(x: Matrix, task: Task) -> Outcome:
-    """The randomised SVD of torch, which is told k and takes 10 directions more."""
+    """The randomised SVD of torch, which takes k and computes 10 further directions."""
     import torch
 
     torch.manual_seed(0)
@@ -270,7 +270,7 @@ def torch_svd_lowrank(x: Matrix, task: Task) -> Outcome:
 
 
 DOUBLE_SVD = "numpy SVD, twice"
-TOLD_K = " (told k)"
+GIVEN_K = " (given k)"
 
 COMPETITORS = (
     Competitor("ours", ours, squares=8),
@@ -279,8 +279,8 @@ COMPETITORS = (
     Competitor(
         "scikit-learn PCA covariance_eigh", partial(sklearn_pca, solver="covariance_eigh"), copies=1.5
     ),
-    Competitor("scikit-learn IncrementalPCA" + TOLD_K, sklearn_incremental_pca, squares=40),
-    Competitor("torch svd_lowrank" + TOLD_K, torch_svd_lowrank, copies=2),
+    Competitor("scikit-learn IncrementalPCA" + GIVEN_K, sklearn_incremental_pca, squares=40),
+    Competitor("torch svd_lowrank" + GIVEN_K, torch_svd_lowrank, copies=2),
 )
 CUDA_COMPETITOR = Competitor("ours, CUDA", partial(ours, device="cuda"), squares=8)
 

@@ -322,22 +322,22 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
-def told_bytes(value: float) -> str:
-    """With a decimal unit."""
-    return _told(value, ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")), "B")
+def in_bytes(value: float) -> str:
+    """A number of bytes with a decimal unit."""
+    return _in_units(value, ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")), "B")
 
 
-def told_seconds(value: float) -> str:
-    """With the unit that a person would choose."""
-    return _told(value, ((365.25 * 86400, "years"), (2 * 86400, "d"), (2 * 3600, "h"), (120, "min")), "s")
+def in_seconds(value: float) -> str:
+    """A duration with the unit that a person would choose."""
+    return _in_units(value, ((365.25 * 86400, "years"), (2 * 86400, "d"), (2 * 3600, "h"), (120, "min")), "s")
 
 
-def told_flops(value: float) -> str:
-    """With a decimal prefix."""
-    return _told(value, ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")), "")
+def in_flops(value: float) -> str:
+    """A number of flops with a decimal prefix."""
+    return _in_units(value, ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")), "")
 
 
-def _told(value: float, units: Sequence[tuple[float, str]], below: str) -> str:
+def _in_units(value: float, units: Sequence[tuple[float, str]], below: str) -> str:
     if value == 0:
         return "–"
     least, unit = next(((least, unit) for least, unit in units if value >= least), (1.0, below))
@@ -382,9 +382,9 @@ def print_per_million(pool: Pool, c: Constants) -> None:
     rows = [
         (
             cost.asset,
-            told_bytes(cost.stored),
-            told_bytes(cost.read),
-            told_flops(cost.flops),
+            in_bytes(cost.stored),
+            in_bytes(cost.read),
+            in_flops(cost.flops),
             f"{cost.seconds():,.0f}",
         )
         for cost in everything(pool, c)
@@ -400,12 +400,12 @@ def print_totals(pools: Sequence[Pool], c: Constants, machines: int) -> None:
     rows = [
         (
             per_pool[0][index].asset,
-            *(told_seconds(of_pool[index].seconds(m)) for of_pool in per_pool for m in (1, machines)),
+            *(in_seconds(of_pool[index].seconds(m)) for of_pool in per_pool for m in (1, machines)),
         )
         for index in range(len(per_pool[0]))
     ]
     sums = [
-        told_seconds(sum(cost.seconds(m) for cost in of_pool)) for of_pool in per_pool for m in (1, machines)
+        in_seconds(sum(cost.seconds(m) for cost in of_pool)) for of_pool in per_pool for m in (1, machines)
     ]
     worst = [
         max(of_pool, key=lambda cost, m=m: cost.seconds(m)).asset  # type: ignore[misc]
@@ -417,7 +417,7 @@ def print_totals(pools: Sequence[Pool], c: Constants, machines: int) -> None:
     stored = [
         (
             cost.asset,
-            *(told_bytes(of_pool[index].stored) for of_pool in per_pool),
+            *(in_bytes(of_pool[index].stored) for of_pool in per_pool),
         )
         for index, cost in enumerate(per_pool[0])
         if cost.stored
@@ -432,7 +432,7 @@ def print_totals(pools: Sequence[Pool], c: Constants, machines: int) -> None:
         ),
         (
             "memory of the selected rows",
-            *(told_bytes(BUDGET * pool.n * c.selected_row_memory) for pool in pools),
+            *(in_bytes(BUDGET * pool.n * c.selected_row_memory) for pool in pools),
         ),
     ]
     print_table(("", *(f"{pool.n:.0e}".replace("e+0", "e") for pool in pools)), about)
@@ -460,23 +460,23 @@ def print_nightly(pools: Sequence[Pool], c: Constants, share: float, machines: i
         again = {cost.asset: cost for cost in costs(pool, new, c, rebuild=True)}
         dagster = [cost for name, cost in update.items() if name.startswith("Dagster")]
 
-        def told(chosen: Iterable[Cost]) -> str:
+        def shown(chosen: Iterable[Cost]) -> str:
             chosen = tuple(chosen)
             alone, together = (sum(cost.seconds(m) for cost in chosen) for m in (1, machines))
-            return told_seconds(alone) + ("" if alone == together else f" ({told_seconds(together)})")
+            return in_seconds(alone) + ("" if alone == together else f" ({in_seconds(together)})")
 
         rows.append(
             (
                 f"{pool.n:.0e}".replace("e+0", "e"),
                 f"{new.n:,}",
-                told([update["raw_samples"], update["attention_embeddings"]]),
-                told([update["embedding_moments"]]),
-                told([update["subspace_basis"]]),
-                told([again["subspace_basis"]]),
-                told([update["importance_scores"]]),
-                told([update["selected_subset"]]),
-                told(dagster),
-                told(update.values()),
+                shown([update["raw_samples"], update["attention_embeddings"]]),
+                shown([update["embedding_moments"]]),
+                shown([update["subspace_basis"]]),
+                shown([again["subspace_basis"]]),
+                shown([update["importance_scores"]]),
+                shown([update["selected_subset"]]),
+                shown(dagster),
+                shown(update.values()),
             )
         )
     print_table(header, rows)
@@ -494,14 +494,14 @@ def print_shard_sizes(n: int, d: int, k: int, c: Constants, machines: int) -> No
             (
                 f"{shard_rows:,}",
                 f"{pool.shards:,}" + (" (too many)" if pool.shards > DAGSTER_PARTITIONS else ""),
-                told_bytes(by_name["embedding_moments"].stored),
+                in_bytes(by_name["embedding_moments"].stored),
                 f"{by_name['embedding_moments'].stored / (4.0 * n * d):.0%}",
-                told_seconds(by_name["subspace_basis"].seconds()),
-                told_seconds(
+                in_seconds(by_name["subspace_basis"].seconds()),
+                in_seconds(
                     sum(cost.seconds() for name, cost in by_name.items() if name.startswith("Dagster"))
                 ),
-                told_seconds(by_name["embedding_moments"].seconds(machines)),
-                told_seconds(sample * shard_rows),
+                in_seconds(by_name["embedding_moments"].seconds(machines)),
+                in_seconds(sample * shard_rows),
             )
         )
     print_table(

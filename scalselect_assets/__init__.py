@@ -14,10 +14,11 @@ step  asset (module)          partition   what it holds                         
 8     `selection_report`      all shards  the result on one page, for people               HTML
 ====  ======================  ==========  ===============================================  ===============
 
-Step 5a is there where a selection declares what is to be removed, step 8 where it declares a report.
+A selection has step 5a if it declares samples to remove, and step 8 if it declares a report.
 
-`selection` declares one such path (a pool and a target model) and `graph` builds it; `refresh` discovers
-shards and materializes exactly what is stale; `method` is the paper, without Dagster or storage.
+`declaration` holds the settings of one such path (a pool and a target model) and `graph` builds it;
+`operations` discovers shards and materializes exactly the stale assets; `method` is the paper, without
+Dagster or storage.
 
 This package itself imports nothing, so that `scalselect_assets.method` runs where Dagster is not installed.
 """

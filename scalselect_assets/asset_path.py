@@ -22,6 +22,7 @@ from scalselect_assets.resources.artifacts import (
     ArtifactStore,
 )
 from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.verified_files import VerifiedFiles
 from scalselect_assets.resources.vlm import VlmResource
 
 OutputHeader: TypeAlias = Mapping[str, Any]
@@ -109,6 +110,7 @@ class StoreState:
         model_fingerprint: Gives the target model's fingerprint; called where an asset needs it.
         shards: The shards that Dagster knows, in its order.
         shard_versions: The fingerprint of each shard file that discovery read.
+        verified_files: What is known of the store's files; read anew where it is not given.
     """
 
     selection: Selection
@@ -117,6 +119,7 @@ class StoreState:
     model_fingerprint: Callable[[], str]
     shards: Sequence[str] = ()
     shard_versions: Mapping[str, str] = field(default_factory=dict)
+    verified_files: VerifiedFiles | None = None
     _headers: dict[tuple[str, str | None], OutputHeader] = field(default_factory=dict)
     _results: dict[Callable[["StoreState"], Any], Any] = field(default_factory=dict)
 
@@ -124,6 +127,11 @@ class StoreState:
     def artifacts(self) -> ArtifactStore:
         """The store's files."""
         return self.storage.artifacts(self.selection.store)
+
+    @cached_property
+    def verified(self) -> VerifiedFiles:
+        """Which of its files hold what was written to them."""
+        return self.verified_files or VerifiedFiles(self.artifacts)
 
     @cached_property
     def table_names(self) -> set[str]:
@@ -166,6 +174,8 @@ class StoreState:
 
     def _file_header(self, name: str, shard: str | None, suffix: str) -> OutputHeader:
         try:
+            if not self.verified.is_whole(self.artifacts.path(name, shard, suffix=suffix)):
+                return {}
             return self.artifacts.read_header(name, shard, suffix=suffix)
         except (ArtifactMissingError, ArtifactCorruptError):
             return {}

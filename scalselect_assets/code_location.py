@@ -1,7 +1,8 @@
 """The Dagster code location of an installed package: every declared selection with the default resources.
 
-`scalselect ui` opens it, and ``dagster dev -m scalselect_assets.code_location`` does from anywhere. A
-repository that configures resources of its own has a `definitions.py` instead, as this project's has.
+`scalselect ui` opens it, and so does ``dagster dev -m scalselect_assets.code_location`` in any folder. A
+repository that configures its own resources has a `definitions.py` instead, like the repository of this
+project.
 """
 
 import dagster as dg

@@ -1,7 +1,7 @@
 """A selection as a component of Dagster, for projects that load their definitions with ``dg``.
 
-The settings are those of `scalselect_assets.selection.Selection`, and their files have the same form. The
-component does not bring the resources, of which a deployment has one set: merge the definitions with those of
+The settings are those of `scalselect_assets.declaration.selection.Selection`, and their files have the same
+form. The component brings no resources, because a deployment has one set of them: merge its definitions with
 ``scalselect_assets.deployment.build_defs([])``.
 """
 

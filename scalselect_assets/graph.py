@@ -1,4 +1,4 @@
-"""One selection's graph: its sources, the assets of the path, their jobs and what drives them."""
+"""The graph of one selection: its sources, the assets of the path, jobs, and schedule or sensors."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from scalselect_assets.subspace import verification
 
 
 def selection_defs(selection: Selection) -> dg.Definitions:
-    """Everything that Dagster holds of one selection, except the resources, which a deployment shares."""
+    """All definitions of one selection except the resources, which a deployment shares."""
     with warnings.catch_warnings():
-        # Dagster calls backfills in one run and observed sources a beta, and checks by partition a preview.
+        # In Dagster, backfills in one run and observed sources are beta, and checks by partition a preview.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
         sources, assets = source_assets(selection), _assets(selection)
@@ -28,7 +28,7 @@ def selection_defs(selection: Selection) -> dg.Definitions:
             dg.define_asset_job(
                 selection.job_name("assets"),
                 selection=dg.AssetSelection.assets(*assets),
-                description="Any assets of this selection in one process; what the refresh runs.",
+                description="Any assets of this selection in one process; the refresh runs it.",
                 executor_def=dg.in_process_executor,
             ),
             *([] if declarative else [refresh_job(selection)]),
@@ -43,7 +43,7 @@ def selection_defs(selection: Selection) -> dg.Definitions:
 def _assets(selection: Selection) -> Sequence[dg.AssetsDefinition]:
     """The assets of the path, each with the condition on which Dagster requests it, if any."""
     built: list[dg.AssetsDefinition] = [asset.build(selection) for asset in path_of(selection)]
-    # A condition is about the whole path, so an asset module does not know its own.
+    # A condition depends on the whole path, so the asset modules do not set their own.
     return dg.map_asset_specs(
         lambda spec: spec.replace_attributes(
             automation_condition=automation_condition(selection, spec.key.path[-1])

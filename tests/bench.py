@@ -11,10 +11,12 @@ from typing import Any
 import dagster as dg
 import numpy as np
 
+from scalselect_assets import ASSET_MODULES
 from scalselect_assets.declaration.selection import Selection
-from scalselect_assets.deployment import build_defs, open_instance
+from scalselect_assets.deployment import build_defs, open_instance, opened_instance
 from scalselect_assets.embedding import receipts
 from scalselect_assets.operations.refresh import Refresh, RefreshReport
+from scalselect_assets.resources import verified_files
 from scalselect_assets.resources.progress import LogProgress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
@@ -48,10 +50,14 @@ class Bench:
         return Selection(**self.options)
 
     def refresh(
-        self, should_stop: Callable[[], bool] = lambda: False, *, rebuild_basis: bool = False
+        self,
+        should_stop: Callable[[], bool] = lambda: False,
+        *,
+        rebuild_basis: bool = False,
+        accept_missing_images: bool = False,
     ) -> RefreshReport:
         selection = self.selection
-        with open_instance(selection) as instance:
+        with opened_instance(selection) as instance:
             return Refresh(
                 selection,
                 job=self._job(),
@@ -62,12 +68,13 @@ class Bench:
                 log=logging.getLogger("scalselect.test"),
                 log_level="CRITICAL",
                 rebuild_basis=rebuild_basis,
+                accept_missing_images=accept_missing_images,
                 should_stop=should_stop,
             ).run()
 
     def _job(self) -> dg.JobDefinition:
         """The job of all assets, made once for all benches of the same declaration and resources."""
-        declared = repr((self.selection, self.storage, self.vlm))
+        declared = repr((self.selection, self.storage, self.vlm, list(ASSET_MODULES)))
         if declared not in _JOBS:
             defs = build_defs([self.selection], {"storage": self.storage, "vlm": self.vlm})
             _JOBS[declared] = defs.resolve_job_def(self.selection.job_name("assets"))
@@ -116,7 +123,9 @@ class Bench:
         return {
             str(path.relative_to(self.store)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in self.store.rglob("*")
-            if path.is_file() and "dagster" not in path.parts and path.suffix != ".lock"
+            if path.is_file()
+            and not {"dagster", verified_files.NAME} & set(path.parts)
+            and path.suffix != ".lock"
         }
 
     def metadata(self, asset: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from hypothesis import settings
 from PIL import Image
 from sqlalchemy import Engine, event
 
-from tests.tiers import SLOW, mark_slow, refuse_processes
+from tests.tiers import hold_to_tiers, mark_slow, running
 
 # No test is timed. In CI every property is tried on the same cases each time; elsewhere on new ones, which
 # may show a fault that the change at hand did not make.
@@ -40,10 +40,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Let SIGINT interrupt, as the tests of interruptions raise it: `nohup` and ``&`` leave it ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    patch = pytest.MonkeyPatch()
+    hold_to_tiers(patch)
+    config.add_cleanup(patch.undo)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
@@ -59,11 +62,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def _tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """A test that starts processes is slow."""
-    if request.node.get_closest_marker(SLOW) is None:
-        refuse_processes(monkeypatch)
+    with running(item):
+        return (yield)
 
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +117,7 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def processes() -> None:
     """Says that a test starts processes of Python, which makes it a slow one."""
 

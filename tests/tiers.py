@@ -2,13 +2,14 @@
 
 A test is slow if it takes one of the fixtures below, itself or through another fixture; they stand for
 Dagster runs, models and processes. Nobody marks a test by hand, so a new test falls into its tier by what it
-uses.
-`refuse_processes` stops a test that starts a process of Python behind their back.
+uses, and one that starts Python behind their back fails.
 """
 
 import multiprocessing.process
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ import pytest
 
 SLOW: Final = "slow"
 SLOW_FIXTURES: Final = frozenset({"quick_dagster", "demo_vlm", "tiny_vlm", "processes", "children"})
+_running: list[pytest.Item] = []
 
 
 def mark_slow(items: list[pytest.Item]) -> None:
@@ -25,23 +27,34 @@ def mark_slow(items: list[pytest.Item]) -> None:
             item.add_marker(SLOW)
 
 
-def refuse_processes(patch: pytest.MonkeyPatch) -> None:
-    """Let a test fail that starts a process of Python, until the patch is undone."""
+@contextmanager
+def running(item: pytest.Item) -> Iterator[None]:
+    """Hold a test, with its fixtures, to its tier within the block."""
+    _running.append(item)
+    try:
+        yield
+    finally:
+        _running.pop()
+
+
+def hold_to_tiers(patch: pytest.MonkeyPatch) -> None:
+    """Let a test that is not slow fail when it starts a process of Python."""
     popen, start = subprocess.Popen.__init__, multiprocessing.process.BaseProcess.start
 
     def checked_popen(self: Any, args: Any, *more: Any, **options: Any) -> None:
         program = args if isinstance(args, str | Path) else next(iter(args))
         if Path(program).parent == Path(sys.executable).parent:
-            _refuse()
+            _refuse_if_quick()
         popen(self, args, *more, **options)
 
     def checked_start(self: Any) -> None:
-        _refuse()
+        _refuse_if_quick()
         start(self)
 
     patch.setattr(subprocess.Popen, "__init__", checked_popen)
     patch.setattr(multiprocessing.process.BaseProcess, "start", checked_start)
 
 
-def _refuse() -> None:
-    pytest.fail("this test starts a process; let it take the fixture `processes`, or `fresh_python`")
+def _refuse_if_quick() -> None:
+    if _running and _running[-1].get_closest_marker(SLOW) is None:
+        pytest.fail("a test that starts a process takes the fixture `processes`, or `fresh_python`")

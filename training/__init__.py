@@ -4,17 +4,17 @@ It is an example to copy. It shares no process with the first location (`definit
 selection's assets by key, and reads the files that they leave for others: the manifest, the training file,
 the subset's Parquet file and the images that the rows name.
 
-=============  =====================================================================================
-module         content
-=============  =====================================================================================
-`definitions`  the code location: one `training_run` for every declared selection
-`asset`        the asset, its checks, and the condition on which it is due
-`recipe`       the settings of a run, and which of them change the result
-`exports`      the outputs of a selection, verified before they are used
-`examples`     from a row to the model's input, with loss on answers only
-`fine_tuning`  the model, LoRA, the Trainer, and resuming from a checkpoint
-`plots`        the loss curve
-=============  =====================================================================================
+===============  ===================================================================================
+module           content
+===============  ===================================================================================
+`definitions`    the code location: one `training_run` for every declared selection
+`asset`          the asset, its checks, and the condition on which it is due
+`recipe`         the settings of a run, and which of them change the result
+`training_data`  the outputs of a selection, verified before they are used
+`examples`       from a row to the model's input, with loss on answers only
+`fine_tuning`    the model, LoRA, the Trainer, and resuming from a checkpoint
+`plots`          the loss curve
+===============  ===================================================================================
 
 Only `examples` and `fine_tuning` import torch and Transformers, when an asset is materialized.
 """

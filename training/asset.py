@@ -13,9 +13,9 @@ from pydantic import Field
 from upath import UPath
 
 from scalselect_assets.recording.records import Records, RunRecords
-from training.exports import Export, ExportError, read_export, read_manifest
 from training.plots import loss_curve
 from training.recipe import Recipe
+from training.training_data import TrainingData, TrainingDataError, read_manifest, read_training_data
 
 if TYPE_CHECKING:
     from training.fine_tuning import Result
@@ -131,15 +131,15 @@ def train(
 
     log = RunRecords(context).log.info
     try:
-        export = read_export(runs.outputs(store))
-        log(f"{len(export.rows)} rows of version {export.version}, verified")
-        result = fine_tune(export, config, runs.of(selection), log, runs.fsspec_options)
-    except (ExportError, TrainingError, ModelLoadError) as error:
+        data = read_training_data(runs.outputs(store))
+        log(f"{len(data.rows)} rows of version {data.version}, verified")
+        result = fine_tune(data, config, runs.of(selection), log, runs.fsspec_options)
+    except (TrainingDataError, TrainingError, ModelLoadError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     first, last = result.fell()
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result.data_version),
-        metadata={**_versions(export), **_outcome(result, config)},
+        metadata={**_versions(data), **_outcome(result, config)},
         check_results=[
             dg.AssetCheckResult(
                 check_name="loss_goes_down",
@@ -169,7 +169,7 @@ def compare_with_present(
     trained = materialization.metadata[_RECORDED_VERSION].value if materialization else None
     try:
         present = read_manifest(outputs)["data_version"]
-    except ExportError as error:
+    except TrainingDataError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     return dg.AssetCheckResult(
         passed=trained == present,
@@ -191,18 +191,18 @@ def _require_the_extra() -> None:
         )
 
 
-def _versions(export: Export) -> dict[str, Any]:
+def _versions(data: TrainingData) -> dict[str, Any]:
     """The versions of everything that the model was trained on."""
-    manifest = export.manifest
+    manifest = data.manifest
     return {
-        "subset_version": export.subset_version,
-        _RECORDED_VERSION: export.version,
+        "subset_version": data.subset_version,
+        _RECORDED_VERSION: data.version,
         "dataset_provenance": manifest["provenance"],
         "basis_version": manifest["basis_version"],
-        "training_file_sha256": export.training_file_sha256,
-        "target_model": export.model["model"],
-        "target_model_revision": export.model["commit"] or export.model["revision"] or "none: a local folder",
-        "model_fingerprint": export.model["fingerprint"],
+        "training_file_sha256": data.training_file_sha256,
+        "target_model": data.model["model"],
+        "target_model_revision": data.model["commit"] or data.model["revision"] or "none: a local folder",
+        "model_fingerprint": data.model["fingerprint"],
     }
 
 

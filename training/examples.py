@@ -27,8 +27,11 @@ from scalselect_assets.method.representation.images import (
     decode_image,
 )
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
+from scalselect_assets.resources.forms.embedded import from_data_uri
 from scalselect_assets.resources.image_root import ImageRoot
-from scalselect_assets.resources.samples import parse_row, shorten
+from scalselect_assets.resources.samples import parse_row
+from scalselect_assets.resources.trained_fields import GROUNDING_MARKS, TrainedFields, trained_fields
+from scalselect_assets.resources.written_json import shorten
 
 IGNORED = -100
 """The label of a token without loss; PyTorch's cross entropy ignores it."""
@@ -63,6 +66,7 @@ class Rows(Dataset[Prompt]):
         images_folder: str,
         options: dict[str, str],
         image_place: EffectivePlace = "as_written",
+        shards_folder: str | None = None,
     ) -> None:
         """Rows whose image references start from ``images_folder``.
 
@@ -72,7 +76,9 @@ class Rows(Dataset[Prompt]):
             images_folder: Local folder or URI; nothing outside it is opened.
             options: Storage options of fsspec, for a folder that is not local.
             image_place: Where images stand in the prompts: the same place as in the selection.
+            shards_folder: The folder that addresses of images inside the pool's shards start from.
         """
+        self._shards_folder = shards_folder
         self._texts, self._processor, self._image_place = texts, processor, image_place
         self._folder, self._options = images_folder, options
 
@@ -103,6 +109,9 @@ class Rows(Dataset[Prompt]):
         parsed = parse_row(self._texts[index], index, keep_text_only=True)
         if parsed.sample is None:
             return parsed.rejection or Rejection(RejectionReason.MALFORMED_ROW, "it is no row")
+        fields = trained_fields(self._texts[index])
+        if (refusal := _refuse_unread(fields, self._texts[index])) is not None:
+            return refusal
         images = self._images(parsed.sample.images)
         if isinstance(images, Rejection):
             return images
@@ -110,17 +119,28 @@ class Rows(Dataset[Prompt]):
             chat = render_chat(self._processor, placed(parsed.sample.conversation, self._image_place))
         except ChatTemplateError as error:
             return Rejection(RejectionReason.TEMPLATE_REFUSED, str(error))
-        return Prompt(*with_turn_ends(chat.text, chat.answer_spans, self._processor.tokenizer), images)
+        text, learnt = with_turn_ends(chat.text, chat.answer_spans, self._processor.tokenizer)
+        # A span for each text of an answer, and one weight for all texts of a turn.
+        weights = (
+            weight
+            for turn, weight in zip(parsed.sample.conversation.turns, fields.weights, strict=True)
+            for part in turn.parts
+            if turn.role == "assistant" and isinstance(part, str)
+        )
+        taught = (span for span, weight in zip(learnt, weights, strict=True) if weight)
+        return Prompt(text, tuple(taught), images)
 
     @functools.cached_property
     def _root(self) -> ImageRoot:
         root = UPath(self._folder, **self._options)
-        return ImageRoot(root, root)
+        shards = None if self._shards_folder is None else UPath(self._shards_folder, **self._options)
+        return ImageRoot(root, root, shards)
 
     def _images(self, references: Sequence[str]) -> tuple[Image.Image, ...] | Rejection:
         decoded, budget = [], PixelBudget(DEFAULT_MAX_PIXELS)
         for place, reference in enumerate(references, start=1):
-            path = self._root.path_of(reference)
+            inside = from_data_uri(reference)
+            path = self._root.path_of(reference) if inside is None else ""
             if path is None:
                 return Rejection(
                     RejectionReason.OUTSIDE_IMAGE_ROOT,
@@ -128,17 +148,28 @@ class Rows(Dataset[Prompt]):
                     "it is opened",
                 )
             try:
-                decoded.append(decode_image(self._root.read(path)))
+                decoded.append(decode_image(self._root.read(path) if inside is None else inside))
                 budget.spend(decoded[-1])
             except FileNotFoundError as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {place}: {error}")
             except PermissionError as error:
                 return Rejection(RejectionReason.OUTSIDE_IMAGE_ROOT, f"image {place}: {error}")
-            except ImageTooLargeError as error:
-                return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {place}: {error}")
-            except UndecodableImageError as error:
-                return Rejection(RejectionReason.UNDECODABLE_IMAGE, f"image {place}: {error}")
+            except (ImageTooLargeError, UndecodableImageError) as error:
+                return Rejection(error.reason, f"image {place}: {error}")
         return tuple(decoded)
+
+
+def _refuse_unread(fields: TrainedFields, text: str) -> Rejection | None:
+    """Why a row would be trained on as something else than it says; None where it would not."""
+    if fields.objects or GROUNDING_MARKS.search(text):
+        found, remedy = "has boxes for placeholders in its text", "write the boxes into the text"
+    elif fields.tools:
+        found, remedy = "has tools, which the prompt would not show", "write them into the system text"
+    elif fields.has_fractions:
+        found, remedy = "learns an answer in part", "give each answer a weight of 0 or 1"
+    else:
+        return None
+    return Rejection(RejectionReason.TEMPLATE_REFUSED, f"it {found}; {remedy}, or leave the row out")
 
 
 def with_turn_ends(

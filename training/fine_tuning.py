@@ -50,8 +50,8 @@ from scalselect_assets.method.representation.processors import load_processor
 from scalselect_assets.method.representation.quiet import quiet_transformers
 from scalselect_assets.resources.identity import digest
 from training.examples import Collator, LeftOut, Rows, judge
-from training.exports import Export
 from training.recipe import Recipe
+from training.training_data import TrainingData
 
 CODE_VERSION = "1"
 """Raise it whenever the same rows and recipe give other weights."""
@@ -118,19 +118,19 @@ class Result:
 
 
 def fine_tune(
-    export: Export,
+    data: TrainingData,
     recipe: Recipe,
     runs: Path,
     log: Callable[[str], None],
     fsspec_options: dict[str, str] | None = None,
 ) -> Result:
-    """Train the export's target model on its rows, or resume an earlier run that was stopped.
+    """Train the target model on the selected rows, or resume an earlier run that was stopped.
 
-    On a CPU the result is deterministic: the same export, recipe and packages give the same weights, whether
+    On a CPU the result is deterministic: the same data, recipe and packages give the same weights, whether
     interrupted or not. On a GPU the weights agree up to the order in which its kernels add.
 
     Args:
-        export: The verified rows.
+        data: The verified rows, with the manifest that names the model.
         recipe: The settings of the training.
         runs: Folder of the results of this selection.
         log: Called with a sentence at each step of the work.
@@ -144,14 +144,14 @@ def fine_tune(
     """
     start = time.monotonic()
     _require_one_device(recipe)
-    source, commit = export.model["model"], export.model["commit"]
-    _require_the_chosen_model(export, recipe)
+    source, commit = data.model["model"], data.model["commit"]
+    _require_the_chosen_model(data, recipe)
     with quiet_transformers(keep_bars=not Path(source).is_dir()):
         model, processor = _load_model(source, commit, recipe), _load_processor(source, commit)
-        ask_for(processor.image_processor, _image_size(export))
+        ask_for(processor.image_processor, _image_size(data))
         base = weights_sha256(model)
-        settings = digest(CODE_VERSION, recipe.result_settings(), export.model["fingerprint"], base)
-        folder = runs / f"{export.version[:16]}-{settings[:8]}"
+        settings = digest(CODE_VERSION, recipe.result_settings(), data.model["fingerprint"], base)
+        folder = runs / f"{data.version[:16]}-{settings[:8]}"
         with _alone(folder):
             if recipe.train_again:
                 _empty(folder)
@@ -159,19 +159,18 @@ def fine_tune(
                 log(f"{folder} holds the result of these rows and this recipe")
                 return _read_result(folder, time.monotonic() - start)
             rows = Rows(
-                export.rows,
+                data.rows,
                 processor,
-                export.manifest["images_relative_to"],
+                data.manifest["images_relative_to"],
                 fsspec_options or {},
-                export.model.get("image_place", "as_written"),
+                data.model.get("image_place", "as_written"),
+                data.manifest.get("embedded_images_relative_to"),
             )
-            lengths, left_out = _judged(
-                folder, rows, Collator(processor), _max_tokens(export, recipe), recipe
-            )
-            log(f"{len(lengths)} of {len(export.rows)} rows are trained on, in {folder}")
+            lengths, left_out = _judged(folder, rows, Collator(processor), _max_tokens(data, recipe), recipe)
+            log(f"{len(lengths)} of {len(data.rows)} rows are trained on, in {folder}")
             if not lengths:
                 raise TrainingError(
-                    f"none of the {len(export.rows)} rows can be trained on: see {folder / _ROWS}"
+                    f"none of the {len(data.rows)} rows can be trained on: see {folder / _ROWS}"
                 )
             checkpoint, resumed_from = _last_checkpoint(folder / "checkpoints")
             if checkpoint:
@@ -212,13 +211,13 @@ def _require_one_device(recipe: Recipe) -> None:
         )
 
 
-def _require_the_chosen_model(export: Export, recipe: Recipe) -> None:
+def _require_the_chosen_model(data: TrainingData, recipe: Recipe) -> None:
     """Refuse any model but the one that the samples were chosen for.
 
     Raises:
         TrainingError: The model is a hub id without a commit, or its files have changed.
     """
-    chosen_for, source = export.model, export.model["model"]
+    chosen_for, source = data.model, data.model["model"]
     if chosen_for["commit"] is None and not Path(source).expanduser().is_dir():
         raise TrainingError(
             f"the manifest names the hub id {source!r} without a commit, and what is there may have changed "
@@ -232,7 +231,7 @@ def _require_the_chosen_model(export: Export, recipe: Recipe) -> None:
         dtype=chosen_for["dtype"],
         attention_mass=chosen_for["attention_mass"],
         image_place="first" if chosen_for.get("image_place") == "first" else "as_written",
-        image_size=_image_size(export),
+        image_size=_image_size(data),
     )
     if found.fingerprint == chosen_for["fingerprint"]:
         return
@@ -249,8 +248,8 @@ def _require_the_chosen_model(export: Export, recipe: Recipe) -> None:
     )
 
 
-def _image_size(export: Export) -> ImageSize:
-    return ImageSize(**export.model.get("image_size", {}))
+def _image_size(data: TrainingData) -> ImageSize:
+    return ImageSize(**data.model.get("image_size", {}))
 
 
 def _load_processor(source: str, revision: str | None) -> Any:
@@ -266,8 +265,8 @@ def _load_model(source: str, revision: str | None, recipe: Recipe) -> Any:
     )
 
 
-def _max_tokens(export: Export, recipe: Recipe) -> int:
-    limit = int(export.model["max_tokens"])
+def _max_tokens(data: TrainingData, recipe: Recipe) -> int:
+    limit = int(data.model["max_tokens"])
     return limit if recipe.max_length is None else min(limit, recipe.max_length)
 
 

@@ -46,6 +46,14 @@ class Chooser:
         self._candidates = candidates(self.rows, selection.labels)
         self._include, self._exclude = self._listed(lists.include), self._listed(lists.exclude)
         self.unknown = self._include.unknown + self._exclude.unknown
+        if lists.exclude and not len(self._exclude.rows):
+            shown = ", ".join(map(repr, lists.exclude[:3]))
+            raise dg.Failure(
+                f"none of the {len(lists.exclude)} entries of the list to exclude names an embedded row (the "
+                f"first are {shown}), so everything that it is to keep out could be chosen; an entry is a "
+                "source id, a sample key or the SHA-256 of an image. Correct the list or leave it out.",
+                allow_retries=False,
+            )
         self._removed = self._places(removed)
         self._n_removed = removed.height
         self._earlier = None if before is None else self._places(before)

@@ -10,9 +10,9 @@ The evaluation set's version is the hash of its files' names and bytes. It is pa
 a file that is added or changed makes every shard's list stale, and nothing else of it does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import dagster as dg
 import numpy as np
@@ -32,9 +32,11 @@ from scalselect_assets.recording.columns import RAW_SAMPLES, Column, Table, pola
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 from scalselect_assets.resources.evaluation_set import (
     EvaluationFile,
+    EvaluationKind,
     EvaluationSetError,
     FileDigests,
     files,
+    passed_over,
     read_texts,
     sha256_of,
 )
@@ -164,7 +166,7 @@ def look(
     if settings is None:
         return Looked(frames[0], {}, ())
     artifacts = storage.artifacts(selection.store)
-    source = storage.samples(selection.source, selection.image_root, selection.store)
+    source = selection.open_pool(storage)
     whole: list[str] = []
     n_decoded = n_shards = 0
     for shard in shards:
@@ -337,6 +339,37 @@ def _told(evaluation: EvaluationSet) -> dict[str, str | int]:
         told["evaluation_texts_too_short"] = evaluation.texts.n_too_short
         told["evaluation_texts_common"] = evaluation.texts.n_common
     return told
+
+
+def list_files(storage: StorageResource, selection: Selection) -> None:
+    """List the declared evaluation set, whose bytes are not read.
+
+    Raises:
+        EvaluationSetError: It is not there, or holds nothing of its kind.
+    """
+    if selection.decontamination is not None:
+        for kind, place in _declared_places(selection.decontamination):
+            files(storage.path(place), kind)
+
+
+def _declared_places(settings: Decontamination) -> Iterator[tuple[EvaluationKind, str]]:
+    """The folders or files that are declared, with what is to be in them."""
+    if settings.images is not None:
+        yield "images", settings.images
+    if settings.texts is not None:
+        yield "texts", settings.texts
+
+
+def files_passed_over(storage: StorageResource, selection: Selection) -> dict[str, Any]:
+    """What in the declared evaluation folders is not read, by kind, with count and examples."""
+    settings = selection.decontamination
+    if settings is None:
+        return {}
+    return {
+        f"{part}: {kind}": found
+        for part, place in _declared_places(settings)
+        for kind, found in passed_over(storage.path(place), part).items()
+    }
 
 
 def _found(

@@ -8,6 +8,7 @@ the comparison costs (`comparison`).
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ import dagster as dg
 import polars as pl
 
 from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
-from scalselect_assets.choice import comparison, image_places, removed_samples
+from scalselect_assets.choice import advice, comparison, image_places, removed_samples
 from scalselect_assets.choice.chooser import Chooser, comparison_metadata
 from scalselect_assets.choice.lists import Lists
 from scalselect_assets.choice.pool_rows import PoolRows
@@ -39,6 +40,9 @@ from scalselect_assets.subspace.basis_header import BasisHeader
 
 if TYPE_CHECKING:
     from scalselect_assets.method.subspace.basis import Subspace
+
+_UNKNOWN_NAMED = 100
+"""Entries of lists that name no row, as far as they are recorded by name."""
 
 NAME = "selected_subset"
 CODE_VERSION = "3"
@@ -83,6 +87,11 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         code_version=data_versions.shown_code_version(CODE_VERSION, choice=selection.choice_settings()),
         metadata={"dagster/column_schema": column_schema(SELECTED_SUBSET)},
         check_specs=[
+            dg.AssetCheckSpec(
+                advice.CHECK,
+                asset=selection.key(NAME),
+                description="The chosen samples repeat each other no more than random ones do.",
+            ),
             dg.AssetCheckSpec(
                 SUM_CHECK,
                 asset=selection.key(NAME),
@@ -155,11 +164,17 @@ def choose_subset(
         places = image_places.image_places(
             chooser.rows, choice.rows, pool, subspace, unit_rows=selection.unit_rows
         )
+    repetition = advice.repetition(compared)
     sums = _sum_check(chooser.rows, subspace)
     require_passed(sums)
     data_version = _content_version(chosen)
     made_from = provenance(selection, basis.data_version, lists.version, removed_version)
-    stated = data_versions.header(data_version, made_from, subspace_basis=basis.data_version)
+    stated = data_versions.header(
+        data_version,
+        made_from,
+        subspace_basis=basis.data_version,
+        unknown_listed=json.dumps(chooser.unknown[:_UNKNOWN_NAMED], ensure_ascii=False),
+    )
     artifacts.write_frame(comparison.NAME, compared, stated)
     path, n_bytes = artifacts.write_frame(NAME, chosen, stated)
     return Output(
@@ -179,6 +194,7 @@ def choose_subset(
             **{f"drift_{name}": value for name, value in basis.drift.items()},
             **places.metadata(),
             **comparison_metadata(compared),
+            **({} if repetition is None else repetition.metadata()),
             **cost(basis),
             "seconds": time.monotonic() - start,
             "bytes": n_bytes,
@@ -190,6 +206,7 @@ def choose_subset(
                 "selection_covers_every_shard", [shard for shard in shards if shard not in basis.shards]
             ),
             _listed_check(chooser.unknown),
+            advice.repetition_check(repetition),
             places.check(),
         ),
     )
@@ -218,7 +235,7 @@ def _listed_check(unknown: tuple[str, ...]) -> dg.AssetCheckResult:
         check_name="listed_samples_are_in_the_pool",
         passed=not unknown,
         severity=dg.AssetCheckSeverity.WARN,
-        metadata={"n_unknown": len(unknown), "unknown": list(unknown[:100])},
+        metadata={"n_unknown": len(unknown), "unknown": list(unknown[:_UNKNOWN_NAMED])},
     )
 
 

@@ -1,19 +1,18 @@
 """`scalselect status`, `explain` and `verify`: they read a store and change nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from scalselect_assets import deployment
 from scalselect_assets.cli.options import Device, DeviceOption, JsonOption, VerboseOption, declaration_path
 from scalselect_assets.cli.printing import (
-    ERR,
-    OUT,
-    PLAIN,
+    complain,
     print_json,
     print_summary,
+    say,
     user_errors,
 )
 from scalselect_assets.dataset.training_manifest import is_complete
@@ -22,10 +21,12 @@ from scalselect_assets.explain.explanation import DEFAULT_SIMILAR
 from scalselect_assets.explain.sample_attention import SampleAttention, attention_of
 from scalselect_assets.explain.sample_lineage import SampleLineage, trace
 from scalselect_assets.explain.why import explain as explain_sample
+from scalselect_assets.operations.deep_verification import deep_problems
 from scalselect_assets.operations.staleness import Staleness
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.pool.discovery import discover
 from scalselect_assets.recording.records import Records
+from scalselect_assets.resources.pool_listing import in_words
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace.sample_directions import DEFAULT_DIRECTIONS
@@ -50,17 +51,20 @@ def status(
         selection = read_selection(declaration_path(store))
         storage = StorageResource()
         if sample is not None:
-            with deployment.open_instance(selection) as instance:
+            with deployment.opened_instance(selection, to_read=True) as instance:
                 print_lineage(trace(selection, storage, instance, sample), as_json=as_json)
             return
         artifacts = storage.artifacts(selection.store)
         discovery = discover(
-            storage.samples(selection.source, selection.image_root, selection.store),
+            selection.open_pool(storage),
             artifacts,
             selection.settle_seconds,
+            remember=deployment.is_writable_store(selection),
         )
-        with deployment.open_instance(selection) as instance:
-            pending = Staleness(selection, storage, VlmResource(), instance).pending(discovery)
+        with deployment.opened_instance(selection, to_read=True) as instance:
+            staleness = Staleness(selection, storage, VlmResource(), instance)
+            pending, problems = staleness.pending(discovery), staleness.problems()
+            problems += [f"damaged: {message}" for message in staleness.verified.damaged.values()]
             known = set(Records(instance).known_shards(selection.name))
         result = summary(artifacts) if is_complete(artifacts) else {}
         state = {
@@ -68,19 +72,32 @@ def status(
             "shards": len(discovery.versions),
             "pending": pending,
             "being_written": list(discovery.unsettled),
+            "passed_over": dict(discovery.passed_over),
             "shards_removed": sorted(known - set(discovery.versions)),
+            "problems": problems,
         }
         if as_json:
             print_json(state)
-            return
-        if result:
-            print_summary(selection, result)
         else:
-            OUT.print("There is no result yet.")
-        if pending:
-            OUT.print(f"Out of date: {', '.join(pending[:20])}; `scalselect run` brings it up to date.")
-        else:
-            OUT.print(f"All {len(discovery.versions)} shards and what follows from them are up to date.")
+            if result:
+                print_summary(selection, state)
+            else:
+                say("There is no result yet.")
+                if there := in_words(discovery.passed_over):
+                    say(f"Not read: {there}.")
+            if pending:
+                say(f"Out of date: {', '.join(pending[:20])}; `scalselect run` brings it up to date.")
+            else:
+                say(f"All {len(discovery.versions)} shards and what follows from them are up to date.")
+        _end_with(problems)
+
+
+def _end_with(problems: Sequence[str]) -> None:
+    """Print problems, and exit with 1 if there are any."""
+    for problem in problems:
+        complain(problem)
+    if problems:
+        raise typer.Exit(1)
 
 
 def explain(
@@ -117,8 +134,9 @@ def explain(
     with user_errors(verbose=verbose):
         selection = read_selection(declaration_path(store))
         storage = StorageResource()
-        with deployment.open_instance(selection) as instance:
+        with deployment.opened_instance(selection, to_read=True) as instance:
             shards = Records(instance).known_shards(selection.name)
+            problems = Staleness(selection, storage, VlmResource(), instance).problems()
         explanation = explain_sample(
             selection, storage, sample, similar=similar, directions=directions, shards=shards
         )
@@ -136,34 +154,46 @@ def explain(
                 *(("drawn in", str(f)) for f in drawings),
             ]
             for label, value in lines:
-                OUT.print(f"{label:<24}{escape(value)}".rstrip(), **PLAIN)
-        for problem in explanation.problems:
-            ERR.print(f"[red]inconsistent:[/red] {escape(problem)}", **PLAIN)
-        if explanation.problems:
-            raise typer.Exit(1)
+                say(f"{label:<24}{value}".rstrip())
+        _end_with([*(f"inconsistent: {problem}" for problem in explanation.problems), *problems])
 
 
 def verify(
     store: Annotated[str, typer.Option(help="The store to look at.")],
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Read everything, and compare the scores with those of all vectors."),
+    ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Compute the basis anew from the moments of all shards and compare; changes nothing."""
     with user_errors(verbose=verbose):
         selection = read_selection(declaration_path(store))
-        difference = rebuild_difference(StorageResource().artifacts(selection.store))
+        storage = StorageResource()
+        run = f"scalselect run {selection.source} --store {store}"
+        found = [problem.message for problem in deep_problems(selection, storage)] if deep else []
+        with deployment.opened_instance(selection, to_read=True) as instance:
+            failed = Staleness(selection, storage, VlmResource(), instance).problems()
+        if found:
+            # A damaged file is named already; a comparison with it would repeat the fault in other words.
+            if as_json:
+                print_json({"problems": [*found, *failed], "equal": False})
+            _end_with([*found, *failed, f"made anew by: {run} --repair"])
+        difference = rebuild_difference(storage.artifacts(selection.store))
         equal = max(difference.values()) <= REBUILD_TOLERANCE
         if as_json:
-            print_json({**difference, "equal": equal})
+            print_json({**difference, "equal": equal, "problems": failed})
         else:
             for name, value in difference.items():
-                OUT.print(f"{name:<24}{value:.2e}", **PLAIN)
+                say(f"{name:<24}{value:.2e}")
             relation = "equals" if equal else "differs from"
-            OUT.print(f"The basis {relation} its rebuild (tolerance {REBUILD_TOLERANCE:g}).", **PLAIN)
-        if not equal:
-            remedy = f"scalselect run {selection.source} --store {store} --rebuild-basis"
-            ERR.print(f"[red]made anew by: {escape(remedy)}[/red]", **PLAIN)
-            raise typer.Exit(1)
+            say(f"The basis {relation} its rebuild (tolerance {REBUILD_TOLERANCE:g}).")
+            if deep:
+                say(
+                    "Every file and table is what was written, and scores and choice follow from the vectors."
+                )
+        _end_with([*([] if equal else [f"made anew by: {run} --rebuild-basis"]), *failed])
 
 
 def print_lineage(lineage: SampleLineage, *, as_json: bool) -> None:
@@ -172,11 +202,8 @@ def print_lineage(lineage: SampleLineage, *, as_json: bool) -> None:
         print_json(lineage.to_json())
     else:
         for label, value in lineage.lines():
-            OUT.print(f"{label:<30}{escape(value)}".rstrip(), **PLAIN)
-    for problem in lineage.problems:
-        ERR.print(f"[red]inconsistent:[/red] {escape(problem)}", **PLAIN)
-    if lineage.problems:
-        raise typer.Exit(1)
+            say(f"{label:<30}{value}".rstrip())
+    _end_with([f"inconsistent: {problem}" for problem in lineage.problems])
 
 
 def _draw(seen: SampleAttention, file: Path, max_side: int) -> list[Path]:

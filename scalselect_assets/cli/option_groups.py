@@ -14,7 +14,9 @@ def grouped_options(command: Callable[..., None]) -> Callable[..., None]:
     A group is a dataclass whose fields are annotated as options of Typer. Its class attribute ``PANEL`` is
     the title under which ``--help`` lists them.
     """
-    groups = {name: kind for name, kind in get_type_hints(command).items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {
+        name: kind for name, kind in get_type_hints(command).items() if is_dataclass(kind)
+    }
 
     @wraps(command)
     def flat(**given: Any) -> None:

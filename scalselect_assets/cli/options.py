@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from scalselect_assets import deployment
-from scalselect_assets.declaration.selection import Selection, read_selection
+from scalselect_assets import ASSET_MODULES, deployment
+from scalselect_assets.declaration.selection import NO_CREDENTIALS, Selection, read_selection
+from scalselect_assets.resources.artifacts import replace_text
+from scalselect_assets.resources.shown_text import has_credentials
 from scalselect_assets.resources.storage import StorageResource
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -37,12 +39,14 @@ class ImagePlaceName(StrEnum):
 class Dtype(StrEnum):
     """Number types of the model's weights and activations."""
 
+    AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
 
 _OF_THE_MODEL = ("model_revision", "image_size", "min_pixels", "max_pixels", "max_tiles")
+"""Settings that belong to one model; they are dropped when a run names another model."""
 
 DeviceOption = Annotated[Device, typer.Option(help="Device that the model runs on.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
@@ -58,8 +62,12 @@ def declared_from_options(
 ) -> Iterator[Selection]:
     """The selection that the options describe, on top of the declaration that the store already has.
 
-    The declaration is written to the store, and restored if the block fails: what cannot run is not kept.
+    The declaration is written to the store, and restored if the block fails: what cannot run is not kept. A
+    first run that fails after it has computed something keeps its declaration.
     """
+    for place in (source, store):
+        if place is not None and has_credentials(place):
+            raise typer.BadParameter(NO_CREDENTIALS)
     location = absolute_place(source)
     store = absolute_place(store or str(Path(".scalselect") / (name or _name_of(location))))
     path = Path(store) if "://" not in store else Path(".scalselect") / (name or _name_of(location))
@@ -76,28 +84,42 @@ def declared_from_options(
         )
     if not StorageResource().path(location).exists():
         raise FileNotFoundError(f"no pool at {location}: name the folder (or file) of its shard files")
-    given = {key: value for key, value in options.items() if value is not None}
-    if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
-        given["target_model"] = absolute_place(given["target_model"])
-    if given.get("target_model", known["target_model"]) != known["target_model"]:
-        known |= dict.fromkeys(_OF_THE_MODEL)  # they were the other model's
-    try:
-        selection = Selection(**{**known, **given, "source": location, "store": store})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(selection.to_yaml(in_store="://" not in store), encoding="utf-8")
+    selection = _declared_over(known, options, location, store)
+    replace_text(path, selection.to_yaml(in_store="://" not in store))
     try:
         yield selection
     except typer.Exit:
         raise
     except Exception:
-        if before is None:
+        if before is not None:
+            replace_text(path, before)
+        elif not _holds_results(path.parent):
             path.unlink()
-        else:
-            path.write_text(before, encoding="utf-8")
         raise
+
+
+def _declared_over(known: dict[str, Any], options: Mapping[str, Any], location: str, store: str) -> Selection:
+    """The known settings of a selection, replaced by the options that are given.
+
+    Raises:
+        typer.BadParameter: The settings do not make a valid selection.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    if "target_model" in given and Path(given["target_model"]).expanduser().is_dir():
+        given["target_model"] = absolute_place(given["target_model"])
+    if given.get("target_model", known["target_model"]) != known["target_model"]:
+        known |= dict.fromkeys(_OF_THE_MODEL)  # they belonged to the other model
+    try:
+        selection = Selection(**{**known, **given, "source": location, "store": store})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return selection
+
+
+def _holds_results(store: Path) -> bool:
+    """Whether anything was computed: then the store keeps the declaration by which it can be opened."""
+    return any((store / asset).is_dir() for asset in ASSET_MODULES)
 
 
 def declaration_path(store: str) -> Path:

@@ -6,19 +6,17 @@ from typing import Annotated, Any
 
 import dagster as dg
 import typer
-from rich.markup import escape
 
 from scalselect_assets import deployment
 from scalselect_assets.cli.option_groups import grouped_options
 from scalselect_assets.cli.options import JsonOption, VerboseOption, declared_from_options
 from scalselect_assets.cli.printing import (
-    ERR,
-    OUT,
-    PLAIN,
     ProgressBars,
+    complain,
     print_json,
     print_summary,
     print_work,
+    say,
     user_errors,
 )
 from scalselect_assets.cli.run_options import (
@@ -32,6 +30,7 @@ from scalselect_assets.cli.run_options import (
     SubspaceOptions,
 )
 from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.operations.deep_verification import deep_problems
 from scalselect_assets.operations.refresh import Refresh
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.resources.storage import StorageResource
@@ -70,6 +69,8 @@ def run(
                 as_json=as_json,
                 verbose=verbose,
                 rebuild_basis=subspace.rebuild_basis,
+                repair=place.repair,
+                accept_missing_images=pool.accept_missing_images,
             )
 
 
@@ -89,11 +90,11 @@ def demo(
         with declared_from_options(str(pool.root), str(folder / "demo"), "demo", options) as selection:
             refresh_and_report(selection, VlmResource(device="cpu"), as_json=as_json, verbose=verbose)
         if not as_json:
-            OUT.print(
+            say(
                 "\nThe demo model's weights are random, so the path is real and the choice means nothing; "
-                "name a real model with [bold]scalselect run --model[/bold].\n"
-                "Look at the runs and the lineage: [bold]make dev[/bold] or "
-                f"[bold]scalselect ui --store {folder / 'demo'}[/bold]"
+                "name a real model with scalselect run --model.\n"
+                "Look at the runs and the lineage: make dev or "
+                f"scalselect ui --store {folder / 'demo'}"
             )
 
 
@@ -107,11 +108,21 @@ def refresh_and_report(
     as_json: bool,
     verbose: bool,
     rebuild_basis: bool = False,
+    repair: bool = False,
+    accept_missing_images: bool = False,
 ) -> None:
     """Refresh and print the summary; exit with 1 if a shard or a check failed."""
-    with deployment.open_instance(selection) as instance, ProgressBars() as bars:
+    if repair:
+        _remove_what_is_wrong(selection)
+    with deployment.opened_instance(selection) as instance, ProgressBars() as bars:
         report = make_refresh(
-            selection, instance, vlm, bars, verbose=verbose, rebuild_basis=rebuild_basis
+            selection,
+            instance,
+            vlm,
+            bars,
+            verbose=verbose,
+            rebuild_basis=rebuild_basis,
+            accept_missing_images=accept_missing_images,
         ).run()
     result = {
         **summary(StorageResource().artifacts(selection.store)),
@@ -119,6 +130,9 @@ def refresh_and_report(
         "samples_computed": report.computed_rows,
         "samples_reused": report.reused_rows,
         "being_written": report.unsettled,
+        "passed_over": report.passed_over,
+        "rows_without_image": report.kept_rows,
+        "damaged": report.damaged,
         "failed": report.failed,
         "failed_checks": report.failed_checks,
     }
@@ -127,10 +141,28 @@ def refresh_and_report(
     else:
         print_summary(selection, result)
         print_work(report)
+    if kept := sum(report.kept_rows.values()):
+        complain(
+            f"{kept:,} rows keep their vectors though their images are missing; where these are gone for "
+            "good, run with --accept-missing-images",
+            label="missing:",
+        )
+    for message in report.damaged.values():
+        complain(f"{message}: it was made again", label="damaged:")
     for problem in (problems := report.problems()):
-        ERR.print(f"[red]{escape(problem)}[/red]", **PLAIN)
+        complain(problem)
     if problems:
         raise typer.Exit(1)
+
+
+def _remove_what_is_wrong(selection: Selection) -> None:
+    """Remove what `verify --deep` finds, so that the refresh makes it again."""
+    storage = StorageResource()
+    with storage.locks(selection.store).alone():
+        for problem in deep_problems(selection, storage):
+            for path in problem.remove:
+                path.unlink(missing_ok=True)
+            complain(f"{problem.message}: it is made again", label="repair:")
 
 
 def make_refresh(
@@ -141,6 +173,7 @@ def make_refresh(
     *,
     verbose: bool,
     rebuild_basis: bool = False,
+    accept_missing_images: bool = False,
 ) -> Refresh:
     """A refresh of one selection whose asset job uses the given resources."""
     storage = StorageResource()
@@ -157,4 +190,5 @@ def make_refresh(
         log=log,
         log_level="INFO" if verbose else "CRITICAL",
         rebuild_basis=rebuild_basis,
+        accept_missing_images=accept_missing_images,
     )

@@ -33,6 +33,10 @@ class PoolOptions:
         str | None,
         typer.Option(help="Folder that image paths start from. (default: the folder of each shard)"),
     ] = None
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of files in the pool that are no shards; may be given several times."),
+    ] = None
     text_only: Annotated[
         str | None,
         typer.Option(
@@ -46,6 +50,13 @@ class PoolOptions:
             "image_folder or field:NAME. (default: source)"
         ),
     ] = None
+    accept_missing_images: Annotated[
+        bool,
+        typer.Option(
+            "--accept-missing-images",
+            help="Agree that missing images are gone: their rows give up their vectors, this time only.",
+        ),
+    ] = False
 
     def settings(self) -> dict[str, Any]:
         """The settings that these options declare."""
@@ -54,6 +65,7 @@ class PoolOptions:
             text_only = _amount("--text-only", text_only)
         return {
             "image_root": _place(self.image_root),
+            "ignore": self.ignore or None,
             "text_only": text_only,
             "source_label": self.source_label,
         }
@@ -74,7 +86,11 @@ class ModelOptions:
     ] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Number type of weights and activations. (default: float32)")
+        Dtype | None,
+        typer.Option(
+            help="Number type of weights and activations; auto takes bfloat16 for a checkpoint in half "
+            "precision and float32 for others. (default: auto)"
+        ),
     ] = None
     attention_mass: Annotated[
         float | None, typer.Option(help="Attention share of the kept vision tokens. (default: 0.9)")
@@ -266,9 +282,18 @@ class RemovalOptions:
     PANEL: ClassVar = "Samples to remove before the choice"
 
     near_duplicates: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="Remove samples whose cosine with a sample of higher leverage is at least this high."
+            metavar="COSINE",
+            help="Remove samples with the text of a sample of higher leverage and at least this cosine with "
+            "it; `suggested` takes the cosine from the pool.",
+        ),
+    ] = None
+    contentless_pictures: Annotated[
+        str | None,
+        typer.Option(
+            metavar="keep|remove",
+            help="Remove samples whose pictures are of one colour or noise? (default: keep)",
         ),
     ] = None
     evaluation_images: Annotated[
@@ -282,9 +307,21 @@ class RemovalOptions:
         """The settings that these options declare."""
         evaluation = {"images": _place(self.evaluation_images), "texts": _place(self.evaluation_texts)}
         return {
-            "near_duplicates": None if self.near_duplicates is None else {"cosine": self.near_duplicates},
+            "near_duplicates": self._near_duplicates(),
+            "contentless_pictures": self.contentless_pictures,
             "decontamination": evaluation if any(evaluation.values()) else None,
         }
+
+    def _near_duplicates(self) -> dict[str, Any] | None:
+        if self.near_duplicates in {None, "suggested"}:
+            return None if self.near_duplicates is None else {"cosine": "suggested"}
+        try:
+            return {"cosine": float(str(self.near_duplicates))}
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"--near-duplicates: {self.near_duplicates!r} is neither a cosine, such as 0.995, nor "
+                "`suggested`"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +339,10 @@ class StoreOptions:
     name: Annotated[
         str | None, typer.Option(help="Prefix of the asset keys. (default: from the name of the pool)")
     ] = None
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Read the whole store first, and make again what is damaged or wrong."),
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +354,7 @@ class ComputingOptions:
     device: DeviceOption = Device.AUTO
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens in a batch. (default: 4096, on a GPU 32768)"),
+        typer.Option(min=1, help="Tokens in a batch. (default: 4096, on a GPU 16384)"),
     ] = None
     workers: Annotated[
         int | None,

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from scalselect_assets import deployment
 from scalselect_assets.cli.options import JsonOption, VerboseOption, declaration_path
-from scalselect_assets.cli.printing import ERR, OUT, PLAIN, print_json, user_errors
+from scalselect_assets.cli.printing import ERR, print_json, say, user_errors
 from scalselect_assets.declaration.selection import read_selection
 from scalselect_assets.operations.cleaning import clean as clean_store
 from scalselect_assets.operations.leftovers import DEFAULT_RETENTION_DAYS
@@ -36,7 +36,7 @@ def clean(
     """
     with user_errors(verbose=verbose):
         selection = read_selection(declaration_path(store))
-        with deployment.open_instance(selection) as instance:
+        with deployment.opened_instance(selection) as instance:
             report = clean_store(
                 selection,
                 StorageResource(),
@@ -51,8 +51,8 @@ def clean(
         for verdict, groups in ((verb, report.removed_by_kind()), ("kept", report.kept_by_reason())):
             for group in groups:
                 files = f"{group['count']:,} {group['kind'].replace('_', ' ')}, {group['bytes']:,} bytes"
-                OUT.print(f"{verdict:<24}{files}: {escape(group['why'])}", **PLAIN)
-        OUT.print(f"{report.bytes_freed:,} bytes {'would be ' if dry_run else ''}freed.", **PLAIN)
+                say(f"{verdict:<24}{files}: {group['why']}")
+        say(f"{report.bytes_freed:,} bytes {'would be ' if dry_run else ''}freed.")
 
 
 def split(
@@ -73,11 +73,8 @@ def split(
                 f"--out {out} is the file's own folder, where its rows would count twice; name another one"
             )
         result = split_shard(UPath(file.absolute()), rows, out)
-        OUT.print(f"{result.n_rows:,} rows in {len(result.files)} shards in {out}")
-        OUT.print(
-            "Image paths are relative to the file that they were in: run with "
-            f"[bold]--image-root {file.parent}[/bold]"
-        )
+        say(f"{result.n_rows:,} rows in {len(result.files)} shards in {out}")
+        say(f"Image paths are relative to the file that they were in: run with --image-root {file.parent}")
 
 
 def ui(
@@ -97,7 +94,7 @@ def ui(
             deployment.SELECTIONS_VARIABLE: str(declaration.absolute()),
         }
         environment.setdefault(deployment.TICK_SETTLE_VARIABLE, "0.1")
-        ERR.print(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)")
+        ERR.print(Text(f"Dagster UI: http://{host}:{port} (stop with Ctrl-C)"))
         # Keeps Python from importing a `scalselect_assets` that the current folder may have.
         environment["PYTHONSAFEPATH"] = "1"
         command = [sys.executable, "-m", "dagster", "dev", "-m", "scalselect_assets.code_location"]

@@ -7,6 +7,7 @@ in memory; exports add a temporary file of the chosen texts and what `exports.pu
 """
 
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from upath import UPath
 from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState, path_of
 from scalselect_assets.choice import selected_subset
 from scalselect_assets.dataset.exports import publish
+from scalselect_assets.dataset.exports.placed_images import ExportError
 from scalselect_assets.dataset.exports.rows import RowSpool
 from scalselect_assets.dataset.training_manifest import is_complete, read_manifest
 from scalselect_assets.declaration.selection import Selection
@@ -69,6 +71,11 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 asset=selection.key(NAME),
                 description="The file holds each selected row once, and the text-only rows if they are kept.",
             ),
+            dg.AssetCheckSpec(
+                "every_file_of_the_pool_is_read",
+                asset=selection.key(NAME),
+                description="No file in the pool's folder is passed over but images and ignored ones.",
+            ),
             *_export_checks(selection),
         ],
     )
@@ -100,7 +107,7 @@ def write_dataset(
     """
     start = time.monotonic()
     artifacts = storage.artifacts(selection.store)
-    source = storage.samples(selection.source, selection.image_root, selection.store)
+    source = selection.open_pool(storage)
     subset, subset_header = artifacts.read_frame(selected_subset.NAME)
     subspace, basis = subspace_basis.read_basis(artifacts)
     in_basis = sorted(basis.shards)
@@ -122,6 +129,7 @@ def write_dataset(
 
         path, n_bytes = writer.write(subset, finish)
     left_out = [shard for shard in shards if shard not in basis.shards]
+    passed_over = source.listing().to_json()
     data_version = _data_version(writer.sha256, exports)
     made_from = provenance(
         selection,
@@ -137,6 +145,9 @@ def write_dataset(
         "basis_version": basis.data_version,
         "basis_drift": basis.drift,
         "images_relative_to": str(source.images_folder()),
+        "embedded_images_relative_to": str(source.shards_folder()),
+        "passed_over": passed_over,
+        "unknown_listed": json.loads(subset_header.get("unknown_listed", "[]")),
         "training_file": path.name,
         **_settings(selection),
         **_counts(subspace, subset, writer),
@@ -160,7 +171,7 @@ def write_dataset(
             "sha256": writer.sha256,
             **publish.metadata(exports),
         },
-        (_every_row_check(writer, subset), *_export_results(exports)),
+        (_every_row_check(writer, subset), _every_file_check(passed_over), *_export_results(exports)),
     )
 
 
@@ -170,6 +181,17 @@ def _every_row_check(writer: DatasetWriter, subset: pl.DataFrame) -> dg.AssetChe
         check_name=ROWS_CHECK,
         passed=writer.n_selected == subset.height and writer.n_rows == writer.n_selected + writer.n_text_only,
         metadata={"written": writer.n_rows, "selected": subset.height},
+    )
+
+
+def _every_file_check(passed_over: Mapping[str, Any]) -> dg.AssetCheckResult:
+    """Whether nothing in the pool's folder is passed over without having been asked for."""
+    unexpected = {kind: found for kind, found in passed_over.items() if kind != "ignored"}
+    return dg.AssetCheckResult(
+        check_name="every_file_of_the_pool_is_read",
+        passed=not unexpected,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"passed_over": unexpected},
     )
 
 
@@ -226,7 +248,7 @@ def _write_exports(
             selection.name,
             lambda reports: require_passed(*_export_results(reports)),
         )
-    except publish.ExportError as error:
+    except ExportError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
 
 
@@ -322,7 +344,8 @@ def expected(state: StoreState) -> str:
 
 def header(state: StoreState) -> OutputHeader:
     """The manifest; empty where it or a file that it names is missing or damaged."""
-    return read_manifest(state.artifacts) if is_complete(state.artifacts) else {}
+    complete = is_complete(state.artifacts, state.verified.sha256)
+    return read_manifest(state.artifacts) if complete else {}
 
 
 ASSET = PoolAsset(

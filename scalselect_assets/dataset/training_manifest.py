@@ -1,9 +1,10 @@
 """The manifest of a training dataset, and when the dataset counts as complete."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator
+from upath import UPath
 
 from scalselect_assets.dataset.exports import publish
 from scalselect_assets.declaration.selection import RETIRED_SETTINGS, Selection
@@ -64,17 +65,24 @@ def _whole(manifest: dict[str, Any]) -> dict[str, Any]:
 _Manifest: TypeAlias = Annotated[dict[str, Any], AfterValidator(_whole)]
 
 
-def is_complete(artifacts: ArtifactStore) -> bool:
-    """Whether the manifest is there, and the training file and those of the exports are of the stated size.
+def is_complete(artifacts: ArtifactStore, sha256: Callable[[UPath], str | None] | None = None) -> bool:
+    """Whether the manifest is there, and the training file and those of the exports are as it states.
 
     Images that exports copied or linked are not looked at.
+
+    Args:
+        artifacts: The store.
+        sha256: Gives the hash of a file, where it is to be compared beside the size.
     """
     try:
         manifest = read_manifest(artifacts)
         for name, file in manifest["files"].items():
             if name == manifest["training_file"] or name.startswith(f"{publish.FOLDER}/"):
-                size = (artifacts.root / NAME / name).stat().st_size
-                if size != file["bytes"]:
+                path = artifacts.root / NAME / name
+                if path.stat().st_size != file["bytes"]:
+                    return False
+                found = sha256(path) if sha256 else None
+                if found is not None and found != file["sha256"]:
                     return False
     except (ArtifactMissingError, ArtifactCorruptError, FileNotFoundError):
         return False

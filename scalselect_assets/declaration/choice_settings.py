@@ -1,7 +1,7 @@
 """The settings of the choice: its budget, its terms, and the strategies that it is compared with."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias, get_args
 
 import dagster as dg
 from pydantic import ConfigDict, Field, model_validator
@@ -11,7 +11,13 @@ from scalselect_assets.method.choice.choose import KeepEarlier
 from scalselect_assets.method.choice.terms import Budget, Quota
 
 StrategyName: TypeAlias = Literal[
-    "top_leverage", "leverage_sampling", "spanning", "random", "stratified_random", "length"
+    "top_leverage",
+    "coverage",
+    "leverage_sampling",
+    "spanning",
+    "random",
+    "stratified_random",
+    "length",
 ]
 Label: TypeAlias = Annotated[
     str,
@@ -70,6 +76,17 @@ class DeclaredQuota(_Declared):
         description="The most that is chosen of each source: rows, or a share of the budget if a float.",
     )
 
+    @model_validator(mode="after")
+    def _floors_are_at_most_ceilings(self) -> Self:
+        for value, floor in self.floors.items():
+            ceiling = self.ceilings.get(value)
+            if ceiling is not None and isinstance(floor, int) == isinstance(ceiling, int) and floor > ceiling:
+                raise ValueError(
+                    f"got a floor of {floor} and a ceiling of {ceiling} for {value!r}; the floor has to be "
+                    "at most the ceiling. Change one of them."
+                )
+        return self
+
     def label(self, source_label: str) -> str:
         """The label that the quota counts by; ``source_label`` says where a row's source stands."""
         return source_label if self.by == "source" else self.by
@@ -113,8 +130,8 @@ class KeptEarlier(_Declared):
         description="An earlier pick stays while its score is at least (1 - slack) times the lowest one "
         "that would be chosen without it.",
     )
-    max_churn: float | None = Field(
-        default=None, ge=0, le=1, description="The largest share of the chosen rows that may be new."
+    max_churn: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="The largest share of the chosen rows that may be new."
     )
 
     def to_keep(self) -> KeepEarlier:
@@ -122,11 +139,11 @@ class KeptEarlier(_Declared):
         return KeepEarlier(self.slack, self.max_churn)
 
 
-class Comparison(_Declared):
+class DeclaredComparison(_Declared):
     """The comparison of the choice with other strategies, under the same terms and by the same measures."""
 
     strategies: list[StrategyName] = Field(
-        default=["top_leverage", "spanning", "leverage_sampling", "random", "stratified_random", "length"],
+        default=list(get_args(StrategyName)),
         description="The strategies that the choice is compared with.",
     )
     seeds: int = Field(default=3, ge=1, le=20, description="How many times a random strategy is drawn.")

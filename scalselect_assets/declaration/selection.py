@@ -7,14 +7,21 @@ the form of Dagster's component files; `scalselect_assets.component` is the comp
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict
 
 import dagster as dg
 import yaml
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from scalselect_assets.declaration.choice_settings import (
-    Comparison,
+    DeclaredComparison,
     DeclaredQuota,
     KeptEarlier,
     Label,
@@ -29,6 +36,9 @@ from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PL
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
+from scalselect_assets.resources.sample_source import SampleSource
+from scalselect_assets.resources.shown_text import has_credentials, masked
+from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import TargetModel
 
 DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
@@ -39,7 +49,7 @@ _EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by store
 
 # Fields that say when and for whom results are made, and change no result.
 _DRIVING = {
-    *("report", "settle_seconds", "owners"),
+    *("report", "settle_seconds", "owners", "ignore", "max_missing_images"),
     *("automation", "automation_seconds", "nightly_cron", "nightly_timezone"),
 }
 
@@ -65,7 +75,17 @@ _CHOICE = {
 }
 
 
+NO_CREDENTIALS = (
+    "a place names a user or a password; give them to the storage by its environment (for S3 "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or by the storage resource's options, and leave them out "
+    "of the URI, which stands in files, records and messages"
+)
+
 _EXPECTED_SHARE = 0.16  # share of the rows if the budget is a number of tokens: the paper's
+
+
+# The bound is inside the union, because Dagster's loader would apply an outer one to null, too.
+_Positive: TypeAlias = Annotated[int, Field(ge=1)]
 
 
 class SelectionFileError(ValueError):
@@ -85,6 +105,9 @@ class AssetOptions(TypedDict):
 class Selection(dg.Model):
     """Choose training samples from one pool for one target VLM."""
 
+    # What was given may hold a password, and errors are printed and recorded.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     name: str = Field(
         pattern=r"^[A-Za-z0-9_]+$",
         description="Prefix of the asset keys: letters, digits and underscores.",
@@ -93,12 +116,19 @@ class Selection(dg.Model):
     store: str = Field(description="Folder or URI for everything that is computed.")
     target_model: str = Field(description="The VLM that will be fine-tuned: local folder or hub id.")
     model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Number type of the model's weights and activations."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number type of the model's weights and activations; auto is bfloat16 for a checkpoint "
+        "in half precision and float32 for others, on every machine.",
     )
     image_root: str | None = Field(
         default=None,
         description="Folder that image paths start from; by default the folder of each shard file.",
+    )
+    ignore: list[str] = Field(
+        default=[],
+        description="Patterns (*.tmp.json, old/*) of files and folders in the pool that are no shards, on "
+        "top of the usual ones (dataset_info.json, trainer_state.json, ...); !pattern takes one back.",
     )
     attention_mass: float = Field(
         default=0.9, gt=0, le=1, description="Share of attention that the kept vision tokens exceed (τ)."
@@ -109,25 +139,21 @@ class Selection(dg.Model):
         "marks are in that turn (as in the published code), or where the marks are written. Choose the "
         "place that the training will use.",
     )
-    image_size: int | None = Field(
+    image_size: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Pixels that the longest side of an image is scaled to at most, for models whose "
         "processor knows it (Idefics3, SmolVLM); by default the processor's own.",
     )
-    min_pixels: int | None = Field(
+    min_pixels: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Pixels that a smaller image is scaled up to (Qwen-VL); by default the processor's own.",
     )
-    max_pixels: int | None = Field(
+    max_pixels: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Pixels that a larger image is scaled down to (Qwen-VL); by default the processor's own.",
     )
-    max_tiles: int | None = Field(
+    max_tiles: _Positive | None = Field(
         default=None,
-        ge=1,
         description="Tiles that an image is cut into at most (InternVL); by default the processor's own.",
     )
     energy: float = Field(
@@ -157,8 +183,9 @@ class Selection(dg.Model):
     )
     strategy: StrategyName = Field(
         default="top_leverage",
-        description="How rows are preferred: by the highest leverage (the paper), drawn in proportion to "
-        "it, by how well they span the subspace together, or by a comparator.",
+        description="How rows are preferred: by the highest leverage (the paper), by high leverage in every "
+        "part of the subspace, drawn in proportion to leverage, by how well they span the subspace together, "
+        "or by a comparator.",
     )
     seed: int = Field(
         default=0,
@@ -186,9 +213,15 @@ class Selection(dg.Model):
     decontamination: Decontamination | None = Field(
         default=None, description="Remove samples that an evaluation set contains; by default none."
     )
+    contentless_pictures: Literal["keep", "remove"] = Field(
+        default="keep",
+        description="Whether samples are removed whose pictures are all of one colour or noise, as broken "
+        "scans are; leverage prefers them. Nothing that shows something is removed, however rare.",
+    )
     report: bool = Field(default=True, description="Whether a page for people describes the result.")
-    compare: Comparison | None = Field(
-        default=Comparison(), description="The strategies that the choice is compared with; null for none."
+    compare: DeclaredComparison | None = Field(
+        default=DeclaredComparison(),
+        description="The strategies that the choice is compared with; null for none.",
     )
     text_only: Literal["drop", "keep"] | int | float = Field(
         default="drop",
@@ -205,6 +238,13 @@ class Selection(dg.Model):
         allow_inf_nan=False,
         description="A shard whose file or images were modified within this time counts as still being "
         "written, and waits.",
+    )
+    max_missing_images: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="A refresh stops where more than this share of the pool's images is missing that were "
+        "there before: a disk that is not mounted. Until a person agrees, rows keep their vectors.",
     )
     owners: list[Annotated[str, StringConstraints(pattern=r"^(team:[\w-]+|[^@\s]+@[^@\s]+)$")]] = Field(
         default=[], description="Owners that the UI shows for the assets: addresses or team:<name>."
@@ -235,6 +275,17 @@ class Selection(dg.Model):
                 f"shard is scored again when the basis moves. Remove the line {name} from the declaration."
             )
         return value
+
+    @model_validator(mode="after")
+    def _no_place_holds_credentials(self) -> Self:
+        pending: list[object] = [self.model_dump()]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, dict | list):
+                pending += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, str) and has_credentials(value):
+                raise ValueError(NO_CREDENTIALS)
+        return self
 
     @field_validator("budget")
     @classmethod
@@ -296,8 +347,8 @@ class Selection(dg.Model):
 
     @property
     def removes_samples(self) -> bool:
-        """Whether duplicates or contaminated samples are removed before the choice."""
-        return bool(self.near_duplicates or self.decontamination)
+        """Whether duplicates, contaminated or contentless samples are removed before the choice."""
+        return bool(self.near_duplicates or self.decontamination or self.contentless_pictures == "remove")
 
     @property
     def labels(self) -> list[str]:
@@ -333,6 +384,10 @@ class Selection(dg.Model):
     def result_settings(self) -> dict[str, Any]:
         """The settings that may change a result or its description; not those of its schedule and owners."""
         return self.model_dump(exclude=_DRIVING | set(RETIRED_SETTINGS))
+
+    def open_pool(self, storage: StorageResource) -> SampleSource:
+        """The pool that is declared, without the files that are to be ignored."""
+        return storage.samples(self.source, self.image_root, self.store, self.ignore)
 
     def key(self, asset: str) -> dg.AssetKey:
         """The asset key of this selection's ``asset``."""
@@ -399,7 +454,7 @@ def read_selection(path: Path) -> Selection:
     try:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SelectionFileError(f"cannot read the selection {path}: {error}") from error
+        raise SelectionFileError(masked(f"cannot read the selection {path}: {error}")) from error
     attributes = _attributes(declared, path)
     for name in ("source", "store", "image_root", "target_model", "include", "exclude"):
         value = attributes.get(name)
@@ -418,4 +473,4 @@ def read_selection(path: Path) -> Selection:
         # Dagster's templating is not used, because it would read a name of digits as a number.
         return Selection.model_validate(attributes)
     except ValueError as error:
-        raise SelectionFileError(f"the selection {path} is not valid: {error}") from error
+        raise SelectionFileError(masked(f"the selection {path} is not valid: {error}")) from error

@@ -213,7 +213,8 @@ def _plan(seed: int) -> _Plan:
     # A duplicate is in the shard of its original, because duplicates are only found within a shard.
     for index, (shard, copied) in enumerate(((2, 5), (6, 11))):
         row = rows[bounds[shard] + copied]
-        shards[shard].insert(30 + index, _line(_bad(row, RejectionReason.DUPLICATE)))
+        # Another field than the id would make it another row.
+        shards[shard].insert(30 + index, _line({**row, "id": f"bad-{RejectionReason.DUPLICATE}-{index}"}))
     for index, line in enumerate(_bad_lines(sorted(pictures), rng)):
         shard_lines = shards[index % N_SHARDS]
         shard_lines.insert(int(rng.integers(len(shard_lines) + 1)), line)

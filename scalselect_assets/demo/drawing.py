@@ -12,7 +12,7 @@ from scalselect_assets.demo.scenes import (
     COLOURS,
     IMAGE_SIDE,
     SHAPES,
-    Kind,
+    Look,
     Picture,
     RarePicture,
     Scene,
@@ -83,7 +83,7 @@ def _draw_rare(picture: RarePicture) -> Image.Image:
             image = Image.fromarray(grains.repeat(2, axis=0).repeat(2, axis=1))
         case "negative":
             things = tuple(
-                Thing(Kind(pick(rng, list(SHAPES)), pick(rng, list(COLOURS))), x, y, 10)
+                Thing(Look(pick(rng, list(SHAPES)), pick(rng, list(COLOURS))), x, y, 10)
                 for x in (24, 56, 88)
                 for y in (30, 80)
             )

@@ -12,7 +12,7 @@ from scalselect_assets.demo.scenes import (
     EN_NUMBERS,
     KO_NUMBERS,
     SHAPES,
-    Kind,
+    Look,
     Pair,
     Scene,
     Source,
@@ -62,7 +62,7 @@ def _ask_which_count(scene: Scene, ko: bool, rng: np.random.Generator) -> Pair:
 
 
 def _ask_any(scene: Scene, ko: bool, rng: np.random.Generator) -> Pair:
-    others = [kind for s in SHAPES for c in COLOURS if (kind := Kind(s, c)) not in scene.kinds]
+    others = [kind for s in SHAPES for c in COLOURS if (kind := Look(s, c)) not in scene.kinds]
     kind = pick(rng, scene.kinds) if rng.random() < 0.5 else pick(rng, others)
     there = kind in scene.kinds
     if ko:

@@ -60,8 +60,8 @@ KO_NUMBERS: Final = ("영", "한", "두", "세", "네", "다섯", "여섯", "일
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of thing: its shape and its colour."""
+class Look:
+    """The look of a thing: its shape and its colour."""
 
     shape: str
     colour: str
@@ -85,7 +85,7 @@ class Kind:
 class Thing:
     """A shape of one colour at one place of a scene."""
 
-    kind: Kind
+    kind: Look
     x: float
     y: float
     radius: float
@@ -100,11 +100,11 @@ class Scene:
     things: tuple[Thing, ...]
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[Look, ...]:
         """The distinct kinds of things in the scene."""
         return tuple(dict.fromkeys(thing.kind for thing in self.things))
 
-    def count(self, kind: Kind) -> int:
+    def count(self, kind: Look) -> int:
         """The number of things of one kind in the scene."""
         return sum(thing.kind == kind for thing in self.things)
 
@@ -135,10 +135,10 @@ def _jitter(rng: np.random.Generator, reach: float) -> float:
 def _counting_scene(variant: int, rng: np.random.Generator) -> Scene:
     """One to six equal things, in some templates one odd thing, in the cells of a 3 x 3 board."""
     background, gridded, main, odd = (
-        ("grey", False, Kind("circle", "red"), Kind("square", "blue")),
-        ("white", True, Kind("star", "yellow"), None),
-        ("beige", False, Kind("triangle", "green"), Kind("circle", "orange")),
-        ("sky", True, Kind("square", "purple"), None),
+        ("grey", False, Look("circle", "red"), Look("square", "blue")),
+        ("white", True, Look("star", "yellow"), None),
+        ("beige", False, Look("triangle", "green"), Look("circle", "orange")),
+        ("sky", True, Look("square", "purple"), None),
     )[variant % 4]
     kinds = [*([odd] if odd else []), *[main] * int(rng.integers(1, 7))]
     # A fixed order of cells keeps scenes with the same count near-identical up to the jitter.
@@ -167,7 +167,7 @@ def _colour_scene(variant: int, rng: np.random.Generator) -> Scene:
         background,
         gridded,
         tuple(
-            Thing(Kind(shape, colour), x + _jitter(rng, 4), 58 + _jitter(rng, 10), 14)
+            Thing(Look(shape, colour), x + _jitter(rng, 4), 58 + _jitter(rng, 10), 14)
             for shape, colour, x in zip(shapes, palette, (31, 82), strict=True)
         ),
     )
@@ -176,10 +176,10 @@ def _colour_scene(variant: int, rng: np.random.Generator) -> Scene:
 def _layout_scene(variant: int, rng: np.random.Generator) -> Scene:
     """Three things of clearly different size in a row, sometimes mirrored."""
     background, gridded, kinds = (
-        ("white", False, (Kind("circle", "blue"), Kind("star", "red"), Kind("square", "green"))),
-        ("beige", False, (Kind("triangle", "purple"), Kind("circle", "yellow"), Kind("star", "blue"))),
-        ("grey", True, (Kind("square", "orange"), Kind("triangle", "blue"), Kind("circle", "green"))),
-        ("sky", True, (Kind("star", "purple"), Kind("square", "red"), Kind("triangle", "orange"))),
+        ("white", False, (Look("circle", "blue"), Look("star", "red"), Look("square", "green"))),
+        ("beige", False, (Look("triangle", "purple"), Look("circle", "yellow"), Look("star", "blue"))),
+        ("grey", True, (Look("square", "orange"), Look("triangle", "blue"), Look("circle", "green"))),
+        ("sky", True, (Look("star", "purple"), Look("square", "red"), Look("triangle", "orange"))),
     )[variant % 4]
     columns = (19, 56, 93) if rng.random() < 0.7 else (93, 56, 19)
     return Scene(

@@ -22,6 +22,7 @@ from scalselect_assets.resources.embedding_store import EmbeddingStore, Embeddin
 if TYPE_CHECKING:
     from scalselect_assets.method.representation.encoder import Outcome, Representation
 
+_MISSING, _NOT_ALLOWED = "missing", "not allowed"  # in the place of a hash
 SET_ASIDE = "set_aside_embeddings"
 _NUMBERS = ("n_tokens", "n_vision_tokens", "n_dominant_tokens", "n_instruction_tokens", "vision_attention")
 
@@ -67,25 +68,34 @@ def unchanged(
         known: By sample key.
         sample_keys: (n,) of the samples.
         images: (n,) references of each sample's images.
-        read_image: From a reference to bytes; one that is gone or not allowed makes its samples changed.
+        read_image: From a reference to bytes; one that is not allowed makes its samples changed. One that is
+            missing does not: its samples keep what they have (see `pool.missing_images`).
 
     Raises:
         OSError: An image cannot be read for reasons other than that it is not there.
     """
-    digests: dict[str, str | None] = {}
+    digests: dict[str, str] = {}
 
-    def digest(reference: str) -> str | None:
+    def digest(reference: str) -> str:
         if reference not in digests:
             try:
                 digests[reference] = hashlib.sha256(read_image(reference)).hexdigest()
-            except (FileNotFoundError, PermissionError, IsADirectoryError):
-                digests[reference] = None
+            except FileNotFoundError:
+                digests[reference] = _MISSING
+            except (PermissionError, IsADirectoryError):
+                digests[reference] = _NOT_ALLOWED
         return digests[reference]
+
+    def is_unchanged(references: Sequence[str], known_as: Sequence[str]) -> bool:
+        return len(references) == len(known_as) and all(
+            digest(reference) in {sha256, _MISSING}
+            for reference, sha256 in zip(references, known_as, strict=True)
+        )
 
     return {
         place: known[key]
         for place, (key, references) in enumerate(zip(sample_keys, images, strict=True))
-        if key in known and tuple(map(digest, references)) == known[key].image_sha256
+        if key in known and is_unchanged(references, known[key].image_sha256)
     }
 
 

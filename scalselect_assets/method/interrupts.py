@@ -1,11 +1,13 @@
-"""Interruptions that wait for what must not stop half-way.
+"""Interruptions that wait for work that must not stop half-way.
 
 Ctrl-C, SIGTERM and a termination in Dagster's UI raise an exception in the main thread, between any two
-instructions of it. In the middle of a transaction of Dagster's SQLite files that leaves a connection with the
-file locked, for as long as the exception's traceback lives, and the run that is to be recorded as stopped
-waits for the lock minutes long. Between taking a future's lock and using it, the lock stays taken, and the
-thread that is to set the result waits for ever, as does who waits for the thread. So whatever asks or tells a
-Dagster instance, and whatever waits for threads, does it here.
+instructions of it. In the middle of a transaction of Dagster's SQLite files, the exception leaves a
+connection with the file locked for as long as its traceback lives, and the refresh then waits minutes for
+that lock to record that it was stopped. Between taking a future's lock and using it, the exception leaves the
+lock taken: the thread that sets the result waits for ever, and so does everybody who waits for the thread.
+Therefore the code that reads or writes Dagster's records (`recording.records`), and the code that waits for
+threads, defers interruptions. A signal that the process ignores stays ignored, as SIGINT where a script
+started the process with ``&``; SIGTERM works all the same.
 """
 
 import signal
@@ -19,15 +21,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let an interruption wait for the end of the block, which it then leaves as it would have before.
+    """Let an interruption wait for the end of the block, where it then takes effect.
 
-    Code in the block may allow interruptions again, as Dagster does for what an asset computes. One that is
-    swallowed there, or that Dagster forgets as it does at the end of a run, is raised as the block ends.
-    Other threads than the main one are never interrupted; there, it does nothing.
+    Code in the block may allow interruptions again, as Dagster does while an asset computes. An interruption
+    that is swallowed there, or that Dagster forgets at the end of a run, takes effect as the block ends. Only
+    the main thread is ever interrupted; in other threads, this does nothing.
 
     Raises:
-        BaseException: What the handler of the signal raises, if one came and the block is not being left for
-            one already.
+        BaseException: The exception that the signal's own handler raises, if a signal came and the block is
+            not already being left because of one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,20 +41,20 @@ def deferred() -> Iterator[None]:
         noted.setblocking(False)
         note.setblocking(False)
         try:
-            # Whatever comes between two of these lines finds all in place that it needs.
+            # Order matters: a signal may arrive between any two lines, and its handler must be able to run.
             with ExitStack() as handlers:
                 for number in _SIGNALS:
-                    if (handler := signal.getsignal(number)) is not None:  # else it is none of Python's
+                    if (handler := signal.getsignal(number)) is not None:  # None: not set by Python
                         handlers.callback(signal.signal, number, handler)
                         signal.signal(number, lambda number, _: came.add(number))
-                # The interpreter writes the number of every signal, whoever handles it.
+                # The interpreter writes the number of every signal here, whichever handler it has.
                 handlers.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
                 signal.set_wakeup_fd(note.fileno(), warn_on_full_buffer=False)
                 try:
                     yield
                 except Exception:
                     raise
-                except BaseException:  # as KeyboardInterrupt and Dagster's own are, but no error is
+                except BaseException:  # KeyboardInterrupt or Dagster's interruption, which are no errors
                     stopped = True
                     raise
         finally:

@@ -1,25 +1,26 @@
-"""Declarative automation: when Dagster itself materializes what, for deployments without the refresh.
+"""The conditions of declarative automation, with which Dagster materializes assets without the refresh.
 
-What lies here: a condition for each asset, the sensor that finds shards, the sensor that evaluates the
-conditions, and the nightly schedule of the refresh. A selection has either the refresh and its schedule, or
-the conditions and their sensors, never both; all of them are off until a person turns them on.
+This module holds a condition for each asset; `sensors` holds the sensor that evaluates them. A selection has
+either the refresh and its schedule, or the conditions and their sensors, never both; all of them are off
+until a person turns them on.
 
-How the conditions work together. An asset is *due* from the tick on which something that it is made from has
-changed until it is requested. A due asset is requested once nothing before it on the path is due or in
-progress, so that a wave of changes runs through the path once: the shards, each in one run, then the basis,
+How the conditions work together. An asset is *due* from the tick on which one of its inputs has changed until
+the asset is requested. A due asset is requested as soon as nothing before it on the path is due or in
+progress. A wave of changes therefore runs through the path once: the shards, each in one run, then the basis,
 the scores, and the subset with the training dataset. Shards and the basis in turn wait while anything after
-the basis is in progress, so that no change falls between what a run reads and what it writes. What failed is
-not due until something before it changes, so it is neither tried again and again nor waited for.
+the basis is in progress, so that no input changes between a run's reading and its writing. An asset that
+failed is not due until something before it changes: it is not tried again and again, and nothing waits for
+it.
 
-*Nightly* holds back what begins a wave (a new or changed file, a removed shard, changed settings) until the
-next tick of ``nightly_cron``; what follows from it runs at once. A shard that is found during the night's
-wave is not part of it and does not hold it up.
+*Nightly* delays the begin of a wave (a new or changed file, a removed shard, changed settings) until the next
+tick of ``nightly_cron``; everything that follows runs at once. A shard that is found during the night's wave
+is not part of it and does not delay it.
 
-Changes are told by data versions: what was made again as it was changes nothing. On the first evaluation
-after the sensor is turned on, only what is missing counts as changed, so a selection that was refreshed
-should be up to date when it is handed over. An event that is stored while a tick looks may be seen by that
-tick and by the next, and be followed twice; a daemon with DAGSTER_AUTOMATION_TICK_SETTLE_SECONDS above 0 in
-its environment sees each once.
+Data versions decide what has changed: an output that comes out the same changes nothing. On the first
+evaluation after the sensor is turned on, only missing outputs count as changed, so bring a selection up to
+date with a refresh before you turn the sensor on. Two ticks may see an event that is stored while the first
+of them looks, and both then follow it; a daemon with DAGSTER_AUTOMATION_TICK_SETTLE_SECONDS above 0 in its
+environment sees each event once.
 
 Costs: some hundred conditions per tick, whatever the number of shards; and one run, with a process of its
 own, per shard for its vectors and another for its scores.
@@ -47,11 +48,11 @@ BASIS, SCORES = subspace_basis.NAME, importance_scores.NAME
 REMOVED, SUBSET, DATASET = removed_samples.NAME, selected_subset.NAME, training_manifest.NAME
 
 AUTOMATION_TAG = "scalselect/automation"
-"""On every run that the conditions ask for: the selection's name."""
+"""Tag of every run that the conditions request; its value is the selection's name."""
 
 
 def automation_condition(selection: Selection, asset: str) -> Condition | None:
-    """When Dagster requests ``asset`` by itself; never, where the refresh drives the selection.
+    """The condition on which Dagster requests ``asset``; none where the refresh drives the selection.
 
     An asset that has no condition of its own here follows the one before it on the path.
     """
@@ -86,7 +87,7 @@ def raw_samples_condition(selection: Selection) -> Condition:
     return (
         _raw_due(selection)
         & ~AC.any_deps_missing()
-        # What is reported during a tick is a change on the next one.
+        # A file that is reported during a tick counts as changed on the next one.
         & ~(AC.newly_missing() & ~_file_changed(selection))
         & ~AC.run_in_progress()
         & ~AC.asset_matches(selection.key(EMBEDDINGS), AC.run_in_progress() | moments)
@@ -97,8 +98,8 @@ def raw_samples_condition(selection: Selection) -> Condition:
 def attention_embeddings_condition(selection: Selection) -> Condition:
     """Fires for a shard with its rows, in one run with them, and for all shards if the model changes.
 
-    Does not fire when that run fails on its way here: the next version of the file does. It would loop if
-    embedding a shard materialized its rows.
+    If that run fails before this asset, the condition does not fire until the file changes again. It would
+    loop if embedding a shard materialized its rows.
     """
     return (
         _due_with(selection, RAW)
@@ -126,7 +127,7 @@ def subspace_basis_condition(selection: Selection) -> Condition:
     """Fires once for any number of shards that came, went or changed, or if the rank rule changes.
 
     Waits for all shards that are due or in progress, so it does not fire while files arrive faster than they
-    are embedded, and for the assets after it. A shard that failed is left out. Moments that are as they were
+    are embedded, and for the assets after it. A shard that failed is left out. Moments that come out the same
     do not fire it. It would loop if making a basis changed the moments of a shard or the set of shards.
     """
     return _basis_due(selection) & ~_shards_busy(selection) & ~_in_progress_from_basis(selection)
@@ -135,8 +136,8 @@ def subspace_basis_condition(selection: Selection) -> Condition:
 def importance_scores_condition(selection: Selection) -> Condition:
     """Fires for all shards when the basis has another version, one run for each shard.
 
-    Waits for a basis that is about to be made, and does not fire where making it failed. A shard without
-    vectors has no scores to be made. It would loop if scoring a shard made a basis.
+    Waits for a basis that is about to be made, and does not fire if making it failed. A shard without
+    vectors gets no scores. It would loop if scoring a shard made a basis.
     """
     unsettled = _basis_busy(selection) | AC.execution_failed()
     return _scores_due(selection) & ~AC.run_in_progress() & ~AC.asset_matches(selection.key(BASIS), unsettled)
@@ -145,8 +146,8 @@ def importance_scores_condition(selection: Selection) -> Condition:
 def removed_samples_condition(selection: Selection) -> Condition:
     """Fires once when scores or the basis have another version, after all scores; or if its settings change.
 
-    Evaluation files that change do not fire it: they are looked at when it next runs. A shard whose scoring
-    failed stops it. It would loop if looking for duplicates scored a shard.
+    Changed evaluation files do not fire it; the next run reads them. A shard whose scoring failed stops it.
+    It would loop if looking for duplicates scored a shard.
     """
     return (
         _subset_due(selection)
@@ -159,8 +160,8 @@ def removed_samples_condition(selection: Selection) -> Condition:
 def selected_subset_condition(selection: Selection) -> Condition:
     """Fires once when scores or the basis have another version, after all scores; or if the budget changes.
 
-    Where samples are removed first, it fires with that, in one run. A shard whose scoring failed stops it,
-    since scores of two bases cannot be compared. It would loop if selecting scored a shard.
+    Where samples are removed first, it fires together with their removal, in one run. A shard whose scoring
+    failed stops it, since scores of two bases cannot be compared. It would loop if selecting scored a shard.
     """
     due = _subset_due(selection)
     if selection.removes_samples:
@@ -176,10 +177,10 @@ def selected_subset_condition(selection: Selection) -> Condition:
 
 
 def training_dataset_condition(selection: Selection) -> Condition:
-    """Fires with the subset, in one run with it; alone after a basis that is as it was, or if text is kept.
+    """Fires with the subset, in one run with it; alone after a basis of the same version, or if text is kept.
 
-    A basis is made again without another version where a shard came that cannot be read: the manifest then
-    names the shard as left out. It would loop if writing the dataset made a subset or a basis.
+    When a shard comes that cannot be read, the basis is made again and keeps its version, and the manifest
+    must name the shard as left out. It would loop if writing the dataset made a subset or a basis.
     """
     subset = AC.asset_matches(selection.key(SUBSET), _changed_by_others(selection))
     basis = AC.asset_matches(selection.key(BASIS), AC.newly_updated())
@@ -208,23 +209,25 @@ def following_condition(selection: Selection, before: str) -> Condition:
     )
 
 
-# What makes an asset due. These are also asked about from the assets after it. What a `since` remembers is
-# kept by the asset and by the outermost kinds of its two conditions: no two of one asset may agree in those.
+# Conditions on which an asset is due. The conditions of later assets contain them, too. Dagster stores the
+# state of a `since` under the asset and the kinds of its two outermost conditions, so no two `since` of one
+# asset may agree in these kinds.
 
 
 def _due(trigger: Condition) -> Condition:
     """From the tick on which ``trigger`` is true until the asset is requested.
 
-    Being materialized is no end of it: a run that is in progress has read what there was before.
+    A materialization does not end it, since a run in progress has read the earlier inputs.
     """
     return trigger.since(AC.newly_requested()).with_label("due")
 
 
 def _begun(selection: Selection, change: Condition, missing: Condition | None = None) -> Condition:
-    """As ``_due`` for what begins a wave: ``change``, or that the asset is ``missing``, by default newly.
+    """Like ``_due``, for a trigger that begins a wave: a ``change``, or a ``missing`` output of the asset.
 
-    A change that is first seen on the tick after a request came after it, and makes the asset due again. In
-    nightly automation, the asset is due from the next tick of the cron on.
+    By default, an output that is newly missing triggers it. A change that is first seen on the tick after a
+    request came later than the request, and makes the asset due again. In nightly automation, the asset is
+    due from the next tick of the cron on.
     """
     trigger = (missing or AC.newly_missing()) | change
     pending = trigger.since(AC.newly_requested() & ~change).with_label("begun")
@@ -235,7 +238,7 @@ def _begun(selection: Selection, change: Condition, missing: Condition | None = 
 
 
 def _changed_by_others(selection: Selection) -> Condition:
-    """Another version, not from a run of ours, which materializes what follows as well."""
+    """A new version that no run of this automation made; such a run also materializes the assets after it."""
     ours = AC.any_new_update_has_run_tags(tag_values={AUTOMATION_TAG: selection.name})
     return AC.data_version_changed() & ~ours
 
@@ -243,7 +246,7 @@ def _changed_by_others(selection: Selection) -> Condition:
 def _due_with(selection: Selection, before: str) -> Condition:
     """Due in a shard where the asset ``before`` it is requested or has changed, or if settings change.
 
-    Other than for ``_due``, being materialized ends it: the lock of a shard orders who reads and writes it.
+    Unlike in ``_due``, a materialization ends it, since the lock of a shard orders its readers and writers.
     """
     changed = AC.asset_matches(selection.key(before), _changed_by_others(selection))
     return (
@@ -274,7 +277,7 @@ def _basis_due(selection: Selection) -> Condition:
 
 
 def _scores_due(selection: Selection) -> Condition:
-    # A basis of other settings may leave its version and change which shards keep their scores.
+    # A basis with other settings may keep its version and still change which shards keep their scores.
     settings = AC.code_version_changed() | AC.asset_matches(selection.key(BASIS), AC.code_version_changed())
     due = _due(AC.asset_matches(selection.key(BASIS), AC.data_version_changed())) | _begun(
         selection, settings
@@ -291,11 +294,11 @@ def _subset_due(selection: Selection) -> Condition:
     return (due & some_scores).with_label(f"{SUBSET} due")
 
 
-# What an asset waits for
+# Conditions that an asset waits for
 
 
 def _all_scored(selection: Selection) -> Condition:
-    """As seen from an asset after the scores: no basis and no scores are due, in progress or failed."""
+    """For assets after the scores: no basis and no scores are due, in progress or failed."""
     unscored = _scores_due(selection) | AC.run_in_progress() | AC.execution_failed()
     return ~AC.asset_matches(selection.key(BASIS), _basis_busy(selection)) & ~AC.asset_matches(
         selection.key(SCORES), unscored
@@ -303,12 +306,12 @@ def _all_scored(selection: Selection) -> Condition:
 
 
 def _present_and_quiet() -> Condition:
-    """Materialized or about to be in the same run, and not being materialized now."""
+    """The asset is materialized, or will be in the same run, and no run of it is in progress."""
     return ~(AC.missing() & ~AC.will_be_requested()) & ~AC.run_in_progress()
 
 
 def _shards_busy(selection: Selection) -> Condition:
-    """As seen from the basis: a shard is due or in progress."""
+    """For the basis: a shard is due or in progress."""
     changed = _begun(selection, AC.code_version_changed())
     has_rows = AC.asset_matches(selection.key(RAW), ~AC.missing())
     has_vectors = AC.asset_matches(selection.key(EMBEDDINGS), ~AC.missing())
@@ -320,12 +323,12 @@ def _shards_busy(selection: Selection) -> Condition:
 
 
 def _basis_busy(selection: Selection) -> Condition:
-    """As seen from the basis: it is, or a shard is, due or in progress."""
+    """For the basis: the basis itself or a shard is due or in progress."""
     return _basis_due(selection) | AC.run_in_progress() | _shards_busy(selection)
 
 
 def _in_progress_from_basis(selection: Selection) -> Condition:
-    """As seen from the basis: it, scores of any shard, or an asset after them is in progress."""
+    """For the basis: the basis, the scores of any shard, or an asset after them is in progress."""
     busy: Condition = AC.run_in_progress()
     names = [step.name for step in path_of(selection)]
     for asset in names[names.index(SCORES) :]:

@@ -1,22 +1,23 @@
-"""Cleaning a store: it removes what nothing refers to any more, once that has lasted the retention time.
+"""Cleaning a store: it deletes what nothing has referred to for the retention time.
 
-Nothing else of the project deletes what took work to make, so a store grows: replaced tables keep their old
-versions, a second model has tables of its own, shards leave the pool, killed processes leave files behind.
-`clean` removes these, alone on the store; `Kind` lists them. What a receipt of a shard in the pool names
-stays, and so does what the basis, the pool's totals or the manifest name, whatever its age.
+No other code of the project deletes results, so a store grows: replaced tables keep their old versions, a
+second model has tables of its own, shards leave the pool, killed processes leave files behind. `clean`
+deletes these while nobody else works on the store; `Kind` lists them. A table or file stays, whatever its
+age, if a receipt of a shard in the pool, the basis, the pool's totals or the manifest names it.
 
-Time. A thing's age counts from the later of two times: its own (of its files or table versions, or of what
-replaced them) and, for shards that left the pool and for tables of another model, the time when a cleaning
-first found them unneeded, which is noted in the store: that a disk was away for a night, or that a selection
-goes back to its last model, must not cost what was computed months ago. So these go at the second cleaning
-at the earliest, unless the retention time is 0. Times in the future count as now: a clock that went back, or
-files and notes from when it was ahead, make a cleaning remove less. Under a clock that is ahead, unneeded
-things go too early by as much, which cannot be told from time that passed; what is referred to never goes:
-a table's needed versions are tagged meanwhile, and LanceDB refuses to remove those.
+Time. Removed shards and other models' tables are deleted only when a second cleaning also finds them unused,
+so that a disk unmounted for a night, or a selection that returns to its last model, loses nothing. Their age
+counts from the first cleaning that found them unused, which the store notes, or from their newest file if
+that is later. The age of everything else counts from its files or table versions, or from those that replaced
+them. With a retention time of 0, one cleaning is enough. Times in the future count as now: a clock that was
+set back, or files from when it was ahead, make a cleaning delete less. If the clock is ahead, unused things
+are deleted too early by as much, since no program can see the difference. Nothing that is referred to is ever
+deleted: the needed versions of a table are tagged meanwhile, and LanceDB refuses to remove tagged versions.
 
-Crashes. What refers goes before what is referred to (a receipt before its table), and a part of a shard's
-outputs counts as none, so after a kill at any point the store is whole for a refresh, and the next cleaning
-goes on. Costs: one stat per file, a header or a receipt per shard, opening each table (milliseconds).
+Crashes. References are deleted before their targets (a receipt before its table), and a shard with only some
+of its outputs is treated as having none. After a kill at any point a refresh can therefore work on the store,
+and the next cleaning continues. Costs: one stat per file, a header or a receipt per shard, and opening each
+table (milliseconds).
 """
 
 from dataclasses import replace
@@ -39,19 +40,19 @@ def clean(
     retention: timedelta,
     dry_run: bool = False,
 ) -> MaintenanceReport:
-    """Remove from a selection's store what nothing has needed for the retention time.
+    """Delete from a selection's store what nothing has needed for the retention time.
 
     Args:
-        selection: Whose store.
+        selection: The selection whose store is cleaned.
         storage: Opens pool and store.
-        instance: Knows the shards that the last refresh found.
+        instance: The instance that knows the shards of the last refresh.
         retention: How long a thing must have been unneeded.
-        dry_run: Delete nothing, and say what would go.
+        dry_run: Whether to delete nothing and only report what would be deleted.
 
     Raises:
         StoreBusyError: Somebody is at work on the store.
-        ArtifactCorruptError: Basis, totals or manifest cannot be read, so what they need is not known.
-        FileNotFoundError: The pool does not exist, so which shards left it is not known.
+        ArtifactCorruptError: Basis, totals or manifest cannot be read, so it is unknown what they need.
+        FileNotFoundError: The pool does not exist, so it is unknown which shards left it.
         ValueError: The retention time is negative.
     """
     if retention < timedelta(0):

@@ -1,12 +1,16 @@
-"""Errors of a run: the cause below what Dagster wraps around it, as one message."""
+"""Errors of a run: one message for the cause inside the errors that Dagster wraps around it."""
 
 
 class RefreshError(RuntimeError):
     """The refresh cannot go on; the message says what to do."""
 
 
+class NothingEmbeddedError(RefreshError):
+    """No row of the pool could be embedded; what was read of it is in the store, to be looked at."""
+
+
 def error_cause(error: BaseException) -> BaseException:
-    """The exception that Dagster has wrapped: the first of ours, else the one at the bottom."""
+    """The exception that Dagster has wrapped: the first one of this project, or else the innermost one."""
     while error.__cause__ is not None and not _is_ours(error):
         error = error.__cause__
     return error
@@ -19,5 +23,5 @@ def _is_ours(error: BaseException) -> bool:
 def error_message(error: BaseException) -> str:
     """The message of the cause; an error that is not of this project is named with its type."""
     cause = error_cause(error)
-    told = _is_ours(cause) or isinstance(cause, ValueError)
-    return str(cause) if told else f"{type(cause).__name__}: {cause}"
+    is_clear = _is_ours(cause) or isinstance(cause, ValueError)
+    return str(cause) if is_clear else f"{type(cause).__name__}: {cause}"

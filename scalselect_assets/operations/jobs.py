@@ -92,6 +92,15 @@ def _table(groups: Sequence[dict[str, Any]]) -> dg.TableMetadataValue:
     )
 
 
+class RefreshConfig(dg.Config):
+    """What a person may ask of one refresh."""
+
+    accept_missing_images: bool = Field(
+        default=False,
+        description="Agree that images that are missing are gone, so that their rows give up their vectors.",
+    )
+
+
 def refresh_job(selection: Selection) -> dg.JobDefinition:
     """The refresh as a job, for the UI and for schedules."""
 
@@ -102,6 +111,7 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
     )
     def refresh_op(
         context: dg.OpExecutionContext,
+        config: RefreshConfig,
         storage: StorageResource,
         vlm: VlmResource,
         progress: dg.ResourceParam[Progress],
@@ -116,6 +126,7 @@ def refresh_job(selection: Selection) -> dg.JobDefinition:
             vlm=vlm,
             progress=progress,
             log=records.log,
+            accept_missing_images=config.accept_missing_images,
             should_stop=partial(records.is_being_stopped, context.run_id),
         ).run()
         n_embedded, n_failed = len(report.embedded), len(report.failed)

@@ -1,4 +1,4 @@
-"""What a cleaning may find: the kinds of leftovers and the report of a cleaning."""
+"""The kinds of leftovers that a cleaning may find, and the report of a cleaning."""
 
 import time
 from collections import defaultdict
@@ -18,34 +18,34 @@ NOT_DUE = "the retention time has not passed"
 
 
 class Kind(StrEnum):
-    """What a store may hold without need."""
+    """The kinds of things that a store may hold without need."""
 
     UNFINISHED = "unfinished_files"
-    """What a killed process left: files of artifacts, uncommitted data files of tables, a search table."""
+    """Leftovers of a killed process: files of artifacts, uncommitted data files of tables, a search table."""
     SET_ASIDE = "set_aside_parts"
-    """Vectors that were set aside and are in a committed table by now, or whose shard is gone."""
+    """Vectors that were set aside, and that are in a committed table by now or whose shard is gone."""
     RETIRED = "retired_moments"
-    """Replaced moments that the pool's totals hold no longer."""
+    """Replaced moments that the pool's totals no longer hold."""
     GONE_SHARDS = "gone_shards"
-    """Everything of a shard that is no longer in the pool."""
+    """All files and tables of a shard that is no longer in the pool."""
     OTHER_MODELS = "tables_of_other_models"
-    """Tables of a model other than the declared one that no receipt names."""
+    """Tables that no receipt names and that belong to a model other than the declared one."""
     OLD_VERSIONS = "old_table_versions"
-    """Versions of a table from before the oldest one that is needed."""
+    """Versions of a table that are older than the oldest needed one."""
     LOCKS = "lock_files"
-    """Of shards that are no longer in the pool."""
+    """Lock files of shards that are no longer in the pool."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something that may be unneeded.
+    """A file, table or shard that may be unneeded.
 
     Attributes:
-        kind: What it is.
+        kind: The kind of thing.
         name: File or table below the store, or shard.
-        n_bytes: Its size; of old table versions, that of their data files.
-        why: Why it goes, or why it is kept.
-        count: How many there are of it, where one name stands for several.
+        n_bytes: Its size; for old table versions, the size of their data files.
+        why: The reason why it is deleted, or why it is kept.
+        count: The number of things, where one name stands for several.
     """
 
     kind: Kind
@@ -57,11 +57,11 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceReport:
-    """What a cleaning did, or would do.
+    """The results of a cleaning; of a dry run, what a cleaning would do.
 
     Attributes:
-        removed: What went.
-        kept: What might have gone, and why it did not.
+        removed: Leftovers that were deleted.
+        kept: Leftovers that were not deleted, each with the reason.
         retention: The retention time.
         dry_run: Whether nothing was deleted.
     """
@@ -73,15 +73,15 @@ class MaintenanceReport:
 
     @property
     def bytes_freed(self) -> int:
-        """Of all that went."""
+        """The size of all that was deleted."""
         return sum(leftover.n_bytes for leftover in self.removed)
 
     def removed_by_kind(self) -> list[dict[str, Any]]:
-        """Kind, reason, count, bytes and a few names of what went."""
+        """Kind, reason, count, bytes and a few names of the leftovers that were deleted."""
         return _grouped(self.removed)
 
     def kept_by_reason(self) -> list[dict[str, Any]]:
-        """Kind, reason, count, bytes and a few names of what was kept."""
+        """Kind, reason, count, bytes and a few names of the leftovers that were kept."""
         return _grouped(self.kept)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,7 +111,8 @@ def _grouped(leftovers: Iterable[Leftover]) -> list[dict[str, Any]]:
     ]
 
 
-Found = tuple[Leftover, Callable[[], None] | None]  # and how to remove it, or none where it is kept
+Found = tuple[Leftover, Callable[[], None] | None]
+"""A leftover with the function that deletes it; none where it is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ class StoredFile:
     def at(cls, path: UPath) -> "StoredFile":
         """The file at a path, as it is now."""
         status = path.stat()
-        # Where a file system tells no times, a file is always new.
+        # On a file system without times, every file counts as new.
         return cls(path, status.st_size, status.st_mtime or time.time())
 
 
@@ -146,6 +147,6 @@ def newest(files: Iterable[StoredFile]) -> float:
 
 
 def unlink(files: Iterable[StoredFile]) -> None:
-    """Delete files, those that are gone already left aside."""
+    """Delete files; those that are already gone are ignored."""
     for file in files:
         file.path.unlink(missing_ok=True)

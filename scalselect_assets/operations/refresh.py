@@ -11,7 +11,7 @@ query per asset.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +20,25 @@ import dagster as dg
 from scalselect_assets.asset_path import ShardAsset
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts, reuse
-from scalselect_assets.operations.faults import RefreshError, error_cause, error_message
+from scalselect_assets.operations.damaged_records import is_fault_of_records
+from scalselect_assets.operations.early_checks import check_declaration, check_quotas
+from scalselect_assets.operations.faults import (
+    NothingEmbeddedError,
+    RefreshError,
+    error_cause,
+    error_message,
+)
+from scalselect_assets.operations.rejections import explain_rejections
 from scalselect_assets.operations.staleness import Staleness, contiguous_ranges
 from scalselect_assets.pool import raw_samples
 from scalselect_assets.pool.discovery import Discovery, report_discovery, settled_discovery
+from scalselect_assets.pool.missing_images import n_kept, newly_missing
 from scalselect_assets.recording.checks import FAILED_CHECKS
 from scalselect_assets.recording.records import Records
-from scalselect_assets.resources.artifacts import RECORD, ArtifactCorruptError
-from scalselect_assets.resources.embedding_store import EmbeddingTableError
+from scalselect_assets.resources.artifacts import RECORD, ArtifactCorruptError, ArtifactMissingError
+from scalselect_assets.resources.embedding_store import EmbeddingTable, EmbeddingTableError
+from scalselect_assets.resources.forms.registry import SHARD_SUFFIXES
+from scalselect_assets.resources.pool_listing import in_words
 from scalselect_assets.resources.progress import Log, Progress
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
@@ -47,7 +58,10 @@ class RefreshReport:
         computed_rows: Number of vectors in these shards that the model computed.
         reused_rows: Number of vectors in these shards that were there before.
         unsettled: Shards that are still being written; the store keeps their earlier state.
+        passed_over: Files of the pool's folder that are not read, by kind; see `PoolListing`.
         failed: An error message for each shard that could not be materialized.
+        kept_rows: Number of rows of each shard that keep their vectors while their images are missing.
+        damaged: A message for each file that was found damaged; it was made again.
         failed_checks: The metadata of each asset check of severity ERROR that failed.
         runs: The assets and shards of each Dagster run, in order.
     """
@@ -58,7 +72,10 @@ class RefreshReport:
     computed_rows: int = 0
     reused_rows: int = 0
     unsettled: list[str] = field(default_factory=list)
+    passed_over: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    kept_rows: dict[str, int] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
     failed_checks: dict[str, str] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
 
@@ -82,6 +99,7 @@ class Refresh:
         log: Log,
         log_level: str = "INFO",
         rebuild_basis: bool = False,
+        accept_missing_images: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Prepare a refresh.
@@ -96,26 +114,31 @@ class Refresh:
             log: Receives the refresh's own messages.
             log_level: Log level of the runs' console output.
             rebuild_basis: Whether to add up the moments of all shards anew, even if nothing is stale.
+            accept_missing_images: Whether a person agrees that missing images are gone, so that their rows
+                give up their vectors.
             should_stop: Called before every run; the refresh stops if it returns true.
         """
         self._selection, self._job, self._instance = selection, job, instance
         self._records = Records(instance)
         self._storage, self._vlm, self._progress, self._log = storage, vlm, progress, log
         self._run_config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
-        self._rebuild_basis = rebuild_basis
+        self._rebuild_basis, self._accept_missing = rebuild_basis, accept_missing_images
         self._should_stop = should_stop
         self._artifacts = storage.artifacts(selection.store)
-        self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._source = selection.open_pool(storage)
         self._staleness = Staleness(selection, storage, vlm, instance)
-        self._report = RefreshReport()
+        self._report = RefreshReport(damaged=self._staleness.verified.damaged)
 
     def run(self) -> RefreshReport:
         """Bring every asset of the selection up to date.
 
         Raises:
             StoreBusyError: Another refresh works on the store.
-            RefreshError: The selection is driven otherwise, the pool has no shards, an asset over all shards
-                failed, or the model changed meanwhile.
+            RefreshError: The selection is driven otherwise or cannot work as declared, the pool has no
+                shards, an asset over all shards failed, or the model changed meanwhile.
+            NothingEmbeddedError: Every row of the pool is rejected.
+            SampleListError: A list of samples cannot be read.
+            EvaluationSetError: The evaluation set cannot be used.
             FileNotFoundError: The pool does not exist.
         """
         if self._selection.is_declarative:
@@ -128,38 +151,68 @@ class Refresh:
         with self._storage.locks(self._selection.store).refreshing(), self._interrupted_runs_closed():
             discovery = settled_discovery(self._source, self._artifacts, self._selection.settle_seconds)
             self._report.unsettled = list(discovery.unsettled)
+            self._report.passed_over = dict(discovery.passed_over)
+            check_declaration(self._selection, self._storage, self._vlm)
             if not discovery.versions:
                 if discovery.unsettled:
                     raise RefreshError(
                         f"all shard files in {self._selection.source} are still being written; run again "
                         "when that has ended"
                     )
+                there = in_words(discovery.passed_over)
                 raise RefreshError(
-                    f"no shard files (*.json, *.jsonl, *.ndjson) in {self._selection.source}; a shard is a "
-                    "JSON array or JSON Lines file of samples"
+                    f"no shard files in {self._selection.source}; a shard is a file of samples whose name "
+                    f"ends with one of {', '.join(SHARD_SUFFIXES)}"
+                    f"{f'; there are, and are not read: {there}' if there else ''}"
                 )
+            if not self._accept_missing:
+                self._require_images(discovery)
             self._report.added, self._report.removed = report_discovery(
                 self._selection, self._instance, discovery
             )
             for shard in self._report.removed:
                 reuse.forget(self._artifacts, shard)
             self._refresh_shards(discovery)
+            self._report.kept_rows = n_kept(self._artifacts, raw_samples.NAME, discovery.missing_images)
             if self._staleness.model_fingerprint_now() != self._staleness.model_fingerprint:
                 raise RefreshError("the target model's files changed during the refresh; run it again")
             self._refresh_pool()
+            self._staleness.verified.save()
             return self._report
+
+    def _require_images(self, discovery: Discovery) -> None:
+        """Stop before anything is computed, where too many images are gone at once.
+
+        Raises:
+            RefreshError: More than the declared share is newly missing.
+        """
+        found = newly_missing(self._artifacts, raw_samples.NAME, discovery.missing_images, discovery.n_images)
+        if found.share > (most := self._selection.max_missing_images):
+            raise RefreshError(
+                f"{found.n_images:,} of {found.n_named:,} images ({found.share:.1%}) that were there are "
+                f"missing now, in {len(found.shards):,} shards, for example {found.example}; allowed are "
+                f"{most:.1%} (max_missing_images). Nothing was changed. Mount the file system that holds "
+                f"them below {self._source.images_folder()}; or, where they are gone for good, run with "
+                "--accept-missing-images, and their rows leave the selection"
+            )
 
     # Shards
 
     def _refresh_shards(self, discovery: Discovery) -> None:
         stale = self._staleness.stale_shards(discovery.versions)
+        if self._accept_missing:
+            for shard in n_kept(self._artifacts, raw_samples.NAME, discovery.missing_images):
+                stale[shard] = [asset.name for asset in self._staleness.first]
         embedding = [shard for shard, assets in stale.items() if receipts.NAME in assets]
         self._progress.planned(len(embedding), sum(discovery.n_rows[shard] or 0 for shard in embedding))
+        if embedding and any(quota.floors for quota in self._selection.quotas):
+            stale = self._read_all(stale, discovery)
         if embedding:
             # A model that cannot be loaded is reported once, before anything is changed.
             self._vlm.encoder(self._artifacts, **self._selection.target)
         for shard, assets in stale.items():
-            if assets[0] == raw_samples.NAME and self._artifacts.exists(receipts.NAME, shard, suffix=RECORD):
+            is_embedded = self._artifacts.exists(receipts.NAME, shard, suffix=RECORD)
+            if assets and assets[0] == raw_samples.NAME and is_embedded:
                 # If the rows come out the same, for example after a change of code, their vectors stay.
                 if not self._materialize_shard([raw_samples.NAME], shard):
                     continue
@@ -169,6 +222,20 @@ class Refresh:
                 continue
             if receipts.NAME in assets:
                 self._report.embedded.append(shard)
+
+    def _read_all(self, stale: Mapping[str, list[str]], discovery: Discovery) -> dict[str, list[str]]:
+        """Read every shard before any is embedded, and what is stale then.
+
+        Raises:
+            RefreshError: A floor is of a source that too few rows have.
+        """
+        unread = [shard for shard, assets in stale.items() if assets[0] == raw_samples.NAME]
+        read = [shard for shard in unread if self._materialize_shard([raw_samples.NAME], shard)]
+        check_quotas(self._selection, self._artifacts, discovery.versions)
+        rest = {shard: list(assets) for shard, assets in stale.items() if shard not in unread}
+        # Only now is the model asked for its fingerprint.
+        rest |= self._staleness.stale_shards({shard: discovery.versions[shard] for shard in read})
+        return rest
 
     def _materialize_shard(self, assets: Sequence[str], shard: str) -> bool:
         """Materialize assets of one shard; returns whether that succeeded.
@@ -180,7 +247,10 @@ class Refresh:
         except dg.Failure as failure:
             self._report.failed[shard] = failure.description or "failed"
             self._note_failed_checks(failure, f"{receipts.NAME}[{shard}]")
-        except Exception as error:  # noqa: BLE001 - any error is reported as this shard's
+        except Exception as error:
+            if is_fault_of_records(error):
+                raise
+            # Any other error is reported as this shard's.
             self._report.failed[shard] = error_message(error)
             self._forget_unreadable(error)
         else:
@@ -195,6 +265,11 @@ class Refresh:
         state = staleness.state()
         if not state.once(subspace_basis.inputs):
             raise RefreshError(f"no shard could be embedded: {'; '.join(self._report.problems())}")
+        if not any(table.n_rows for table in self._tables(state.shards)):
+            raise NothingEmbeddedError(
+                "no sample of the pool is embedded, so there is nothing to select from. Rejected:\n"
+                + explain_rejections(self._selection, self._storage, self._artifacts, state.shards)
+            )
         for asset in staleness.rest:
             if isinstance(asset, ShardAsset):
                 stale = staleness.stale_shards_of(asset, state)
@@ -204,6 +279,12 @@ class Refresh:
             elif staleness.is_stale(asset, state) or (self._rebuild_basis and asset is subspace_basis.ASSET):
                 self._materialize_or_raise(asset.name)
                 state.forget(asset)
+
+    def _tables(self, shards: Iterable[str]) -> Iterator[EmbeddingTable]:
+        """The vectors of the shards that have a receipt."""
+        for shard in shards:
+            with contextlib.suppress(ArtifactMissingError, ArtifactCorruptError):
+                yield receipts.recorded_table(self._artifacts, shard)[0]
 
     def _materialize_or_raise(self, asset: str, shard_range: tuple[str, str] | None = None) -> None:
         tags = {}
@@ -261,10 +342,16 @@ class Refresh:
         self._report.runs.append(f"{'+'.join(assets)}[{shards}]" if shards != ".." else "+".join(assets))
 
     def _configuration(self, assets: Sequence[str]) -> dict[str, Any]:
-        if not (self._rebuild_basis and subspace_basis.NAME in assets):
-            return self._run_config
-        op = self._selection.key(subspace_basis.NAME).to_python_identifier()
-        return {**self._run_config, "ops": {op: {"config": {"rebuild": True}}}}
+        asked = {
+            subspace_basis.NAME: {"rebuild": True} if self._rebuild_basis else {},
+            raw_samples.NAME: {"accept_missing_images": True} if self._accept_missing else {},
+        }
+        ops = {
+            self._selection.key(asset).to_python_identifier(): {"config": asked[asset]}
+            for asset in assets
+            if asked.get(asset)
+        }
+        return {**self._run_config, **({"ops": ops} if ops else {})}
 
     def _note_embedded_rows(self, result: dg.ExecuteInProcessResult) -> None:
         for event in result.get_asset_materialization_events():
@@ -276,8 +363,9 @@ class Refresh:
     def _note_failed_checks(self, failure: dg.Failure, place: str) -> None:
         """Keep what failed checks saw, by asset and check, for whoever reads the report by program."""
         failed = failure.metadata.get(FAILED_CHECKS)
-        for name, seen in (failed.value if failed is not None else {}).items():
-            self._report.failed_checks[f"{place}: {name}"] = seen
+        if isinstance(failed, dg.JsonMetadataValue) and isinstance(failed.value, Mapping):
+            for name, seen in failed.value.items():
+                self._report.failed_checks[f"{place}: {name}"] = str(seen)
 
     @contextlib.contextmanager
     def _interrupted_runs_closed(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from scalselect_assets.recording import checks
 from scalselect_assets.recording.data_versions import recorded
 from scalselect_assets.recording.records import Records
 from scalselect_assets.resources.storage import StorageResource
+from scalselect_assets.resources.verified_files import VerifiedFiles
 from scalselect_assets.resources.vlm import VlmResource
 
 
@@ -27,6 +28,7 @@ class Staleness:
         path: The assets of the selection, in order.
         first: The assets by shard that come before the first asset over the pool.
         rest: All further assets.
+        verified: Which of the store's files hold what was written to them.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Staleness:
         self._selection, self._storage, self._vlm = selection, storage, vlm
         self._records = Records(instance)
         self.path = path_of(selection)
+        self.verified = VerifiedFiles(storage.artifacts(selection.store))
         n_first = next(i for i, asset in enumerate(self.path) if isinstance(asset, PoolAsset))
         self.first = [asset for asset in self.path[:n_first] if isinstance(asset, ShardAsset)]
         self.rest: list[PathAsset] = self.path[n_first:]
@@ -58,6 +61,7 @@ class Staleness:
             lambda: self.model_fingerprint,
             self._records.known_shards(self._selection.name),
             shard_versions or {},
+            self.verified,
         )
 
     def stale_shards(self, shard_versions: Mapping[str, str]) -> dict[str, list[str]]:

@@ -1,16 +1,16 @@
-"""The last result in a few numbers, with the places of its files."""
+"""A summary of the last result: a few numbers, and the places of its files."""
 
 from typing import Any
 
-from scalselect_assets.choice import selected_subset
+from scalselect_assets.choice import advice, comparison, selected_subset
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.dataset.exports import publish
 from scalselect_assets.report import page_receipt
-from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactStore
+from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactMissingError, ArtifactStore
 
 
 def summary(artifacts: ArtifactStore) -> dict[str, Any]:
-    """The last result as the manifest tells it, with the files' places.
+    """The numbers of the last result in its manifest, and the places of its files.
 
     Raises:
         ArtifactMissingError: There is no result yet.
@@ -20,9 +20,22 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
     return {
         **{name: manifest[name] for name in ("rows", "embedded", "rejected", "rank", "energy", "selected")},
         "basis_drift": manifest["basis_drift"],
+        **_advice(artifacts),
+        "passed_over": manifest.get("passed_over", {}),
+        "unknown_listed": manifest.get("unknown_listed", []),
         "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=FRAME)),
         "training_dataset": str(folder / manifest["training_file"]),
         "manifest": str(artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)),
         **{f"export_{name}": str(folder / publish.FOLDER / name) for name in manifest.get("exports", {})},
         **({"report": str(page_receipt.page_path(artifacts))} if page_receipt.is_complete(artifacts) else {}),
     }
+
+
+def _advice(artifacts: ArtifactStore) -> dict[str, Any]:
+    """Whether the choice repeats itself and what to try; nothing where it was not compared with random."""
+    try:
+        compared, _ = artifacts.read_frame(comparison.NAME)
+    except ArtifactMissingError:
+        return {}
+    found = advice.repetition(compared)
+    return {} if found is None else found.metadata()

@@ -1,4 +1,4 @@
-"""A survey of a store: which files and tables nothing needs any more, and why."""
+"""A survey of a store: the files and tables that nothing needs any more, with the reasons."""
 
 import json
 import re
@@ -38,7 +38,7 @@ from scalselect_assets.resources.artifacts import (
     ArtifactMissingError,
     ArtifactStore,
 )
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.names import decode_name, encode_name
 from scalselect_assets.resources.search_table import SEARCH_TABLE
 from scalselect_assets.resources.storage import StorageResource
@@ -53,7 +53,7 @@ _APART_SECONDS = 1.0
 
 
 class Survey:
-    """What a store holds and who needs it, as it is while nobody else is at work on it."""
+    """Lists what a store holds and who needs it, while nobody else works on the store."""
 
     def __init__(
         self, selection: Selection, storage: StorageResource, instance: dg.DagsterInstance, retention: float
@@ -71,8 +71,8 @@ class Survey:
         self._held: dict[str, str] = json.loads(totals.get("shards", "{}"))
         basis = self._basis_shards()
         manifest = self._manifest()
-        pool = set(storage.samples(selection.source, selection.image_root, selection.store).shard_keys())
-        # Why a shard that has left the pool is still needed.
+        pool = set(selection.open_pool(storage).shard_keys())
+        # The reasons why a shard that has left the pool is still needed.
         self._still_needed = {
             **dict.fromkeys(manifest, "the manifest names it, until the next refresh"),
             **dict.fromkeys(self._held, "the pool's totals hold it, until the next refresh"),
@@ -88,9 +88,9 @@ class Survey:
             encode_name(shard): why for shard, why in self._still_needed.items() if shard not in pool
         }
 
-        # Which versions of which tables are needed, and the names of shards whose receipt does not tell.
+        # The needed versions of each table, and the shards whose receipt cannot be read.
         self._needed: dict[str, set[int]] = defaultdict(set)
-        self._untold: set[str] = set()
+        self._unreadable: set[str] = set()
         for moments in basis.values():
             self._needed[moments.lance_table].add(moments.lance_version)
         for shard_lineage in manifest.values():
@@ -111,7 +111,7 @@ class Survey:
         yield from self._lock_files()
 
     def write_notes(self) -> None:
-        """Remember since when things are known to be unneeded."""
+        """Note in the store when each thing was first found unneeded."""
         if self._notes != self._seen:
             self._artifacts.write_json(NAME, self._notes)
 
@@ -137,16 +137,16 @@ class Survey:
         return shards
 
     def _read_receipts(self) -> None:
-        # By file, since shards that have left the pool have receipts, too.
+        # Shards that have left the pool have receipts, too, so the files are listed.
         for path in self._artifacts.paths(receipts.NAME, suffix=RECORD):
             try:
                 table = json.loads(path.read_bytes())["table"]
                 self._needed[table["table"]].add(int(table["version"]))
             except (ValueError, KeyError, TypeError):
-                self._untold.add(path.stem)
+                self._unreadable.add(path.stem)
 
     def _read_notes(self) -> dict[str, float]:
-        # Without them everything is seen for the first time, and stays longer.
+        # Without the notes, every thing counts as found for the first time, and stays longer.
         try:
             notes: dict[str, float] = self._artifacts.read_json(NAME, shape=dict[str, float])
         except (ArtifactMissingError, ArtifactCorruptError):
@@ -154,12 +154,12 @@ class Survey:
         return notes
 
     def _unneeded_since(self, what: str) -> float:
-        """When a cleaning first found this unneeded: now, if none did."""
+        """The time when a cleaning first found this unneeded; now, if this cleaning is the first."""
         self._notes[what] = min(self._seen.get(what, self._now), self._now)
         return self._notes[what]
 
     def _if_due(self, leftover: Leftover, since: float, remove: Callable[[], None]) -> Found:
-        """The leftover, to be removed if it has been unneeded for the retention time."""
+        """A leftover that is removed if it has been unneeded for the retention time."""
         if self._is_due(since):
             return leftover, remove
         return kept(leftover, NOT_DUE)
@@ -181,13 +181,13 @@ class Survey:
                     )
 
     def _unfinished_search(self) -> Iterator[Found]:
-        """Nobody searches while the store is held alone, so a search table is one whose search was killed."""
+        """Search tables of killed searches, since nobody can search while a cleaning holds the store."""
         if files := self._table_files.get(SEARCH_TABLE):
             leftover = Leftover(Kind.UNFINISHED, SEARCH_TABLE, total(files), "its search was killed")
             yield self._if_due(leftover, newest(files), partial(self._tables.drop, SEARCH_TABLE))
 
     def _set_aside(self) -> Iterator[Found]:
-        """Parts of shards that have left the pool, or that are committed."""
+        """Vectors that were set aside, of shards that have left the pool or are committed."""
         files = list(map(StoredFile.at, self._artifacts.paths(reuse.SET_ASIDE, suffix=FRAME)))
         shard_of = {
             encode_name(part): shard for shard in self._shards for part in reuse.parts(self._artifacts, shard)
@@ -221,7 +221,10 @@ class Survey:
                 yield self._if_due(leftover, file.changed, partial(unlink, [file]))
 
     def _lock_files(self) -> Iterator[Found]:
-        """Nobody waits at them while the store is held alone; who comes makes them anew."""
+        """Lock files of shards that left the pool.
+
+        Nobody waits for these locks while a cleaning holds the store, and a later writer makes them again.
+        """
         assets = [*(asset.name for asset in all_assets()), ""]
         works = {f"{asset}/{shard}".lstrip("/") for asset in assets for shard in self._shards}
         in_force = {f"writing-{encode_name(work)}.lock" for work in works.union(assets)}
@@ -291,7 +294,7 @@ class Survey:
         for name, files in self._table_files.items():
             shard = _shard_part(name)
             if shard not in self._in_force:
-                continue  # goes or stays with its shard, or is not one of ours
+                continue  # it is removed or kept with its shard, or is not a table of this project
             if name in self._needed:
                 yield from self._inside(name, files)
             else:
@@ -300,7 +303,7 @@ class Survey:
     def _unnamed(self, name: str, shard: str, files: Sequence[StoredFile]) -> Found:
         """A table that no receipt names, of a shard in the pool."""
         leftover = Leftover(Kind.OTHER_MODELS, name, total(files), "no receipt names it")
-        if shard in self._untold:
+        if shard in self._unreadable:
             return kept(leftover, "its shard's receipt cannot be read; the next refresh replaces that")
         if self._present is None:
             return kept(leftover, "the declared model is not known before its first refresh")
@@ -310,7 +313,7 @@ class Survey:
         return self._if_due(leftover, since, partial(self._tables.drop, name))
 
     def _inside(self, name: str, files: Sequence[StoredFile]) -> Iterator[Found]:
-        """What a needed table holds beside the versions that are needed."""
+        """The leftovers inside a needed table: unfinished files and versions that nobody needs."""
         for file in files:
             if file.path.name.startswith(".tmp"):  # LanceDB never removes its own
                 leftover = self._leftover(Kind.UNFINISHED, file, "its writer is gone")
@@ -329,7 +332,7 @@ class Survey:
             yield self._if_due(leftover, newest(files), partial(self._tables.remove_uncommitted, name))
 
     def _old_versions(self, table: str, versions: Sequence["TableVersion"]) -> Iterator[Found]:
-        """Versions from before the oldest needed one, each unneeded since the next one was made."""
+        """Versions older than the oldest needed one; each is unneeded since the next one was made."""
         needed = self._needed[table] & {version.number for version in versions}
         if not needed:
             yield kept(_versions_of(table, versions), "the recorded version is gone; run a refresh")
@@ -348,14 +351,14 @@ class Survey:
         if due:
             last, leftover = max(one.made for one in due), _versions_of(table, due)
             if last + _APART_SECONDS > min(times_kept):
-                yield kept(leftover, "their times do not tell them from later ones")
+                yield kept(leftover, "they were made too close in time to later ones")
             else:
                 yield leftover, partial(self._tables.prune, table, last, sorted(needed))
 
-    # Words and places
+    # Folders and names
 
     def _folders(self) -> list[UPath]:
-        """Where artifacts lie."""
+        """The folders that hold artifacts."""
         root = self._artifacts.root
         others = {self._embeddings.folder.name, "dagster", self._locks.name}
         listed = sorted(root.iterdir()) if root.exists() else []
@@ -371,12 +374,12 @@ def _versions_of(table: str, versions: Sequence["TableVersion"]) -> Leftover:
 
 
 def _shard_part(table: str) -> str:
-    """The shard's name in the name of its table; empty if the table is not one of ours."""
+    """The shard's name in the name of its table; empty if it is not a table of this project."""
     return table.partition("--")[2]
 
 
 def shard_of_stem(stem: str) -> str:
-    """A shard by its name in file names; long ones are cut there."""
+    """The shard with a given name in file names, where long names are cut."""
     try:
         return decode_name(stem)
     except ValueError:
@@ -384,7 +387,7 @@ def shard_of_stem(stem: str) -> str:
 
 
 def _present_fingerprint(selection: Selection, artifacts: ArtifactStore) -> str | None:
-    """Of the declared model; none where the store does not know it, which only loading it would tell."""
+    """The fingerprint of the declared model; none where the store has no card of it yet."""
     try:
         return str(artifacts.read_json(CARDS, model_signature(**selection.target))["fingerprint"])
     except (ArtifactMissingError, ArtifactCorruptError, KeyError, TypeError):

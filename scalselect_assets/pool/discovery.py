@@ -3,7 +3,8 @@
 import contextlib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import dagster as dg
 
@@ -29,31 +30,41 @@ class Discovery:
         n_rows: Number of rows of each shard; ``None`` where the file cannot be read as rows.
         unsettled: Shards whose file or images are still being written. They count as neither new nor changed
             nor gone until that has ended.
+        passed_over: Files that are no shards, by kind, with count and examples; see `PoolListing`.
+        missing_images: The images that are not there, of each shard that names such.
+        n_images: How many images the shards name, counted in each of them.
     """
 
     versions: Mapping[str, str]
     n_rows: Mapping[str, int | None]
     unsettled: tuple[str, ...] = ()
+    passed_over: Mapping[str, Any] = field(default_factory=dict)
+    missing_images: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    n_images: int = 0
 
 
-def discover(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float = 0.0) -> Discovery:
+def discover(
+    source: SampleSource, artifacts: ArtifactStore, settle_seconds: float = 0.0, *, remember: bool = True
+) -> Discovery:
     """Find the shards and their versions; unchanged files are not read again.
 
     Args:
         source: The pool.
         artifacts: The store, which keeps an index of every file that was read.
         settle_seconds: A shard that was modified more recently than this counts as still being written.
+        remember: Whether the store may be written to.
 
     Raises:
         FileNotFoundError: The pool does not exist.
     """
-    versions, n_rows, unsettled = {}, {}, []
-    for shard in source.shard_keys():
+    versions, n_rows, unsettled, missing, n_images = {}, {}, [], {}, 0
+    listing = source.listing()
+    for shard in source.shards_of(listing):
         try:
             if _is_being_written(source.changed_at(shard), settle_seconds):
                 unsettled.append(shard)  # not read now, since it would have to be read again
                 continue
-            index = _current_index(source, artifacts, shard)
+            index = _current_index(source, artifacts, shard, remember=remember)
             state = source.shard_state(shard, index)
         except FileNotFoundError as error:
             if error.errno is None:
@@ -64,7 +75,10 @@ def discover(source: SampleSource, artifacts: ArtifactStore, settle_seconds: flo
             continue
         versions[shard] = state.fingerprint
         n_rows[shard] = index.n_rows
-    return Discovery(versions, n_rows, tuple(unsettled))
+        n_images += len(index.images)
+        if state.missing_images:
+            missing[shard] = state.missing_images
+    return Discovery(versions, n_rows, tuple(unsettled), listing.to_json(), missing, n_images)
 
 
 def settled_discovery(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float) -> Discovery:
@@ -85,14 +99,17 @@ def _is_being_written(changed_at: float | None, settle_seconds: float) -> bool:
     return changed_at is not None and 0 <= time.time() - changed_at < settle_seconds
 
 
-def _current_index(source: SampleSource, artifacts: ArtifactStore, shard: str) -> ShardIndex:
+def _current_index(
+    source: SampleSource, artifacts: ArtifactStore, shard: str, *, remember: bool
+) -> ShardIndex:
     # An index that is missing, damaged or of another layout is made again, since it only saves reading.
     with contextlib.suppress(ArtifactMissingError, ArtifactCorruptError, ValueError):
         known = ShardIndex.from_json(artifacts.read_json(raw_samples.SHARD_INDEX, shard))
         if source.is_current(shard, known):
             return known
     index = source.index_shard(shard)
-    artifacts.write_json(raw_samples.SHARD_INDEX, index.to_json(), shard)
+    if remember:
+        artifacts.write_json(raw_samples.SHARD_INDEX, index.to_json(), shard)
     return index
 
 
@@ -145,7 +162,7 @@ def source_assets(selection: Selection) -> list[dg.SourceAsset]:
 
     def discovered(context: dg.OpExecutionContext, storage: StorageResource) -> Discovery:
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = selection.open_pool(storage)
         discovery = settled_discovery(source, artifacts, selection.settle_seconds)
         report_discovery(selection, context.instance, discovery)
         return discovery

@@ -1,8 +1,9 @@
 """Step 1, by shard: every row of the shard file, read and judged.
 
-Holds: all rows, rejected ones too, each with its verbatim text. Decides what can be told from the row and the
-presence of its images; pixels are looked at in step 2. Costs: the file is read for its rows and hashed before
-and after, so that a change meanwhile shows; one stat per image; memory of one shard.
+The output holds all rows, rejected ones too, each with its verbatim text. A row is judged by its content and
+by the presence of its images; step 2 looks at pixels. A row that only misses an image stays as it was while
+the image was there (`missing_images`). Costs: the file is read for its rows and hashed before and after, so
+that a change meanwhile is noticed; one stat per image; memory of one shard.
 """
 
 import hashlib
@@ -10,20 +11,28 @@ import time
 
 import dagster as dg
 import polars as pl
+from pydantic import Field
 
 from scalselect_assets.asset_path import OutputHeader, ShardAsset, StoreState
 from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.pool.missing_images import KEPT, kept_rows
 from scalselect_assets.recording import data_versions
 from scalselect_assets.recording.columns import RAW_SAMPLES, column_schema, polars_schema
 from scalselect_assets.recording.materialization import Output, materialize_shards, retry_or_fail
-from scalselect_assets.resources.artifacts import FRAME
+from scalselect_assets.resources.artifacts import (
+    FRAME,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.sample_source import PoolRow, SampleSource
+from scalselect_assets.resources.judged_rows import PoolRow
+from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.shard_reader import ShardFormatError
 from scalselect_assets.resources.storage import StorageResource
 
 NAME = "raw_samples"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 SHARD_INDEXES = "shard_index-"
 """Followed by the version of the code that reads shards, as whose rows an index knows the images."""
 SHARD_INDEX = f"{SHARD_INDEXES}{CODE_VERSION}"
@@ -32,6 +41,16 @@ SHARD_INDEX = f"{SHARD_INDEXES}{CODE_VERSION}"
 def provenance(selection: Selection, shard_version: str) -> str:
     """What the rows of one shard are computed from."""
     return data_versions.provenance(NAME, CODE_VERSION, image_root=selection.image_root, shard=shard_version)
+
+
+class RowsConfig(dg.Config):
+    """What a person may ask of one run."""
+
+    accept_missing_images: bool = Field(
+        default=False,
+        description="Agree that images that are missing are gone: their rows give up the vectors that they "
+        "had. Otherwise these rows stay as they were.",
+    )
 
 
 def build(selection: Selection) -> dg.AssetsDefinition:
@@ -44,10 +63,12 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         code_version=data_versions.shown_code_version(CODE_VERSION, image_root=selection.image_root),
         metadata={"dagster/column_schema": column_schema(RAW_SAMPLES)},
     )
-    def raw_samples(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
+    def raw_samples(
+        context: dg.AssetExecutionContext, config: RowsConfig, storage: StorageResource
+    ) -> dg.MaterializeResult:
         """Every row of the shard, read, validated and given its content key, with what speaks against it."""
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = selection.open_pool(storage)
 
         def read(shard: str) -> Output:
             start = time.monotonic()
@@ -55,9 +76,15 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             frame = read_rows(source, shard)
             if source.shard_fingerprint(shard, source.index_shard(shard)) != version:
                 retry_or_fail(context, f"shard {shard!r} or one of its images changed while it was read")
+            kept = 0
+            if not config.accept_missing_images:
+                frame, kept = kept_rows(_last_rows(artifacts, shard), frame)
             data_version = digest(version, hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
             made_from = provenance(selection, version)
-            stated = data_versions.header(data_version, made_from, container=source.container(shard))
+            without_image = {KEPT: str(kept)} if kept else {}
+            stated = data_versions.header(
+                data_version, made_from, container=source.container(shard), **without_image
+            )
             path, size = artifacts.write_frame(NAME, frame, stated, shard)
             rejected = frame.filter(pl.col("reason").is_not_null())
             return Output(
@@ -66,6 +93,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
                 {
                     "dagster/partition_row_count": frame.height,
                     "rejected_rows": rejected.height,
+                    KEPT: kept,
                     "rejected_by_reason": reason_counts(rejected),
                     "seconds": time.monotonic() - start,
                     "bytes": size,
@@ -94,6 +122,14 @@ def read_rows(source: SampleSource, shard: str) -> pl.DataFrame:
         )
     except ShardFormatError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def _last_rows(artifacts: ArtifactStore, shard: str) -> pl.DataFrame | None:
+    """The rows of a shard as they were read last; none at first, and none from a damaged file."""
+    try:
+        return artifacts.read_frame(NAME, shard)[0]
+    except (ArtifactMissingError, ArtifactCorruptError):
+        return None
 
 
 def reason_counts(rejected: pl.DataFrame) -> dict[str, int]:

@@ -8,7 +8,7 @@ states no other number.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ from dagster._core.storage.asset_check_execution_record import (
 from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.recording.data_versions import DATA_VERSION_TAG, recorded
 from scalselect_assets.recording.partitions import shards_name
+from scalselect_assets.resources.shown_text import shown
 
 RunContext: TypeAlias = dg.AssetExecutionContext | dg.OpExecutionContext
 
@@ -35,6 +36,10 @@ _RECORDS_PER_QUERY = 1000
 
 _NEWEST_PER_QUERY = 100
 """Page size of a search that mostly ends at the newest record."""
+
+
+_SHARDS_AT_ONCE = 10_000
+"""SQLite takes 32,766 variables in one statement by default, and Dagster asks for all shards in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +168,12 @@ class Records:
             return instance.get_dynamic_partitions(shards_name(selection_name))
 
     def add_shards(self, selection_name: str, shards: Sequence[str]) -> None:
-        """Make shards known to Dagster, in one transaction."""
-        if shards:
+        """Make shards known to Dagster, so many in one transaction as one statement of SQLite takes."""
+        for start in range(0, len(shards), _SHARDS_AT_ONCE):
             with self._uninterrupted() as instance:
-                instance.add_dynamic_partitions(shards_name(selection_name), shards)
+                instance.add_dynamic_partitions(
+                    shards_name(selection_name), shards[start : start + _SHARDS_AT_ONCE]
+                )
 
     def delete_shards(self, selection_name: str, shards: Iterable[str]) -> None:
         """Make Dagster forget shards, one by one."""
@@ -320,17 +327,22 @@ class RunRecords(Records):
         self, event: dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation
     ) -> None:
         """Record an event of this run at once; what an asset returns is recorded as the asset ends."""
+        # Both kinds of context take all three kinds of events; only one of them is annotated so.
+        log: Callable[[Any], None] = self._context.log_event
         with self._uninterrupted():
-            self._context.log_event(event)
+            log(event)
 
 
 class RunLog(logging.LoggerAdapter[logging.Logger]):
-    """A run's log. Its lines are events in Dagster's records, so an interruption waits for the end of one."""
+    """A run's log, in which no text of the pool acts on a terminal.
+
+    Its lines are events in Dagster's records, so an interruption waits for the end of one.
+    """
 
     def log(self, level: int, msg: object, *args: object, **more: Any) -> None:
         """Write one line; all other methods of a log come here."""
         with deferred():
-            super().log(level, msg, *args, **more)
+            super().log(level, shown(msg) if isinstance(msg, str) else msg, *args, **more)
 
 
 def _is_of(materialization: dg.AssetMaterialization | None, data_version: str) -> bool:

@@ -11,7 +11,7 @@ from scalselect_assets.charts.chart_data import Churn
 from scalselect_assets.choice import selected_subset
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.declaration.selection import Selection
-from scalselect_assets.method.representation.rejection import RejectionReason
+from scalselect_assets.method.representation.rejection import MEANINGS, RejectionReason
 from scalselect_assets.report import compared
 from scalselect_assets.report.content import Counts, Fact, RejectedReason, ReportContent
 from scalselect_assets.report.gallery import ReportRows, galleries
@@ -19,28 +19,12 @@ from scalselect_assets.report.gallery_sample import Overlay
 from scalselect_assets.report.page_receipt import CODE_VERSION
 from scalselect_assets.report.profile import ReportScores
 from scalselect_assets.resources.artifacts import RECORD, ArtifactStore
+from scalselect_assets.resources.pool_listing import in_words
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import rank_alternatives, subspace_basis
 from scalselect_assets.subspace.basis_header import BasisHeader
 
 _MANIFEST_SHARDS: Final = 40
-
-_MEANINGS: Final[Mapping[RejectionReason, str]] = {
-    RejectionReason.MALFORMED_ROW: "not JSON, not an object, no turns, an unknown role, or no answer",
-    RejectionReason.DUPLICATE: "repeats an earlier row of its shard, text and images",
-    RejectionReason.TEXT_ONLY: "has no image",
-    RejectionReason.IMAGE_COUNT_MISMATCH: "image marks and images differ in number",
-    RejectionReason.NO_INSTRUCTION_TEXT: "no text beside the answers",
-    RejectionReason.OUTSIDE_IMAGE_ROOT: "the image's path leads out of the image root",
-    RejectionReason.MISSING_IMAGE: "the image is not there or cannot be read",
-    RejectionReason.UNDECODABLE_IMAGE: "the image is damaged, or none at all",
-    RejectionReason.IMAGE_TOO_LARGE: "the image has too many pixels, or is too long a strip",
-    RejectionReason.TEMPLATE_REFUSED: "the model's chat template refuses the row",
-    RejectionReason.PROCESSOR_REFUSED: "the model's processor refuses the row",
-    RejectionReason.TOO_LONG: "more tokens than the model takes",
-    RejectionReason.TOO_LARGE: "alone, it does not fit the memory of the device",
-    RejectionReason.NON_FINITE: "the model's first layer gave infinity or NaN",
-}
 
 
 def gather(
@@ -87,7 +71,7 @@ def gather(
         comparison=compared.for_report(artifacts),
         churn=churn,
         rejected=tuple(
-            RejectedReason(reason, n_rows, _MEANINGS[RejectionReason(reason)])
+            RejectedReason(reason, n_rows, MEANINGS[RejectionReason(reason)])
             for reason, n_rows in sorted(rows.rejected.items(), key=lambda one: (-one[1], one[0]))
         ),
         galleries=galleries(picks, rows.items),
@@ -148,6 +132,10 @@ def _settings(selection: Selection, manifest: Mapping[str, Any]) -> tuple[Fact, 
     if left_out := manifest["shards_left_out"]:
         named = ", ".join(left_out[:10]) + (" …" if len(left_out) > 10 else "")
         settings["shards left out"] = f"{len(left_out):,}: {named}"
+    if there := in_words(manifest.get("passed_over", {})):
+        settings["files not read"] = there
+    if unknown := manifest.get("unknown_listed"):
+        settings["listed, not in the pool"] = f"{len(unknown):,}: {', '.join(unknown[:10])}"
     return tuple(Fact(name, value) for name, value in settings.items())
 
 

@@ -1,6 +1,6 @@
 """The receipt that commits a report, and when the report counts as complete."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator
@@ -58,14 +58,20 @@ def read_receipt(artifacts: ArtifactStore) -> dict[str, Any]:
     return receipt
 
 
-def is_complete(artifacts: ArtifactStore) -> bool:
-    """Whether the receipt is there and the page has the size that it states."""
+def is_complete(artifacts: ArtifactStore, sha256: Callable[[UPath], str | None] | None = None) -> bool:
+    """Whether the receipt is there and the page is as it states.
+
+    Args:
+        artifacts: The store.
+        sha256: Gives the hash of a file, where it is to be compared beside the size.
+    """
     try:
         receipt = read_receipt(artifacts)
         size = page_path(artifacts).stat().st_size
     except (ArtifactMissingError, ArtifactCorruptError, FileNotFoundError):
         return False
-    return bool(size == receipt["bytes"])
+    found = sha256(page_path(artifacts)) if sha256 else None
+    return bool(size == receipt["bytes"] and found in {None, receipt["data_version"]})
 
 
 def page_path(artifacts: ArtifactStore) -> UPath:

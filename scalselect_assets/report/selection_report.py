@@ -42,7 +42,7 @@ from scalselect_assets.report.page_receipt import (
     provenance,
     read_receipt,
 )
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import VlmResource
 from scalselect_assets.subspace import importance_scores, subspace_basis
@@ -240,7 +240,8 @@ def expected(state: StoreState) -> str:
 
 def header(state: StoreState) -> OutputHeader:
     """The receipt of the page; empty where it or the page is missing or damaged."""
-    return read_receipt(state.artifacts) if is_complete(state.artifacts) else {}
+    complete = is_complete(state.artifacts, state.verified.sha256)
+    return read_receipt(state.artifacts) if complete else {}
 
 
 ASSET = PoolAsset(

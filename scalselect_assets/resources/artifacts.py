@@ -28,7 +28,7 @@ from safetensors.numpy import save as save_safetensors
 from upath import UPath
 
 from scalselect_assets.resources import seal
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.names import encode_name
 
 Header = Mapping[str, str]
@@ -151,6 +151,26 @@ class ArtifactStore:
                 told = (": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
                 raise ValueError("; ".join(told)) from error
 
+    def check_file(self, path: UPath) -> None:
+        """Read a file of any kind that carries its own hash, and compare it.
+
+        Raises:
+            ArtifactMissingError: There is no such file.
+            ArtifactCorruptError: It is truncated or damaged.
+        """
+        what = path.path.removeprefix(f"{self.root.path}/")
+        data = self._read(what, None, path)
+        with self._readable(what, None, path):
+            if path.suffix == FRAME:
+                header, _ = _parquet_header(io.BytesIO(data))
+            elif path.suffix == ARRAYS:
+                header = _safetensors_header(io.BytesIO(data))
+                seal.checked_header(header)
+            else:
+                header = json.loads(data)
+            if isinstance(header, dict):
+                seal.check(data, header)
+
     def write_bytes(self, path: UPath, data: bytes) -> None:
         """Replace a file that is only a memory, without waiting for the disk."""
         self._replace(path, data, durable=False)
@@ -240,6 +260,15 @@ class ArtifactStore:
         except BaseException:
             writing.unlink(missing_ok=True)
             raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small text file on this machine in one step, so that it is the old or the new one.
+
+    Raises:
+        OSError: It cannot be written; the old one is still there.
+    """
+    ArtifactStore(UPath(path.parent)).write_text(UPath(path), [text])
 
 
 @contextmanager

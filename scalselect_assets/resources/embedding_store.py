@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from upath import UPath
 
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.names import encode_name
 from scalselect_assets.resources.row_hashes import (
     NAMED,
@@ -267,7 +267,9 @@ class EmbeddingStore:
         rows = self.read_all(table)
         own = {"vector", ROW_HASH, *NAMED}
         found = content_hash(
-            *(rows[name].to_pylist() for name in NAMED),
+            rows["row"].to_pylist(),
+            rows["sample_key"].to_pylist(),
+            rows["source_id"].to_pylist(),
             _matrix(rows, table.dimension),
             {name: rows[name] for name in rows.column_names if name not in own},
         )

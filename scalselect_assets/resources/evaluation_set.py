@@ -14,8 +14,16 @@ from typing import Any, Literal, TypeAlias
 
 from upath import UPath
 
-from scalselect_assets.resources.image_root import file_state, is_local
-from scalselect_assets.resources.samples import shorten
+from scalselect_assets.resources.files import file_state, is_local
+from scalselect_assets.resources.pool_listing import (
+    DEFAULT_IGNORE,
+    PoolListing,
+    entries_of,
+    is_ignored,
+    suffixes_of,
+)
+from scalselect_assets.resources.row_images import IMAGE_SUFFIXES as ROW_IMAGE_SUFFIXES
+from scalselect_assets.resources.written_json import shorten
 
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -64,7 +72,8 @@ class EvaluationText:
 def files(place: UPath, kind: EvaluationKind) -> list[EvaluationFile]:
     """The files of one kind in a folder and the folders below it, by name, or the one file that is given.
 
-    Hidden files and files of other kinds are passed over: benchmarks come with licences and annotations.
+    Hidden files and files of other kinds are passed over: benchmarks come with licences and annotations. What
+    of them may have been meant is counted by ``passed_over``.
 
     Raises:
         EvaluationSetError: The place does not exist, holds no file of that kind, or is a file of another.
@@ -95,6 +104,36 @@ def files(place: UPath, kind: EvaluationKind) -> list[EvaluationFile]:
             f"{', '.join(suffixes)}. Name the folder that holds them, or leave the setting out."
         )
     return sorted(found, key=lambda file: file.name)
+
+
+def passed_over(place: UPath, kind: EvaluationKind) -> dict[str, Any]:
+    """What in an evaluation folder is not read, by kind, with count and examples.
+
+    Annotations beside images and images beside texts are no part of that kind, and are not counted.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    listing = PoolListing()
+    if not place.is_file():
+        _note_passed_over(place, "", kind, listing)
+    return {kind: found for kind, found in listing.to_json().items() if kind != "ignored"}
+
+
+def _note_passed_over(folder: UPath, below: str, kind: EvaluationKind, listing: PoolListing) -> None:
+    for entry in entries_of(folder):
+        path = f"{below}{entry.name}"
+        is_image = entry.name.lower().endswith(ROW_IMAGE_SUFFIXES)
+        if is_ignored(entry.name, path, DEFAULT_IGNORE):
+            continue
+        if entry.name.startswith("."):
+            listing.pass_over("hidden", path)
+        elif entry.kind == "folder":
+            _note_passed_over(folder / entry.name, f"{path}/", kind, listing)
+        elif entry.kind != "file":
+            listing.pass_over(entry.kind, path)
+        elif not entry.name.lower().endswith(_WANTED[kind]) and is_image == (kind == "images"):
+            listing.pass_over(f"other:{suffixes_of(entry.name)}", path)
 
 
 def sha256_of(found: Sequence[EvaluationFile], known: FileDigests) -> FileDigests:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from upath import UPath
 
 from scalselect_assets.resources.artifacts import named
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 
 _MAKING = ".making-"
 _REPLACED = ".replaced-"

@@ -3,40 +3,39 @@
 No image outside the root is ever opened, whatever a reference says: references are untrusted. They are read
 lexically (``a/../b.png`` is ``b.png``, as in a URL), and on a local file system a symbolic link must also
 lead to a place below the root, which `resources.beneath` sees to. An image is known everywhere else by its
-normalised path.
+normalised path; an image inside a shard by its address, ``<shard>#<row>/<n>``, whose shard lies below the
+pool's folder or else below the root. A name that exists in another Unicode normal form (macOS writes NFD) is
+found.
 """
 
 import errno
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.parse import unquote
 
 from upath import UPath
 
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 from scalselect_assets.resources.beneath import Beneath, NoRegularFileError, OutsideError
-from scalselect_assets.resources.samples import shorten
+from scalselect_assets.resources.files import FileState, is_local, store_state
+from scalselect_assets.resources.forms.base import Form, ShardFile
+from scalselect_assets.resources.forms.embedded import Address, address_of
+from scalselect_assets.resources.forms.registry import form_of
+from scalselect_assets.resources.pool_files import shard_file_state
+from scalselect_assets.resources.shard_reader import ShardFormatError
+from scalselect_assets.resources.shown_text import masked
+from scalselect_assets.resources.written_json import shorten
 
-_LOCAL_PROTOCOLS = ("", "file", "local")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ)
 _NOT_A_FILE = "is not a regular file; refer to an image file"
-_STORE_VERSION_FIELDS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """What can be told of a file without reading it."""
-
-    size: int
-    version: str
-    """Modification time in nanoseconds, or an object store's ETag (failing that, its date)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +55,23 @@ class ImageRoot:
     one shard, and the next pass, which may find other files, makes its own. Memory: the distinct references.
     """
 
-    def __init__(self, root: UPath, base: UPath) -> None:
+    def __init__(self, root: UPath, base: UPath, shards: UPath | None = None, *, moved: bool = False) -> None:
         """Set up the root.
 
         Args:
             root: Folder that holds every image that may be opened.
             base: Folder that relative references start from: the shard's, or the root itself.
+            shards: The pool's folder, which the addresses of embedded images start from; the root itself
+                where it is not given.
+            moved: Whether an absolute path that lies elsewhere, as one of another machine does, means the
+                file below the root that its longest possible end names.
 
         Raises:
             ValueError: ``base`` is not at or below ``root``.
         """
         self.root = root
+        self._shards, self._moved = shards, moved
+        self._moved_from: dict[str, str] = {}
         self._local = is_local(root)
         self._lexical_root = _absolute(root)
         self._base = self._lexical_root if base is root else _absolute(base)
@@ -115,16 +120,25 @@ class ImageRoot:
         """The bytes of the image at a normalised path.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: There is no such file, or it is inside a shard that is damaged.
             PermissionError: The path leaves the root.
             OSError: The file cannot be read.
         """
+        if embedded := _embedded(path):
+            form, address = embedded
+            with self._refusals_as_errors(path):
+                file, state = self._shard(address)
+            try:
+                return form.read_image(file, state.version, address)
+            except ShardFormatError as error:
+                # The shard is reported as damaged by itself; its images are as good as gone.
+                raise FileNotFoundError(f"image {path} cannot be read: {error}") from error
         if self._local:
-            with self.open(path) as file:
-                return file.read()
+            with self.open(path) as image:
+                return image.read()
         with self._refusals_as_errors(path):
-            self._state(path)
-        data: bytes = self.root.fs.cat_file(posixpath.join(self.root.path, posixpath.normpath(path)))
+            there = self._name_there(path)
+        data: bytes = self.root.fs.cat_file(posixpath.join(self.root.path, there))
         return data
 
     def open(self, path: str) -> BinaryIO:
@@ -132,9 +146,10 @@ class ImageRoot:
 
         What is then read from the open file, or linked to, is the file that was checked.
         """
-        normal = posixpath.normpath(path)
-        with self._refusals_as_errors(path), _refusals(normal):
-            return self._files.open(normal)
+        with self._refusals_as_errors(path):
+            normal = self._name_there(path)
+            with _refusals(normal):
+                return self._files.open(normal)
 
     @contextmanager
     def _refusals_as_errors(self, path: str) -> Iterator[None]:
@@ -149,13 +164,15 @@ class ImageRoot:
         path = None
         try:
             path = self._path(reference)
-            self._state(path)
+            path = self._name_there(path)
         except _RefusedError as refused:
             return ResolvedImage(path, self._rejection(reference, refused))
         return ResolvedImage(path, None)
 
     def _path(self, reference: str) -> str:
         """The normalised path that a reference means."""
+        if _embedded(reference):
+            return reference
         target = self._target(reference)
         if "\0" in target:
             raise _RefusedError(RejectionReason.MISSING_IMAGE, "holds a NUL character; correct the path")
@@ -163,14 +180,32 @@ class ImageRoot:
         if path is None and self._local and target.startswith("/"):
             # An absolute path may name the root by another way than the deployment does.
             path = _below(self._real_root, os.path.realpath(target))
+        if path is None and self._moved and target.startswith("/"):
+            path = self._end_below(_normal(target))
         if path is None:
             raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
         return path
 
+    def _end_below(self, path: str) -> str | None:
+        """The longest end of an absolute path that names something below the root.
+
+        Remembered by folder: images that lay together lie together.
+        """
+        folder, _, name = path.rpartition("/")
+        if folder in self._moved_from:
+            return posixpath.join(self._moved_from[folder], name)
+        parts = folder.split("/")[1:]
+        for start in range(len(parts) + 1):
+            below = "/".join(parts[start:])
+            if self._is_there(posixpath.join(below, name)):
+                self._moved_from[folder] = below
+                return posixpath.join(below, name)
+        return None
+
     def _target(self, reference: str) -> str:
         """The path in a reference, relative to the base or absolute."""
         if reference[:5].lower() == "data:":
-            what = "is data inside the row, which is not read; write it to a file and refer to that"
+            what = "is a data URI that is not Base64; write it again, or to a file and refer to that"
             raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
         scheme = _SCHEME.match(reference)
         if not scheme:
@@ -186,12 +221,23 @@ class ImageRoot:
         raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
 
     def _state(self, path: str) -> FileState:
-        """The state of the image at a normalised path.
+        """The state of the image at a normalised path, or of the shard that it is in.
 
         Raises:
             _RefusedError: It is not a file, or outside the root.
             OSError: The file system cannot say.
         """
+        if embedded := _embedded(path):
+            return self._shard(embedded[1])[1]
+        try:
+            return self._state_as_written(path)
+        except _RefusedError as refused:
+            other = None if path.isascii() else self._other_form(path)
+            if other is None or refused.reason is not RejectionReason.MISSING_IMAGE:
+                raise
+            return self._state_as_written(other)
+
+    def _state_as_written(self, path: str) -> FileState:
         normal = posixpath.normpath(path)
         with _refusals(normal):
             if self._local:
@@ -200,10 +246,60 @@ class ImageRoot:
             info = self.root.fs.info(posixpath.join(self.root.path, normal))
             if info["type"] != "file":
                 raise NoRegularFileError(normal)
-            return _store_state(info)
+            return store_state(info)
+
+    def _shard(self, address: Address) -> tuple[ShardFile, FileState]:
+        """The shard that holds an embedded image, below the pool's folder or else below the root.
+
+        A training file's addresses lead to the pool that it was chosen from, which is then the root.
+        """
+        name = posixpath.normpath(address.shard)
+        if name.startswith("/") or name.split("/", maxsplit=1)[0] == "..":
+            raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
+        for folder in (self._shards, self.root):
+            if folder is None:
+                continue
+            try:
+                return ShardFile(folder, name), shard_file_state(folder, name)
+            except OSError as error:
+                if not (isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE):
+                    raise
+        what = "is in a shard that does not exist; add the file or correct the address"
+        raise _RefusedError(RejectionReason.MISSING_IMAGE, what)
+
+    def _name_there(self, path: str) -> str:
+        """A normalised path as the file system spells it.
+
+        Raises:
+            _RefusedError: There is no such file, or it is outside the root.
+            OSError: The file system cannot say.
+        """
+        self._state(path)
+        if path.isascii() or _embedded(path) or self._is_there(path):
+            return path if _embedded(path) else posixpath.normpath(path)
+        return self._other_form(path) or path
+
+    def _other_form(self, path: str) -> str | None:
+        """The path in the Unicode normal forms that its parts have on disk; None where there is none."""
+        found: list[str] = []
+        for part in path.split("/"):
+            forms = (unicodedata.normalize(form, part) for form in ("NFC", "NFD"))
+            there = (
+                name for name in dict.fromkeys([part, *forms]) if self._is_there("/".join([*found, name]))
+            )
+            if (name := next(there, None)) is None:
+                return None
+            found.append(name)
+        spelt = "/".join(found)
+        return None if spelt == path else spelt
+
+    def _is_there(self, path: str) -> bool:
+        if self._local:
+            return os.path.lexists(posixpath.join(self._lexical_root, path))
+        return bool(self.root.fs.exists(posixpath.join(self.root.path, path)))
 
     def _rejection(self, reference: str, refused: "_RefusedError") -> Rejection:
-        image = f"image {shorten(reference)} {refused.what}"
+        image = f"image {masked(shorten(reference))} {refused.what}"
         if refused.reason is RejectionReason.OUTSIDE_IMAGE_ROOT:
             detail = (
                 f"{image} outside the image root {self.root}, and nothing outside it is opened; move the "
@@ -232,22 +328,11 @@ def _refusals(path: str) -> Iterator[None]:
         raise
 
 
-def is_local(path: UPath) -> bool:
-    """Whether a path is on this machine's file system, so that the system can be asked about links."""
-    return path.protocol in _LOCAL_PROTOCOLS
-
-
-def file_state(path: UPath) -> FileState:
-    """Size and version of any file, local or in an object store.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        OSError: It cannot be asked about.
-    """
-    if not is_local(path):
-        return _store_state(path.fs.info(path.path))
-    status = os.stat(path.path)  # noqa: PTH116 - without the cost of another path object
-    return FileState(status.st_size, str(status.st_mtime_ns))
+def _embedded(reference: str) -> tuple[Form, Address] | None:
+    """The form and the address, where a reference leads into a shard; None for a path."""
+    address = address_of(reference) if "#" in reference else None
+    form = address and form_of(address.shard)
+    return (form, address) if form and address else None
 
 
 class _RefusedError(Exception):
@@ -257,11 +342,6 @@ class _RefusedError(Exception):
         super().__init__(what)
         self.reason = reason
         self.what = what
-
-
-def _store_state(info: Mapping[str, Any]) -> FileState:
-    version = next((info[field] for field in _STORE_VERSION_FIELDS if info.get(field)), "")
-    return FileState(int(info["size"]), str(version))
 
 
 def _absolute(folder: UPath) -> str:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from upath import UPath
 
 from scalselect_assets.resources.beneath import Beneath, NoRegularFileError, OutsideError
-from scalselect_assets.resources.image_root import FileState, file_state, is_local
+from scalselect_assets.resources.files import FileState, file_state, is_local
 from scalselect_assets.resources.shard_reader import ShardFormatError
 
 _REMEDY = "Put the file itself into the pool, or remove the link."

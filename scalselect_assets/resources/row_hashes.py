@@ -55,7 +55,7 @@ def check_rows(rows: pa.RecordBatch | pa.Table, vectors: NDArray[np.float32]) ->
         ChangedRowsError: A row is not what was written.
     """
     named = [rows.column(name).to_pylist() for name in NAMED]
-    found = row_hashes(*named, vectors)
+    found = row_hashes(named[0], named[1], named[2], vectors)
     for row, is_hash, was_hash in zip(
         named[0], found.to_pylist(), rows.column(ROW_HASH).to_pylist(), strict=True
     ):
@@ -127,7 +127,7 @@ def _parts(array: Any) -> list[Any]:
         lengths = pc.fill_null(pc.binary_length(array), -1).cast(pa.int64())
         texts = array.drop_null().to_pylist()
         return [*_numbers(lengths), "".join(texts).encode()]
-    return [*_numbers(array.is_valid()), *_numbers(pc.fill_null(array, 0))]
+    return [*_numbers(array.is_valid()), *_numbers(pc.fill_null(array, pa.scalar(0).cast(array.type)))]
 
 
 def _numbers(array: Any) -> list[bytes]:

@@ -1,8 +1,9 @@
 """The sample pool: which shards there are, what each holds, and whether it is still the same.
 
-A shard is one file of the pool. Its key is its path below the source, escaped where Dagster's partition keys
-do not allow a character. Reading streams; discovery keeps a small ``ShardIndex`` of each shard, so that the
-next discovery reads no bytes of a file that has not changed and asks only for the images' sizes and times.
+A shard is one file of the pool, of any form that `forms` reads. Its key is its path below the
+source, escaped where Dagster's partition keys do not allow a character. Reading streams; discovery keeps a
+small ``ShardIndex`` of each shard, so that the next discovery reads no bytes of a file that has not changed
+and asks only for the images' sizes and times.
 """
 
 import hashlib
@@ -12,61 +13,37 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import unquote
 
 from upath import UPath
 
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
-from scalselect_assets.resources.image_root import FileState, ImageRoot, is_local
-from scalselect_assets.resources.pool_files import open_shard_file, shard_file_state
+from scalselect_assets.resources.files import FileState, is_local
+from scalselect_assets.resources.forms.base import Form, ShardFile
+from scalselect_assets.resources.forms.embedded import address_of, to_data_uri
+from scalselect_assets.resources.forms.registry import form_of
+from scalselect_assets.resources.forms.text import PLAIN, TextForm
+from scalselect_assets.resources.image_root import ImageRoot
+from scalselect_assets.resources.judged_rows import PoolRow, judge
+from scalselect_assets.resources.pool_files import shard_file_state
+from scalselect_assets.resources.pool_listing import (
+    DEFAULT_IGNORE,
+    PoolListing,
+    folder_identity,
+    list_shards,
+)
 from scalselect_assets.resources.samples import (
-    Sample,
-    content_key,
     occurrence_key,
     parse_row,
-    shorten,
-    text_key,
     with_image_paths,
 )
-from scalselect_assets.resources.shard_reader import (
-    LINES_SUFFIXES,
-    Container,
-    RowText,
-    ShardFormatError,
-    container,
-    read_chunks,
-    rows_of,
-)
-
-SHARD_SUFFIXES = (".json", *LINES_SUFFIXES)
-STORE_MARK = "selection.yaml"
-"""A folder with a file of this name is the store of some selection, and holds no shards."""
+from scalselect_assets.resources.shard_reader import Container, ShardFormatError
+from scalselect_assets.resources.written_json import shorten
 
 # Dagster refuses "..." and these control characters in a partition key; an undecodable byte of a file name
 # (a surrogate in Python) could not be stored as text.
 _NOT_IN_KEYS = re.compile(r"[%\a\b\f\n\r\t\v\0\udc80-\udcff]|\.(?=\.\.)")
-
-
-@dataclass(frozen=True, slots=True)
-class PoolRow:
-    """One row of a shard: a sample whose images are all there, or a rejection."""
-
-    row: int
-    """Place in the shard, from 0."""
-    line: int
-    """Line of the file on which it starts, from 1."""
-    text: str
-    """The row's JSON text verbatim."""
-    sample_key: str
-    """Hash of its content, unique within the shard."""
-    source_id: str | None
-    """The row's ``id`` as a string, where it has one."""
-    sample: Sample | None
-    """None exactly where ``rejection`` is given."""
-    image_paths: tuple[str, ...]
-    """The images, for ``SampleSource.open_image``; empty where the row is rejected."""
-    rejection: Rejection | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +89,8 @@ class ShardState:
     changed_at: float | None
     """Latest modification of the file or an image, in seconds since the epoch; None in an object store,
     where files appear whole."""
+    missing_images: tuple[str, ...] = ()
+    """The images that it names and that are not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +102,32 @@ class SampleSource:
     """
 
     source: UPath
-    """A folder, all of whose JSON and JSON Lines files are shards, or one such file."""
+    """A folder, all of whose files of the forms that are read are shards, or one such file."""
     image_root: UPath | None = None
     exclude: tuple[UPath, ...] = ()
     """Folders below the source that hold no shards, such as the artifacts of the selection itself."""
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+    """Patterns of names or paths below the source that are no shards."""
 
     def shard_keys(self) -> dict[str, UPath]:
         """The shards there are now, sorted by key.
 
-        Hidden files and folders and stores of selections are skipped, and links to folders are not followed.
+        Raises:
+            FileNotFoundError: The source does not exist.
+            OSError: A folder cannot be listed; a partial answer would look like deleted shards.
+        """
+        return self.shards_of(self.listing())
+
+    def shards_of(self, listing: PoolListing) -> dict[str, UPath]:
+        """The shards of a listing, sorted by key."""
+        folder = self._folder()
+        return dict(sorted((self.shard_key(path), folder / path) for path in listing.shards))
+
+    def listing(self) -> PoolListing:
+        """The shards there are now, and what is passed over.
+
+        Hidden files and folders, ignored ones and stores of selections are skipped, and links to folders are
+        not followed.
 
         Raises:
             FileNotFoundError: The source does not exist.
@@ -141,12 +137,10 @@ class SampleSource:
             # A daemon lives long, and object stores' listings are cached for the life of a process.
             self.source.fs.invalidate_cache()
         folder = self._folder()
-        if folder is self.source:
-            excluded = frozenset(_identity(path) for path in self.exclude)
-            paths = {relative: folder / relative for relative in _walk(folder, "", excluded)}
-        else:
-            paths = {self.source.name: self.source}
-        return dict(sorted((self.shard_key(relative), path) for relative, path in paths.items()))
+        if folder is not self.source:
+            return PoolListing([self.source.name])
+        excluded = frozenset(folder_identity(path) for path in self.exclude)
+        return list_shards(folder, excluded, self.ignore)
 
     @staticmethod
     def shard_key(relative_path: str) -> str:
@@ -176,24 +170,23 @@ class SampleSource:
             ShardFormatError: The file is not readable as rows; see `shard_reader`.
             OSError: The shard cannot be read, or the file system cannot say whether an image exists.
         """
-        path = self.shard_path(key)
-        images = self._images(path)
+        file = self.shard_file(key)
+        images = self._images(key)
         n_seen: dict[str, int] = {}
         accepted: dict[str, str] = {}
-        with self.open_shard(key) as stream:
-            for row in rows_of(read_chunks(stream), path):
-                judged = _judge(row, images)
-                base = judged.sample_key
-                if judged.sample and base in accepted:
-                    detail = f"the row repeats {accepted[base]} of this shard, text and images; remove one"
-                    rejection = Rejection(RejectionReason.DUPLICATE, detail)
-                    judged = replace(judged, sample=None, image_paths=(), rejection=rejection)
-                elif judged.sample:
-                    named = "" if judged.source_id is None else f" (id {shorten(judged.source_id)})"
-                    accepted[base] = f"row {row.row}{named}"
-                occurrence = n_seen.get(base, 0)
-                n_seen[base] = occurrence + 1
-                yield replace(judged, sample_key=occurrence_key(base, occurrence)) if occurrence else judged
+        for row in _form(file).rows(file):
+            judged, repeat = judge(row, images)
+            base = judged.sample_key
+            if repeat is not None and repeat in accepted:
+                detail = f"the row repeats {accepted[repeat]} of this shard, all but its id; remove one"
+                rejection = Rejection(RejectionReason.DUPLICATE, detail)
+                judged = replace(judged, sample=None, image_paths=(), rejection=rejection)
+            elif repeat is not None:
+                named = "" if judged.source_id is None else f" (id {shorten(judged.source_id)})"
+                accepted[repeat] = f"row {row.row}{named}"
+            occurrence = n_seen.get(base, 0)
+            n_seen[base] = occurrence + 1
+            yield replace(judged, sample_key=occurrence_key(base, occurrence)) if occurrence else judged
 
     def container(self, key: str) -> Container:
         """Whether the shard is a JSON array or JSON Lines.
@@ -202,32 +195,46 @@ class SampleSource:
             ShardFormatError: It begins like neither.
             OSError: It cannot be read.
         """
-        with self.open_shard(key) as stream:
-            return container(read_chunks(stream), self.shard_path(key))
+        file = self.shard_file(key)
+        return _form(file).container(file)
 
-    def open_shard(self, key: str) -> BinaryIO:
-        """Open a shard's file, which lies in the pool whatever links say.
+    def shard_file(self, key: str) -> ShardFile:
+        """A shard's file, which lies in the pool whatever links say.
 
         Raises:
-            ShardFormatError: It is a link that cannot be followed; see `resources.pool_files`.
-            FileNotFoundError: The shard does not exist.
-            OSError: It cannot be opened.
+            ValueError: It is not a key that ``shard_key`` gives.
+            FileNotFoundError: The source does not exist.
         """
-        return open_shard_file(*self._place(key))
+        return ShardFile(*self._place(key))
 
     def export_text(self, key: str, text: str, image_paths: Sequence[str]) -> str:
         """A row's text for a file of rows from all over the pool, read with the image root beside it.
 
         Verbatim, except that in a pool without a declared image root the references of a shard in a
-        subfolder, which start there, are rewritten to start from the source folder.
+        subfolder, which start there, are rewritten to start from the source folder, and that images which a
+        text shard holds as Base64 stand in the row again. Those of a table or an archive keep their address.
 
         Args:
             key: The row's shard.
-            text: The row's text, verbatim.
+            text: The row's text, as it was read.
             image_paths: Its images, relative to the image root; empty for a row without any.
+
+        Raises:
+            FileNotFoundError: The row has an embedded image, and the shard or the image is gone.
+            OSError: The shard cannot be read.
         """
         starts_at_root = self.image_root is not None or "/" not in key
-        return text if starts_at_root or not image_paths else with_image_paths(text, image_paths)
+        if not image_paths or (starts_at_root and not any("#" in path for path in image_paths)):
+            return text
+        file = self.shard_file(key)
+        is_text = isinstance(_form(file), TextForm)
+        held = {path for path in image_paths if is_text and _is_within(path, file.name)}
+        if starts_at_root and not held:
+            return text
+        return with_image_paths(
+            text,
+            [to_data_uri(self.open_image(path)) if path in held else path for path in image_paths],
+        )
 
     def index_shard(self, key: str) -> ShardIndex:
         """Read a shard once for what discovery remembers of it.
@@ -239,32 +246,28 @@ class SampleSource:
             FileNotFoundError: The shard or the image root does not exist.
             OSError: The shard cannot be read.
         """
-        path = self.shard_path(key)
-        images = self._images(path)
+        file = self.shard_file(key)
+        images = self._images(key)
         # Asked before the bytes are read: what is written meanwhile shows as a change next time.
         state = self._file_state(key)
         digest = hashlib.sha256()
         named: set[str] = set()
         n_rows: int | None = 0
         try:
-            stream = self.open_shard(key)
+            file.open().close()
         except ShardFormatError as error:
             unread = hashlib.sha256(str(error).encode(errors="surrogateescape")).hexdigest()
             return self._index(state, unread, None, named)
-        with stream:
-            chunks = _digested(read_chunks(stream), digest)
-            try:
-                for n_rows, row in enumerate(rows_of(chunks, path), start=1):  # noqa: B007
-                    sample = None if row.error else parse_row(row.text).sample
-                    for reference in sample.images if sample else ():
-                        image = images.path_of(reference)
-                        if image is not None:
-                            named.add(image)
-            except ShardFormatError:
-                n_rows = None
-                named.clear()
-                for _ in chunks:
-                    pass
+        try:
+            for n_rows, row in enumerate(_form(file).rows(file, digest), start=1):  # noqa: B007
+                sample = None if row.error else parse_row(row.text).sample
+                for reference in sample.images if sample else ():
+                    image = images.path_of(reference)
+                    if image is not None and not _is_within(image, file.name):
+                        named.add(image)
+        except ShardFormatError:
+            n_rows = None
+            named.clear()
         return self._index(state, digest.hexdigest(), n_rows, named)
 
     def _index(self, state: FileState, sha256: str, n_rows: int | None, images: set[str]) -> ShardIndex:
@@ -308,7 +311,7 @@ class SampleSource:
         """
         self._relative_path(key)
         root = self._present_images_folder()
-        images = ImageRoot(root, root)
+        images = ImageRoot(root, root, self.shards_folder())
         seen: list[tuple[object, ...]] = []
         changed = [index.version]
         for path in index.images:
@@ -320,22 +323,32 @@ class SampleSource:
                 changed.append(state.version)
         fingerprint = hashlib.sha256(json.dumps([index.sha256, seen]).encode()).hexdigest()
         local = is_local(self.source) and is_local(root)
-        return ShardState(fingerprint, max(map(int, changed)) / 1e9 if local else None)
+        changed_at = max(map(int, changed)) / 1e9 if local else None
+        missing = (path for path, *rest in seen if rest == [RejectionReason.MISSING_IMAGE])
+        return ShardState(fingerprint, changed_at, tuple(map(str, missing)))
 
     def shard_fingerprint(self, key: str, index: ShardIndex) -> str:
         """The fingerprint of ``shard_state``; raises likewise."""
         return self.shard_state(key, index).fingerprint
 
     def open_image(self, relative_path: str) -> bytes:
-        """The bytes of an image, by its path relative to the image root.
+        """The bytes of an image, by its path relative to the image root or its address in a shard.
 
         Raises:
-            FileNotFoundError: There is no such image.
+            FileNotFoundError: There is no such image, or the shard that holds it is damaged.
             PermissionError: The path leads out of the image root.
             OSError: It cannot be read.
         """
+        return self.image_files().read(relative_path)
+
+    def image_files(self) -> ImageRoot:
+        """The images of the pool, by their paths relative to the image root or their addresses.
+
+        Raises:
+            FileNotFoundError: The source does not exist.
+        """
         root = self.images_folder()
-        return ImageRoot(root, root).read(relative_path)
+        return ImageRoot(root, root, self.shards_folder())
 
     def images_folder(self) -> UPath:
         """What image paths are relative to: the image root, else the source folder.
@@ -344,6 +357,15 @@ class SampleSource:
             FileNotFoundError: The source does not exist.
         """
         return self.image_root or self._folder()
+
+    def shards_folder(self) -> UPath:
+        """What the addresses of embedded images start from.
+
+        Raises:
+            FileNotFoundError: The source does not exist.
+        """
+        folder = self._folder()
+        return folder if folder is self.source else self._own_place(folder)[0]
 
     def _declared_root(self) -> str | None:
         return None if self.image_root is None else str(self.image_root)
@@ -365,11 +387,14 @@ class SampleSource:
     def _place(self, key: str) -> tuple[UPath, str]:
         """The folder that a shard's file must lie below, and its path there."""
         folder, relative = self._folder(), self._relative_path(key)
-        if folder is not self.source and is_local(folder):
-            # One file is declared, which may itself be a link: who declares it says where it is.
-            real = UPath(os.path.realpath(self.source.path))
-            return real.parent, real.name
-        return folder, relative
+        return (folder, relative) if folder is self.source else self._own_place(folder)
+
+    def _own_place(self, folder: UPath) -> tuple[UPath, str]:
+        """The place of one file that is declared, which may be a link: who declares it says where it is."""
+        if not is_local(folder):
+            return folder, self.source.name
+        real = UPath(os.path.realpath(self.source.path))
+        return real.parent, real.name
 
     def _folder(self) -> UPath:
         """The folder that shard keys are relative to."""
@@ -383,9 +408,11 @@ class SampleSource:
         )
         raise FileNotFoundError(msg)
 
-    def _images(self, shard: UPath) -> ImageRoot:
+    def _images(self, key: str) -> ImageRoot:
         root = self._present_images_folder()
-        return ImageRoot(root, root if self.image_root else shard.parent)
+        if self.image_root is None:
+            return ImageRoot(root, self.shard_path(key).parent, self.shards_folder())
+        return ImageRoot(root, root, self.shards_folder(), moved=True)
 
     def _present_images_folder(self) -> UPath:
         """``images_folder``, which is there."""
@@ -401,80 +428,16 @@ class SampleSource:
         return self.image_root
 
 
-def _judge(row: RowText, images: ImageRoot) -> PoolRow:
-    """The row as far as it can be told on its own: its key is the base, and duplicates are not seen."""
-
-    def judged(
-        base: str,
-        source_id: str | None = None,
-        rejection: Rejection | None = None,
-        sample: Sample | None = None,
-        image_paths: tuple[str, ...] = (),
-    ) -> PoolRow:
-        return PoolRow(row.row, row.line, row.text, base, source_id, sample, image_paths, rejection)
-
-    if row.error:
-        detail = f"{row.error}; save the file as UTF-8"
-        return judged(text_key(row.text), rejection=Rejection(RejectionReason.MALFORMED_ROW, detail))
-    parsed = parse_row(row.text, row.row)
-    if parsed.sample is None:
-        return judged(text_key(row.text), parsed.source_id, parsed.rejection)
-    references = parsed.sample.images
-    resolved = [images.resolve(reference) for reference in references]
-    paths = tuple(found.path or name for found, name in zip(resolved, references, strict=True))
-    base = content_key(parsed.sample, paths)
-    rejection = next((found.rejection for found in resolved if found.rejection), None)
-    if rejection:
-        return judged(base, parsed.source_id, rejection)
-    return judged(base, parsed.source_id, sample=parsed.sample, image_paths=paths)
+def _form(file: ShardFile) -> Form:
+    """The form of a shard; one file that is declared by itself may have any name, and is text then."""
+    return form_of(file.name) or PLAIN
 
 
-def _digested(chunks: Iterator[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
-    for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
-
-
-def _walk(folder: UPath, below: str, excluded: frozenset[str]) -> Iterator[str]:
-    """Paths of the shard files under ``folder``, each preceded by ``below``."""
-    for name, is_folder in _entries(folder):
-        if name.startswith("."):
-            continue
-        if not is_folder:
-            if name.lower().endswith(SHARD_SUFFIXES):
-                yield below + name
-        elif _identity(folder / name) not in excluded and not (folder / name / STORE_MARK).exists():
-            yield from _walk(folder / name, f"{below}{name}/", excluded)
-
-
-def _entries(folder: UPath) -> list[tuple[str, bool]]:
-    """Name of every file (False) and folder (True) in ``folder``; links to folders, sockets etc. left out."""
-    if is_local(folder):
-        with os.scandir(folder.path) as entries:
-            return [
-                (entry.name, entry.is_dir(follow_symlinks=False))
-                for entry in entries
-                if (_may_be_a_shard(entry) if entry.is_symlink() else entry.is_file() or entry.is_dir())
-            ]
-    own_name = folder.path.strip("/")
-    listed = [
-        (info["name"].strip("/"), info["type"] == "directory")
-        for info in folder.fs.ls(folder.path, detail=True)
-    ]
-    # A store may list the folder's own marker object among what it holds.
-    return [(posixpath.basename(name), is_folder) for name, is_folder in listed if name != own_name]
-
-
-def _may_be_a_shard(link: "os.DirEntry[str]") -> bool:
-    """Whether a link leads to a file, or nowhere: then it is a shard that fails, and not one that is gone."""
-    return not os.path.isdir(link.path)  # noqa: PTH112 - false also where the link leads in a circle
+def _is_within(path: str, shard: str) -> bool:
+    """Whether an image lies inside the shard that names it."""
+    address = address_of(path)
+    return address is not None and address.shard == shard
 
 
 def _is_folder(path: UPath) -> bool:
     return os.path.isdir(path.path) if is_local(path) else bool(path.is_dir())  # noqa: PTH112 - ten times faster
-
-
-def _identity(folder: UPath) -> str:
-    if is_local(folder):
-        return os.path.realpath(folder.path)
-    return f"{folder.protocol}:{folder.path.strip('/')}"

@@ -1,8 +1,9 @@
-"""From a file's bytes to its rows' verbatim JSON texts, streaming.
+"""From the bytes of a text shard to its rows' verbatim JSON texts, streaming.
 
-A shard is a JSON array of rows or JSON Lines, in UTF-8; the first character decides which, never the file's
-name. A file that is neither raises ``ShardFormatError``; in JSON Lines a broken line is still a row, so that
-one bad line costs one row and not the shard. What a row means is `samples`'s concern.
+A text shard is a JSON array of rows or JSON Lines, in UTF-8; the first character decides which, never the
+file's name. A file that is neither raises ``ShardFormatError``; in JSON Lines a broken line is still a row,
+so that one bad line costs one row and not the shard. What a row means is `samples`'s concern, and
+which other forms there are is that of `forms`.
 
 Memory: a few chunks, or a few times the longest row where that is more.
 """
@@ -21,12 +22,14 @@ from upath import UPath
 Container: TypeAlias = Literal["array", "lines"]
 
 CHUNK_BYTES = 1 << 20
-LINES_SUFFIXES = (".jsonl", ".ndjson")
+LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
+
+_MAX_LEADING_SPACE = 1 << 20
+
+LFS_POINTER = b"version https://git-lfs"
 
 MAX_ROW_LENGTH = 1 << 26
 """A row longer than this (64 Mi characters or bytes) is a missing bracket or newline, not a conversation."""
-
-_MAX_LEADING_SPACE = 1 << 20
 
 _BOM = codecs.BOM_UTF8
 _JSON_SPACE = " \t\r\n"
@@ -56,7 +59,9 @@ class RowText:
     line: int
     """Line of the file on which the row starts, from 1."""
     error: str | None = None
-    """Why ``text`` is not what the file says: its bytes are no UTF-8 and stand escaped; otherwise None."""
+    """Why ``text`` is not what the file says, and what to do; None where it is."""
+    images: tuple[bytes, ...] = ()
+    """What is embedded in the row, in the order of the addresses in ``text``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +90,6 @@ def iter_rows(path: UPath, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[RowTex
         yield from rows_of(read_chunks(stream, chunk_bytes), path)
 
 
-def container(chunks: Iterator[bytes], path: UPath) -> Container:
-    """The form in which a shard file holds its rows, by its first character; ``path`` only names the file.
-
-    Raises:
-        ShardFormatError: The file begins like neither.
-    """
-    return _recognise(chunks, path)[0]
-
-
 def read_chunks(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
     """The bytes of ``stream``, ``chunk_bytes`` at a time."""
     while chunk := stream.read(chunk_bytes):
@@ -106,7 +102,7 @@ def rows_of(chunks: Iterator[bytes], path: UPath) -> Iterator[RowText]:
     Raises:
         ShardFormatError: As in ``iter_rows``.
     """
-    kind, body = _recognise(chunks, path)
+    kind, body = recognise(chunks, path)
     if kind == "array":
         yield from _array_rows(body, path)
         return
@@ -114,7 +110,10 @@ def rows_of(chunks: Iterator[bytes], path: UPath) -> Iterator[RowText]:
         try:
             yield RowText(row, data.decode(), line)
         except UnicodeDecodeError as error:
-            found = f"byte 0x{data[error.start]:02x} after {error.start} bytes of the row is not UTF-8"
+            found = (
+                f"byte 0x{data[error.start]:02x} after {error.start} bytes of the row is not UTF-8; save the "
+                "file as UTF-8"
+            )
             yield RowText(row, data.decode(errors="backslashreplace"), line, error=found)
 
 
@@ -156,7 +155,7 @@ def split_shard(
     n_rows = 0
     try:
         with path.open("rb") as stream:
-            kind, body = _recognise(read_chunks(stream, chunk_bytes), path)
+            kind, body = recognise(read_chunks(stream, chunk_bytes), path)
             rows = (
                 (row.text.encode() for row in _array_rows(body, path))
                 if kind == "array"
@@ -188,8 +187,12 @@ def _refuse(path: UPath, found: str, remedy: str) -> NoReturn:
     raise ShardFormatError(msg)
 
 
-def _recognise(chunks: Iterator[bytes], path: UPath) -> tuple[Container, Iterator[bytes]]:
-    """What the content is, and the chunks again, less a byte order mark."""
+def recognise(chunks: Iterator[bytes], path: UPath) -> tuple[Container, Iterator[bytes]]:
+    """What the content is, and the chunks again, less a byte order mark.
+
+    Raises:
+        ShardFormatError: It is neither.
+    """
     head = b""
     for chunk in chunks:
         head += chunk
@@ -204,14 +207,22 @@ def _recognise(chunks: Iterator[bytes], path: UPath) -> tuple[Container, Iterato
         if not start and size > _MAX_LEADING_SPACE:
             found = f"the file begins with more than {_MAX_LEADING_SPACE} bytes of white space"
             _refuse(path, found, "Remove it.")
-    if not start and path.suffix.lower() not in LINES_SUFFIXES:
+    if not start and not _claims_lines(path):
         _refuse(
             path, "the file is empty", "Write the rows again; an empty shard is [] or an empty .jsonl file."
         )
+    if start.startswith(LFS_POINTER):
+        found = "the file is a Git LFS pointer: the repository was cloned without its large files"
+        _refuse(path, found, "Run `git lfs pull` in it.")
     if start and start[:1] not in (b"[", b"{"):
         found = f"the file begins with {start[:16]!r}"
         _refuse(path, found, "Convert the file, or move it out of the pool.")
     return "array" if start[:1] == b"[" else "lines", chain(filter(None, pieces), chunks)
+
+
+def _claims_lines(path: UPath) -> bool:
+    """Whether the name says JSON Lines, compressed or not."""
+    return any(suffix.lower() in LINES_SUFFIXES for suffix in path.suffixes[-2:])
 
 
 # ---------------------------------------------------------------------------------------------- JSON Lines
@@ -238,8 +249,7 @@ def _line_rows(chunks: Iterator[bytes], path: UPath) -> Iterator[tuple[int, byte
         yield line, data
     # A pretty-printed object may well have whole objects on lines of its own, turns for example: what tells
     # it from JSON Lines is a first line that is only a beginning, and no row that holds turns.
-    claims_lines = path.suffix.lower() in LINES_SUFFIXES
-    if n_rows and not any_sample and not (first_is_json and claims_lines):
+    if n_rows and not any_sample and not (first_is_json and _claims_lines(path)):
         _refuse(
             path,
             f"the file is a JSON object over {n_rows} line(s), none of which is a row with `messages` or "
@@ -249,9 +259,12 @@ def _line_rows(chunks: Iterator[bytes], path: UPath) -> Iterator[tuple[int, byte
 
 
 def _look_at(data: bytes) -> tuple[bool, bool]:
-    """Whether a line is JSON, and whether it is an object that holds turns."""
+    """Whether a line is JSON, and whether it is an object that holds turns.
+
+    A comma at its end makes the row malformed; the file is still one of lines.
+    """
     try:
-        value = _DECODER.decode(data.decode())
+        value = _DECODER.decode(data.decode().rstrip(f",{_JSON_SPACE}"))
     except (ValueError, RecursionError):
         return False, False
     return True, isinstance(value, dict) and ("messages" in value or "conversations" in value)

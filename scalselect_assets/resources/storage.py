@@ -6,6 +6,7 @@ fsspec (``UPath``), tables through LanceDB's own URIs.
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -14,9 +15,10 @@ from upath import UPath
 
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.embedding_store import EmbeddingStore
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.image_root import is_local
 from scalselect_assets.resources.locks import StoreLocks
+from scalselect_assets.resources.pool_listing import ignore_patterns
 from scalselect_assets.resources.sample_source import SampleSource
 
 
@@ -54,10 +56,20 @@ class StorageResource(dg.ConfigurableResource):
         private = Path(tempfile.gettempdir()) / f"scalselect-{os.geteuid()}-{digest(str(root))}"
         return StoreLocks(private, private=True)
 
-    def samples(self, source: str, image_root: str | None, store: str) -> SampleSource:
-        """The pool at ``source``; a store that lies inside it is not part of it."""
+    def samples(
+        self, source: str, image_root: str | None, store: str, ignore: Sequence[str] = ()
+    ) -> SampleSource:
+        """The pool at ``source``; a store that lies inside it is not part of it.
+
+        Args:
+            source: Folder or file of the shards.
+            image_root: What image paths are relative to; None for the folder of each shard.
+            store: The selection's store.
+            ignore: Patterns of files that are no shards, as a declaration has them; for listing the pool.
+        """
         return SampleSource(
             source=self.path(source),
             image_root=None if image_root is None else self.path(image_root),
             exclude=(self.path(store),),
+            ignore=ignore_patterns(ignore),
         )

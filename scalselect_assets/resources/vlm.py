@@ -34,7 +34,7 @@ class TargetModel(TypedDict):
 
     model: str
     revision: str | None
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attention_mass: float
     image_place: Literal["first", "as_written"]
     image_size: int | None
@@ -60,7 +60,7 @@ class VlmResource(dg.ConfigurableResource):
         default=None,
         ge=1,
         description="Tokens that are computed together: memory grows in proportion. By default 4,096 on a "
-        "CPU and 32,768 on a GPU; a batch that does not fit the memory is halved until it does.",
+        "CPU and 16,384 on a GPU; a batch that does not fit the memory is halved until it does.",
     )
     workers: int | None = Field(
         default=None,
@@ -92,7 +92,7 @@ class VlmResource(dg.ConfigurableResource):
         """How the encoder is to work through samples here; nothing of it changes a representation."""
         on_gpu = encoder.device.type == "cuda"
         return {
-            "batch_tokens": self.batch_tokens or (32_768 if on_gpu else 4_096),
+            "batch_tokens": self.batch_tokens or (16_384 if on_gpu else 4_096),
             "workers": self.workers
             if self.workers is not None
             else (min(16, _usable_cores() - 1) if on_gpu else 0),

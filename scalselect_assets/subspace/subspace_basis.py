@@ -5,6 +5,7 @@ shard went in, and how far the basis has moved (`basis_history`). Costs: d² val
 operations per changed shard, one eigendecomposition of a d × d matrix (d³), and a bounded sample of vectors.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ class BasisConfig(dg.Config):
 
 
 def version(selection: Selection, moments_versions: Mapping[str, str]) -> str:
-    """The basis version: the hash of all that determines the basis. The moments' versions cover the model."""
+    """The hash of all that determines the basis. The moments' versions cover the model."""
     return digest(
         NAME,
         CODE_VERSION,
@@ -161,7 +162,7 @@ def fit_basis(
     k = selection.rank_rule.rank(axes.spectrum, axes.n, axes.d)
     subspace = axes.subspace(k)
     stated = BasisHeader.model_construct(
-        data_version=version(selection, versions),
+        data_version=digest(version(selection, versions), _arrays_hash(subspace.to_arrays())),
         provenance=provenance(selection, versions),
         model_fingerprint=fingerprint,
         rank_rule=selection.rank_rule.describe(),
@@ -191,6 +192,15 @@ def fit_basis(
         },
         (missing_shards_check("basis_covers_every_shard", missing),),
     )
+
+
+def _arrays_hash(arrays: Mapping[str, Any]) -> str:
+    """The hash of the basis itself, so that scores of a basis that was damaged are none of the mended one."""
+    content = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        content.update(f"{name} {array.dtype} {array.shape} ".encode())
+        content.update(array.tobytes())
+    return content.hexdigest()
 
 
 def _numbers(subspace: "Subspace", pool: pool_moments.PoolMoments) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from PIL import Image
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.declaration.export_specs import FORMAT_NAMES
 from scalselect_assets.method.representation.encoder import VlmEncoder
+from scalselect_assets.operations.faults import RefreshError
 from scalselect_assets.operations.summary import summary
 from tests.bench import Bench, ran
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
@@ -320,12 +321,17 @@ def test_a_failed_preflight_fails_the_check(
     bench = Bench(make_pool({"a.jsonl": 1}), tmp_path / "store", demo_vlm)
     row = {**sharegpt_row(["images/0.png", "images/0.png"], "<image><image>?"), "id": "two"}
     write_lines(bench.pool / "a.jsonl", [row])
-    bench.options |= {"budget": 1.0, "exports": [{"format": "llava"}]}
-    assert list(bench.refresh().failed_checks) == ["training_dataset: exports_pass_their_preflight"]
-    report, folder = exported(bench, "llava")
-    assert report["refused"] == {"several_images": 1}
-    assert report["preflight"]["problems"] == ["no row is left to train on"]
-    assert lines(folder / "rejected.jsonl")[0]["id"] == "two"
+    bench.options |= {"budget": 1.0, "exports": [{"format": "llama_factory"}]}
+    bench.refresh()
+    before = bench.files()
+    bench.options["exports"] = [{"format": "llama_factory", "order": "shuffled"}, {"format": "llava"}]
+    for _ in range(2):
+        with pytest.raises(RefreshError) as refused:
+            bench.refresh()
+        assert "training_dataset: check failed: exports_pass_their_preflight" in str(refused.value)
+        assert "{'llava': {'several_images': 1}}" in str(refused.value)
+        assert "no row is left to train on" in str(refused.value)
+        assert bench.files() == before
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the sample data is not beside this checkout")

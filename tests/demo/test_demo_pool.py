@@ -38,12 +38,20 @@ def shards(pool: DemoPool) -> list[list[str]]:
     return [path.read_text(encoding="utf-8").splitlines() for path in sorted(pool.root.glob("shard-*.jsonl"))]
 
 
-def parsed(line: str) -> dict | None:
+def _decoded(line: str) -> dict | None:
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
         return None
     return row if isinstance(row, dict) else None
+
+
+def parsed(line: str) -> dict | None:
+    """A line as an object; a duplicate, which differs from its original in the id only, says what it is."""
+    row = _decoded(line)
+    if isinstance(row, dict) and str(row.get("id")).startswith("bad-duplicate"):
+        return {**row, "source": "bad", "expected_rejection": RejectionReason.DUPLICATE.value}
+    return row
 
 
 def objects(pool: DemoPool) -> list[dict]:

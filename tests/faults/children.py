@@ -185,6 +185,7 @@ def _fork(function: Callable[..., Any], arguments: tuple[Any, ...], folder: Path
         return pid
     status = 1
     gc.disable()  # a child does not live long enough for it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the whole suite's process may ignore
     try:
         log = os.open(folder / f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)

@@ -16,12 +16,21 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_stays_behind() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=[signal.default_int_handler])
+def _nothing_stays_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Set what SIGINT does, which a process inherits: it ignores SIGINT if it was started with `&`."""
+    inherited = signal.signal(signal.SIGINT, request.param)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert signal.set_wakeup_fd(-1) == -1
+    try:
+        yield
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+
+
+ignored = pytest.mark.parametrize("_nothing_stays_behind", [signal.SIG_IGN], indirect=True)
+"""As in a process that a script started with `&`."""
 
 
 def test_an_interruption_waits_for_the_end_of_the_block() -> None:
@@ -70,6 +79,47 @@ def test_a_termination_is_raised_as_its_handler_raises_it() -> None:
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@ignored
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    done = []
+    with deferred():
+        interrupt()
+        with capture_interrupts():
+            interrupt()
+        done.append("in it")
+    interrupt()
+    assert done == ["in it"]
+
+
+@ignored
+def test_a_termination_ends_what_ignores_ctrl_c() -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise StoppedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        # Dagster gives SIGTERM the handler of SIGINT, which would ignore it from then on.
+        with deferred(), capture_interrupts():
+            pass
+        with pytest.raises(StoppedError), deferred():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@ignored
+def test_dagsters_termination_ends_what_an_asset_computes_where_ctrl_c_is_ignored() -> None:
+    with (
+        pytest.raises(dg.DagsterExecutionInterruptedError),
+        deferred(),
+        raise_interrupts_as(dg.DagsterExecutionInterruptedError),
+    ):
+        interrupt()  # as which Dagster terminates the process of a run
 
 
 def test_what_allows_interruptions_is_interrupted_at_once_and_only_once() -> None:

@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -767,14 +768,14 @@ def _model(family: str, recipe: _Recipe, tokenizer: Any, seed: int, layers: int)
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        **recipe.text,
+        **deepcopy(recipe.text),  # configurations write into what they are given
     }
     tokens = set(recipe.special_tokens)
     top = {
         key: tokenizer.convert_tokens_to_ids(value) if isinstance(value, str) and value in tokens else value
         for key, value in recipe.top.items()
     }
-    config = AutoConfig.for_model(family, vision_config=dict(recipe.vision), text_config=text, **top)
+    config = AutoConfig.for_model(family, vision_config=deepcopy(recipe.vision), text_config=text, **top)
     # Constructing a module draws from the global CPU generator; the caller's stream must not move.
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

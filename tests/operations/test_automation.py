@@ -103,7 +103,7 @@ class Automation:
         for assets, shard in requested:
             keys = frozenset(self.selection.key(asset) for asset in assets)
             run = self.instance.create_run_for_job(
-                definitions(self.selection).resolve_job_def("pool_assets").get_subset(asset_selection=keys),
+                _job(self.selection.model_dump_json(), keys),
                 status=dg.DagsterRunStatus.STARTED,
                 asset_selection=keys,
                 tags={
@@ -202,6 +202,11 @@ class Run:
 @cache
 def _definitions(declaration: str) -> dg.Definitions:
     return build_defs([Selection.model_validate_json(declaration)])
+
+
+@cache
+def _job(declaration: str, assets: frozenset[dg.AssetKey]) -> dg.JobDefinition:
+    return _definitions(declaration).resolve_job_def("pool_assets").get_subset(asset_selection=assets)
 
 
 def definitions(selection: Selection) -> dg.Definitions:
@@ -709,6 +714,7 @@ def test_the_record_of_a_refresh_that_died_stops_no_night(
 # Never both
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_refresh_of_a_declarative_selection_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     write_lines(tmp_path / "pool" / "a.jsonl", [sharegpt_row(None, "Hello?")])
     store = tmp_path / "store"

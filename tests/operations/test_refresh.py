@@ -14,7 +14,7 @@ from scalselect_assets.choice.pool_rows import PoolRows
 from scalselect_assets.deployment import build_defs, open_instance
 from scalselect_assets.embedding import attention_embeddings
 from scalselect_assets.operations.faults import RefreshError
-from scalselect_assets.operations.staleness import contiguous_ranges
+from scalselect_assets.operations.staleness import Staleness, contiguous_ranges
 from scalselect_assets.operations.summary import summary
 from scalselect_assets.pool.discovery import discover
 from scalselect_assets.resources.locks import StoreBusyError
@@ -398,11 +398,51 @@ def test_a_failed_check_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPatc
             check_name="every_row_is_embedded_or_rejected", passed=False, metadata={"raw": 9}
         ),
     )
-    report = bench.refresh()
-    assert report.failed_checks == {
-        f"attention_embeddings[{shard}]: every_row_is_embedded_or_rejected": "{'raw': 9}"
-        for shard in ("a.jsonl", "b.jsonl")
-    }
+    for _ in range(2):
+        with pytest.raises(RefreshError) as refused:
+            bench.refresh()
+        for shard in ("a.jsonl", "b.jsonl"):
+            check = "check failed: every_row_is_embedded_or_rejected {'raw': 9}"
+            assert f"attention_embeddings[{shard}]: {check}" in str(refused.value)
+    assert not bench.artifacts.paths("attention_embeddings", suffix=".json")
+    monkeypatch.undo()
+    assert bench.refresh().problems() == []
+    assert bench.refresh().runs == []
+
+
+def with_wrong_scores(bench: Bench) -> pl.DataFrame:
+    """Scores that do not sum to the rank in a file that is whole, and a subset that is to be chosen anew."""
+    right, header = bench.artifacts.read_frame("importance_scores", "b.jsonl")
+    wrong = right.with_columns(pl.col("leverage", "normalised_leverage") * 2)
+    bench.artifacts.write_frame("importance_scores", wrong, header, "b.jsonl")
+    bench.options["budget"] = 2
+    return right
+
+
+def test_a_result_whose_check_failed_is_not_written_over_a_good_one_and_every_refresh_says_so(
+    bench: Bench,
+) -> None:
+    bench.first_refresh()
+    before = {name: bench.files()[name] for name in bench.files() if "selected" in name or "train" in name}
+    right = with_wrong_scores(bench)
+    for _ in range(2):
+        with pytest.raises(RefreshError, match="selected_subset: check failed: leverage_scores_sum_to_rank"):
+            bench.refresh()
+        assert {name: bench.files()[name] for name in before} == before
+    with open_instance(bench.selection) as instance:
+        staleness = Staleness(bench.selection, bench.storage, bench.vlm, instance)
+        assert "leverage_scores_sum_to_rank" in " ".join(staleness.problems())
+
+    # With the last options again, the last result would be current, had the check not failed since.
+    bench.options["budget"] = 0.5
+    with pytest.raises(RefreshError, match="leverage_scores_sum_to_rank"):
+        bench.refresh()
+    header = bench.artifacts.read_header("importance_scores", "b.jsonl")
+    bench.artifacts.write_frame("importance_scores", right, header, "b.jsonl")
+    assert bench.refresh().problems() == []
+    assert bench.refresh().runs == []
+    with open_instance(bench.selection) as instance:
+        assert Staleness(bench.selection, bench.storage, bench.vlm, instance).problems() == []
 
 
 def test_a_store_below_the_pool_is_not_part_of_it(bench: Bench, demo_vlm: Path) -> None:

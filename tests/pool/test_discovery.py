@@ -11,6 +11,7 @@ import pytest
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.pool import discovery
 from scalselect_assets.pool.discovery import Discovery, discover, report_discovery, settled_discovery
+from scalselect_assets.recording import records
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.storage import StorageResource
@@ -108,3 +109,30 @@ def test_a_missing_image_root_is_not_taken_for_missing_shards(pool: Pool, tmp_pa
     source = StorageResource().samples(str(pool.root), str(tmp_path / "unmounted"), str(tmp_path / "store"))
     with pytest.raises(FileNotFoundError, match="image root"):
         discover(source, pool.artifacts, SETTLE)
+
+
+def test_many_new_shards_are_added_in_pieces(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite refuses a statement with more variables than its limit."""
+    monkeypatch.setattr(records, "_SHARDS_AT_ONCE", 2)
+    names = [f"{number}.jsonl" for number in range(5)]
+    with dg.DagsterInstance.ephemeral() as instance:
+        pieces: list[int] = []
+        add = instance.add_dynamic_partitions
+
+        def counted(name: str, keys: list[str]) -> None:
+            pieces.append(len(keys))
+            add(name, keys)
+
+        monkeypatch.setattr(instance, "add_dynamic_partitions", counted)
+        found = Discovery(dict.fromkeys(names, "v"), dict.fromkeys(names, 1))
+
+        added, _ = report_discovery(pool.selection, instance, found)
+
+        assert added == names
+        assert pieces == [2, 2, 1]
+
+
+def test_discovery_tells_what_is_passed_over(pool: Pool) -> None:
+    (pool.root / "c.csv").touch()
+
+    assert pool.discover().passed_over == {"other:.csv": {"count": 1, "examples": ["c.csv"]}}

@@ -16,8 +16,8 @@ from PIL import Image
 
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.deployment import open_instance
-from scalselect_assets.method.representation.rejection import RejectionReason
-from scalselect_assets.report import gallery, gathering, overlays, profile, selection_report
+from scalselect_assets.method.representation.rejection import MEANINGS, RejectionReason
+from scalselect_assets.report import gallery, overlays, profile, selection_report
 from scalselect_assets.report.content import ReportContent
 from scalselect_assets.report.gallery_sample import GallerySample, Overlay
 from scalselect_assets.report.gathering import gather
@@ -212,7 +212,7 @@ def test_rejected_rows_are_told_by_reason_with_what_it_means(content: ReportCont
 
 
 def test_every_reason_has_a_meaning() -> None:
-    assert set(gathering._MEANINGS) == set(RejectionReason)
+    assert set(MEANINGS) == set(RejectionReason)
 
 
 def test_energy_and_leverage_are_those_of_the_basis_and_the_scores(

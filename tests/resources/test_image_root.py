@@ -1,6 +1,7 @@
 """A reference leads to a file below the image root or to a reason; nothing outside is ever opened."""
 
 import os
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from upath import UPath
 
 from scalselect_assets.method.representation.rejection import Rejection
 from scalselect_assets.method.representation.rejection import RejectionReason as Reason
-from scalselect_assets.resources.image_root import FileState, ImageRoot, file_state
+from scalselect_assets.resources.files import FileState, file_state
+from scalselect_assets.resources.image_root import ImageRoot
 
 HOSTILE = [
     "a b.png",
@@ -159,7 +161,7 @@ def test_impossible_names_are_missing_images(pool, reference):
         ("HTTPS://x.org/a.png?b=/../c", "remote images are not fetched; download it"),
         ("s3://bucket/a.png", "remote images are not fetched; download it"),
         ("file://host/a.png", "remote images are not fetched; download it"),
-        ("data:image/png;base64," + "A" * 10_000, "write it to a file"),
+        ("data:image/png," + "A" * 10_000, "not Base64; write it again, or to a file"),
     ],
 )
 def test_remote_and_embedded_images_are_missing_with_a_remedy(pool, reference, remedy):
@@ -272,3 +274,45 @@ def test_an_object_store_without_times_is_told_by_its_etag(monkeypatch):
     monkeypatch.setattr(type(root.fs), "info", lambda _, __: info)
 
     assert ImageRoot(root, root).state("a.png") == FileState(3, '"abc"') == file_state(root / "a.png")
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_row", ["NFC", "NFD"])
+def test_a_name_in_another_normal_form_is_found_and_known_as_it_is_on_disk(tmp_path, on_disk, in_row):
+    written = unicodedata.normalize(on_disk, "Fotografías/niño.png")
+    (tmp_path / written).parent.mkdir()
+    (tmp_path / written).write_bytes(b"image")
+    images = ImageRoot(UPath(tmp_path), UPath(tmp_path))
+    reference = unicodedata.normalize(in_row, "Fotografías/niño.png")
+
+    found = images.resolve(reference)
+
+    assert (found.path, found.rejection) == (written, None)
+    assert images.read(reference) == b"image"
+    assert not isinstance(images.state(reference), Rejection)
+    assert images.resolve("Fotografías/gone.png").rejection.reason is Reason.MISSING_IMAGE
+
+
+def test_a_name_of_mixed_normal_forms_is_found_part_by_part(tmp_path):
+    folder, name = unicodedata.normalize("NFD", "é"), unicodedata.normalize("NFC", "é.png")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / name).touch()
+    images = ImageRoot(UPath(tmp_path), UPath(tmp_path))
+
+    for form in ("NFC", "NFD"):
+        assert images.resolve(unicodedata.normalize(form, "é/é.png")).path == f"{folder}/{name}"
+
+
+def test_a_path_of_another_machine_is_the_file_that_its_longest_end_names(tmp_path):
+    for name in ("a.png", "images/a.png", "media/images/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    moved = ImageRoot(UPath(tmp_path), UPath(tmp_path), moved=True)
+    plain = ImageRoot(UPath(tmp_path), UPath(tmp_path))
+
+    assert moved.resolve("/mnt/pool/images/a.png").path == "images/a.png"
+    assert moved.resolve("/mnt/pool/media/images/b.png").path == "media/images/b.png"
+    assert moved.resolve("/mnt/other/a.png").path == "a.png"
+    assert moved.resolve("/mnt/other/gone.png").rejection.reason is Reason.MISSING_IMAGE
+    assert moved.resolve("/mnt/else/gone.png").rejection.reason is Reason.OUTSIDE_IMAGE_ROOT
+    assert plain.resolve("/mnt/pool/images/a.png").rejection.reason is Reason.OUTSIDE_IMAGE_ROOT

@@ -56,7 +56,7 @@ def reasons(rows) -> list[str | None]:
 def test_every_json_file_below_the_source_is_a_shard(pool):
     for name in ("b.jsonl", "a.json", "sub/deep/c.NDJSON", "sub/한 %.json"):
         write(pool / name)
-    for name in (".hidden.json", ".git/x.json", "sub/.x/y.json", "notes.txt", "x.json.partial", "a.jsonl.gz"):
+    for name in (".hidden.json", ".git/x.json", "sub/.x/y.json", "notes.txt", "x.json.partial", "a.tar.gz"):
         write(pool / name)
     (pool / "folder.json").mkdir()
 
@@ -458,11 +458,12 @@ def test_a_file_that_is_no_shard_fails_alone_and_heals_when_it_changes(pool, bro
 
 
 def test_rows_for_one_file_of_the_whole_pool_are_verbatim_unless_their_images_would_be_lost(pool):
-    odd = '{"images":  ["a.png"], "n": 1.50}'
+    said = f'"messages": {json.dumps(row()["messages"])}'
+    odd = f'{{"images":  ["a.png"], "n": 1.50, {said}}}'
     source = source_at(pool)
 
     assert source.export_text("s.jsonl", odd, ["a.png"]) == odd
-    assert source.export_text("sub/s.jsonl", odd, ["sub/a.png"]) == '{"images":  ["sub/a.png"], "n": 1.50}'
+    assert source.export_text("sub/s.jsonl", odd, ["sub/a.png"]) == odd.replace("a.png", "sub/a.png")
     assert source.export_text("sub/s.jsonl", '{"text": 1.0}', []) == '{"text": 1.0}'
     declared = source_at(pool, image_root=UPath(pool))
     assert declared.export_text("sub/s.jsonl", odd, ["a.png"]) == odd

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
 from scalselect_assets.method.representation.rejection import RejectionReason as Reason
-from scalselect_assets.resources import samples
+from scalselect_assets.resources import written_json
 from scalselect_assets.resources.samples import (
     content_key,
     conversation_of,
@@ -190,15 +190,21 @@ def test_a_row_without_an_id_has_none_and_a_rejected_row_keeps_its_own():
         ({"messages": [{"role": 3, "content": "x"}, ANSWER]}, "turn 0 has the number 3 for its role"),
         ({"messages": [{"role": "user"}, ANSWER]}, "the content of turn 0 is null or absent"),
         ({"messages": [ASK, {"role": "gpt", "content": 1.5}]}, "the content of turn 1 is the number 1.5"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "is a list of 1"),
+        ({"messages": [{"role": "user", "content": {"type": "image"}}, ANSWER]}, "turn 0 is an object"),
+        ({"messages": [{"role": "user", "content": [3]}, ANSWER]}, "part 0 of turn 0 is the number 3"),
+        ({"messages": [{"role": "user", "content": [{"type": "pdf"}]}, ANSWER]}, "'pdf' for its type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWER]},
+            "`text` in part 0 of turn 0",
+        ),
         ({"messages": [ASK]}, "none of the 1 turn(s) is an assistant's"),
         ({"system": ["x"]}, "`system` is a list of 1"),
         ({"images": 3}, "`images` is the number 3"),
         ({"images": False}, "`images` is a boolean"),
-        ({"images": {"path": "a.png"}}, "`images` is an object"),
+        ({"images": {"name": "a.png"}}, "`images` is an object"),
         ({"images": ["a.png", ""]}, "`images` holds the string ''"),
         ({"images": [None]}, "`images` holds null or absent"),
-        ({"images": [{"bytes": "", "path": "a.png"}]}, "`images` holds an object"),
+        ({"images": [{"bytes": "???", "path": None}]}, "bytes that are not Base64"),
         ({"image": "b.png"}, "`images` and `image` name different images"),
         ({"messages": [{"role": "system", "content": "x"}, ANSWER]}, "1 image(s) but no user turn"),
         ({"images": ["\ud800.png"]}, r"the lone surrogate \ud800"),
@@ -341,13 +347,14 @@ def test_occurrences_of_one_content_have_keys_of_their_own():
 
 
 def test_new_image_paths_leave_the_rest_of_the_row_verbatim():
-    text = '{ "images" :["a.png", "a.png"],"x":{"images": [1.50]}, "image": null ,\n"n":1e0}'
+    said = f'"messages" :{json.dumps(turns("What?", "x"))}'
+    text = f'{{ "images" :["a.png", "a.png"],"x":{{"images": [1.50]}}, "image": null ,\n"n":1e0, {said}}}'
 
     assert with_image_paths(text, ["한/a.png", "b.png"]) == text.replace(
         '["a.png", "a.png"]', '["한/a.png", "b.png"]'
     )
-    assert with_image_paths('{"image":"a"}', ["b/a"]) == '{"image":"b/a"}'
-    assert with_image_paths("{ }", []) == "{ }"
+    assert with_image_paths(f'{{"image":"a",{said}}}', ["b/a"]) == f'{{"image":"b/a",{said}}}'
+    assert with_image_paths(f"{{ {said}}}", []) == f"{{ {said}}}"
 
 
 @pytest.mark.parametrize(
@@ -391,6 +398,6 @@ def test_an_id_is_kept_as_written_however_deep_its_parts_lie():
 
 def test_no_part_of_an_id_is_copied_for_each_level_around_it():
     inner, pieces = "x" * 1000, []
-    samples._write_json([[[{"a": inner}]]], pieces)
+    written_json._write([[[{"a": inner}]]], pieces)
     assert "".join(pieces) == json.dumps([[[{"a": inner}]]])
     assert sum(map(len, pieces)) == len(inner) + len('[[[{"a": ""}]]]')

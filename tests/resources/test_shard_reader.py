@@ -12,8 +12,8 @@ from scalselect_assets.resources import shard_reader
 from scalselect_assets.resources.shard_reader import (
     RowText,
     ShardFormatError,
-    container,
     iter_rows,
+    recognise,
     rows_of,
     split_shard,
 )
@@ -257,7 +257,7 @@ def test_one_object_on_one_line_is_a_row_only_where_it_may_be_one():
 def test_the_container_is_told_by_content(tmp_path):
     for name, data, kind in (("a.jsonl", b" [1]", "array"), ("b.json", as_lines(ROW), "lines")):
         (tmp_path / name).write_bytes(data)
-        assert container(iter([(tmp_path / name).read_bytes()]), UPath(name)) == kind
+        assert recognise(iter([(tmp_path / name).read_bytes()]), UPath(name))[0] == kind
 
 
 def test_a_file_is_read_from_any_file_system():

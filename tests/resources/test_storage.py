@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from scalselect_assets.resources.image_root import is_local
+from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.storage import StorageResource
 from tests.conftest import sharegpt_row, write_lines
 

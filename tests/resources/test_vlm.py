@@ -311,7 +311,7 @@ def test_a_gpu_gets_processes_that_feed_it_and_leaves_a_core_free(
     cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(cores)), raising=False)
-    assert VlmResource(device="cuda").speed(on("cuda")) == {"batch_tokens": 32_768, "workers": workers}
+    assert VlmResource(device="cuda").speed(on("cuda")) == {"batch_tokens": 16_384, "workers": workers}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -322,7 +322,7 @@ def test_what_a_deployment_says_of_its_speed_prevails(device: str) -> None:
 
 
 def test_the_speed_goes_by_where_the_model_is_and_not_by_what_was_asked_for() -> None:
-    assert VlmResource(device="auto").speed(on("cuda"))["batch_tokens"] == 32_768
+    assert VlmResource(device="auto").speed(on("cuda"))["batch_tokens"] == 16_384
     assert VlmResource(device="auto").speed(on("cpu"))["batch_tokens"] == 4096
 
 

@@ -15,7 +15,7 @@ from scalselect_assets.declaration.selection import Selection
 from tests.bench import Bench
 from tests.conftest import png_bytes, sharegpt_row, write_lines
 from tests.quick_dagster import quick_storage
-from training.exports import Export, read_export
+from training.training_data import TrainingData, read_training_data
 
 ROWS = [
     *(
@@ -71,8 +71,8 @@ class Outputs:
         found.pop("payload_sha256", None)  # so that what is changed and written passes as written by hand
         return found
 
-    def read(self) -> Export:
-        return read_export(UPath(self.folder))
+    def read(self) -> TrainingData:
+        return read_training_data(UPath(self.folder))
 
     def write(self, rows: list[Any], **more: Any) -> None:
         """Other rows, with a manifest that fits them, as the selection would write both."""

@@ -113,9 +113,9 @@ def test_nothing_trains_by_itself_until_a_person_turns_it_on(
 def test_it_records_exactly_what_it_trained_on(
     made: Bench, outputs: Outputs, tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
-    export = outputs.read()
-    report(instance, "selected_subset", export.subset_version)
-    report(instance, "training_dataset", export.version)
+    data = outputs.read()
+    report(instance, "selected_subset", data.subset_version)
+    report(instance, "training_dataset", data.version)
     result = materialize(outputs, tmp_path / "runs", instance)
     assert result.success
     (event,) = result.asset_materializations_for_node(KEY.to_python_identifier())
@@ -133,7 +133,7 @@ def test_it_records_exactly_what_it_trained_on(
     assert (Path(found["model"]) / "config.json").exists()
     # Dagster's own record of the same: which versions of its parents it was made from.
     assert event.tags is not None
-    for asset, version in (("selected_subset", export.subset_version), ("training_dataset", export.version)):
+    for asset, version in (("selected_subset", data.subset_version), ("training_dataset", data.version)):
         assert event.tags[f"dagster/input_data_version/bench/{asset}"] == version
     passed = {name: check.passed for name, check in checks(result).items()}
     assert passed == {

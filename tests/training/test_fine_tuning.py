@@ -89,13 +89,13 @@ def test_a_training_that_was_killed_goes_on_from_its_last_whole_checkpoint_to_th
     killed = fresh_python(
         "-c",
         "import os, signal, sys; from pathlib import Path; from upath import UPath\n"
-        "from training.exports import read_export\n"
+        "from training.training_data import read_training_data\n"
         "from training.fine_tuning import fine_tune\n"
         "from training.recipe import Recipe\n"
         "import json, torch; torch.set_num_threads(1)\n"
         "def tell(text):\n"
         "    if text.startswith('step 4 '): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "fine_tune(read_export(UPath(sys.argv[1])), Recipe(**json.loads(sys.argv[2])), "
+        "fine_tune(read_training_data(UPath(sys.argv[1])), Recipe(**json.loads(sys.argv[2])), "
         "Path(sys.argv[3]), tell)",
         *(outputs.folder, json.dumps(FEW), fresh),
     )

@@ -7,20 +7,21 @@ there is none here; nulls from merged schemas are removed). Paths are absolute, 
 them.
 """
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
 import yaml
 
 from scalselect_assets.dataset.exports.base import (
+    Carried,
     PlacedRow,
     Preflight,
     Refusal,
     Setting,
     read_json_rows,
-    require_image_soon,
+    require_filled,
     require_images,
+    require_soon,
     write_json_lines,
 )
 from scalselect_assets.dataset.exports.rows import ExportRow
@@ -37,6 +38,7 @@ class Axolotl:
 
     name = "axolotl"
     embeds_images = False
+    carries = frozenset[Carried]()
     image_row_first = True
 
     def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be told
@@ -78,6 +80,7 @@ class Axolotl:
             known = all(isinstance(part.get(_PART_KEYS.get(part.get("type"), "?")), str) for part in parts)
             if not verdict.require(known, f"{where}: a part that is neither a text nor an image with a path"):
                 continue
+            require_filled((part["text"] for part in parts if part["type"] == "text"), where, verdict)
             images = [part["path"] for part in parts if part["type"] == "image"]
             verdict.row(len(images))
             relative = [setting.relative(image) for image in images]
@@ -85,13 +88,12 @@ class Axolotl:
                 [setting.absolute(image) for image in relative] == images, f"{where}: a path is not absolute"
             )
             require_images(relative, where, setting, verdict)
-        require_image_soon(path, _has_image, verdict)
+        require_soon(path, {"an image": _has_image}, verdict)
         return verdict
 
 
-def _has_image(line: bytes) -> bool:
-    messages = json.loads(line)["messages"]
-    return any(part["type"] == "image" for message in messages for part in message["content"])
+def _has_image(row: dict[str, Any]) -> bool:
+    return any(part["type"] == "image" for message in row["messages"] for part in message["content"])
 
 
 def _row(placed: PlacedRow, setting: Setting) -> dict[str, Any]:

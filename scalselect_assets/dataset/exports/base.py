@@ -7,7 +7,8 @@ the trainer's rules (the preflight). It does not choose, order or place images; 
 import enum
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from scalselect_assets.dataset.exports.rows import ExportRow
 from scalselect_assets.declaration.export_specs import ExportSpec
 from scalselect_assets.method.representation.conversation import Role
 from scalselect_assets.resources.folders import HashedStream, NewFolder
-from scalselect_assets.resources.samples import IMAGE_MARK
+from scalselect_assets.resources.row_images import IMAGE_MARK
 from scalselect_assets.resources.shard_reader import ShardFormatError, iter_rows
 
 HF_CHUNK_BYTES = 10 << 20
@@ -37,9 +38,20 @@ class RefusalReason(enum.StrEnum):
     SEVERAL_IMAGES = "several_images"
     IMAGE_PLACE = "image_place"
     RESERVED_TEXT = "reserved_text"
+    OBJECTS_UNREAD = "objects_unread"
+    TOOLS_UNREAD = "tools_unread"
+    TURN_WEIGHT_UNREAD = "turn_weight_unread"
     EMPTY_TEXT = "empty_text"
     IMAGE_CHANGED = "image_changed"
     IMAGE_MISSING = "image_missing"
+
+
+class Carried(enum.StrEnum):
+    """A field of a row that a trainer acts on, which a format may pass on."""
+
+    OBJECTS = "objects"
+    TOOLS = "tools"
+    TURN_WEIGHTS = "turn_weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +123,7 @@ class Preflight:
         rows: Rows that the trainer would see.
         images: Images in them, repeated ones counted each time.
         text_only: Rows without an image.
+        carried: Rows with each kind of `Carried` field.
         n_problems: Rules that are broken, counted each time.
         problems: The first of them.
     """
@@ -118,6 +131,7 @@ class Preflight:
     rows: int = 0
     images: int = 0
     text_only: int = 0
+    carried: Counter[str] = field(default_factory=Counter)
     n_problems: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -151,6 +165,7 @@ class Preflight:
             "rows": self.rows,
             "images": self.images,
             "text_only": self.text_only,
+            "carried": dict(sorted(self.carried.items())),
             "n_problems": self.n_problems,
             "problems": self.problems,
         }
@@ -163,6 +178,8 @@ class Export(Protocol):
     """As it is declared; also the folder."""
     embeds_images: bool
     """Whether its files hold the images' bytes."""
+    carries: frozenset[Carried]
+    """The fields that its trainer reads; rows with others are refused."""
     image_row_first: bool
     """Whether its reader takes the columns' types from the first rows, so that one with an image leads."""
 
@@ -185,6 +202,9 @@ class Export(Protocol):
 
 
 # Refusals
+
+OTHER_MEDIA = ("<video>", "<audio>")
+_GROUNDING = ("<bbox>", "<ref-object>")
 
 
 def refuse_turn_order(turns: Sequence[tuple[Role, str]]) -> Refusal | None:
@@ -262,9 +282,32 @@ def llava_row(placed: PlacedRow) -> dict[str, Any]:
     }
 
 
-def openai_turns(row: ExportRow) -> list[dict[str, str]]:
+def openai_turns(row: ExportRow) -> list[dict[str, Any]]:
     """The turns with ``role`` and ``content``, marks in the text."""
     return [{"role": role, "content": text} for role, text in row.turns]
+
+
+def weighted_turns(row: ExportRow) -> list[dict[str, Any]]:
+    """As ``openai_turns``, answers that are not to be learnt with ``loss: false``.
+
+    A share of the loss is written as the row has it: as ``loss_scale``, or else as ``weight``.
+    """
+    turns = openai_turns(row)
+    for turn, weight, scale in zip(turns, row.trained.weights, row.trained.loss_scales, strict=True):
+        if scale is not None:
+            turn["loss_scale"] = scale
+        elif weight == 0:
+            turn["loss"] = False
+        elif weight != 1:
+            turn["weight"] = weight
+    return turns
+
+
+def carries_weights(messages: Iterable[dict[str, Any]]) -> bool:
+    """Whether a written row says how much its answers are to be learnt."""
+    return any(
+        message.get(name) is not None for message in messages for name in ("loss", "loss_scale", "weight")
+    )
 
 
 def write_json_lines(
@@ -317,19 +360,30 @@ def read_json_rows(path: UPath, verdict: Preflight) -> Iterator[dict[str, Any]]:
         verdict.problem(f"{path.name} cannot be read: {error}")
 
 
-def require_image_soon(path: UPath, has_image: Callable[[bytes], bool], verdict: Preflight) -> None:
-    """The rule of `HF_CHUNK_BYTES`, on a JSON Lines file whose rows were found to be in order."""
+def require_soon(
+    path: UPath, features: Mapping[str, Callable[[dict[str, Any]], bool]], verdict: Preflight
+) -> None:
+    """The rule of `HF_CHUNK_BYTES`, on a JSON Lines file whose rows were found to be in order.
+
+    Args:
+        path: The file.
+        features: What a row may have that another one lacks, such as an image, and how to see it.
+        verdict: Is told where one comes too late.
+    """
     if not verdict.passed:
         return
-    position = 0
+    position, waiting = 0, dict(features)
     with path.open("rb") as file:
         for line in file:
-            if has_image(line):
+            found = [name for name, has in waiting.items() if has(json.loads(line))]
+            for name in found:
+                del waiting[name]
                 verdict.require(
                     position < HF_CHUNK_BYTES,
-                    f"{path.name}: the first row with an image begins at byte {position}; `datasets` takes "
+                    f"{path.name}: the first row with {name} begins at byte {position}; `datasets` takes "
                     f"the columns' types from the first {HF_CHUNK_BYTES} bytes and then fails",
                 )
+            if not waiting:
                 return
             position += len(line)
 
@@ -355,6 +409,13 @@ def require_marks(texts: Iterable[str], n_images: int, where: str, verdict: Pref
     """As many marks as images."""
     n_marks = sum(text.count(IMAGE_MARK) for text in texts)
     verdict.require(n_marks == n_images, f"{where}: {n_marks} image marks for {n_images} images")
+
+
+def require_filled(texts: Iterable[str], where: str, verdict: Preflight) -> None:
+    """No placeholder that nothing fills, and no mark of other media."""
+    for text in texts:
+        bare = next((mark for mark in (*_GROUNDING, *OTHER_MEDIA) if mark in text), None)
+        verdict.require(bare is None, f"{where}: a bare {bare} in its text")
 
 
 def is_text_list(value: object) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from scalselect_assets.dataset.exports.base import (
+    Carried,
     PlacedRow,
     Preflight,
     Refusal,
@@ -26,6 +27,7 @@ from scalselect_assets.dataset.exports.base import (
     refuse_images_of,
     refuse_reserved,
     require_ascii,
+    require_filled,
     require_images,
     require_marks,
     write_companion,
@@ -33,7 +35,7 @@ from scalselect_assets.dataset.exports.base import (
 )
 from scalselect_assets.dataset.exports.rows import ExportRow
 from scalselect_assets.resources.folders import NewFolder
-from scalselect_assets.resources.samples import IMAGE_MARK
+from scalselect_assets.resources.row_images import IMAGE_MARK
 
 FILE, META = "train.jsonl", "meta.json"
 _RESERVED = ("<img>", "</img>", "<IMG_CONTEXT>")
@@ -44,6 +46,7 @@ class InternVl:
 
     name = "internvl"
     embeds_images = False
+    carries = frozenset[Carried]()
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:
@@ -96,6 +99,7 @@ def _check(row: dict[str, Any], setting: Setting, verdict: Preflight) -> None:
     verdict.require(
         not one or IMAGE_MARK in turns[0]["value"], f"{where}: a mark would be put before its text"
     )
+    require_filled((turn["value"] for turn in turns), where, verdict)
     roles = [turn["from"] for turn in turns]
     verdict.require(
         set(roles[1:] if roles[0] == "system" else roles) <= {"human", "gpt"},

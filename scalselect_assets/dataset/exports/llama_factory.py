@@ -2,10 +2,10 @@
 
 Rules from its source (hiyouga/LLaMA-Factory at ff6d4d1, 2026-08): ``data/README.md``; ``data/converter.py``
 (``SharegptDatasetConverter``: a leading system message is taken off, then user and assistant alternate and
-their number is even, anything else is skipped with a warning and trained on as nothing); ``data/parser.py``
-(``DatasetAttr.join``: where ``columns`` or ``tags`` are given, what they leave out is unset, so all are
-given); ``data/mm_plugin.py`` (``_validate_messages``: image, video and audio marks are counted in the
-messages, not in the system text, and must equal the files).
+their number is even, anything else is skipped with a warning and trained on as nothing; ``tools`` is JSON);
+``data/parser.py`` (``DatasetAttr.join``: where ``columns`` or ``tags`` are given, what they leave out is
+unset, so all are given); ``data/mm_plugin.py`` (``_validate_messages``: image, video and audio marks are
+counted in the messages, not in the system text, and must equal the files).
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from scalselect_assets.dataset.exports.base import (
+    Carried,
     PlacedRow,
     Preflight,
     Refusal,
@@ -22,11 +23,11 @@ from scalselect_assets.dataset.exports.base import (
     openai_turns,
     read_json_rows,
     refuse_images_of,
-    refuse_reserved,
     refuse_turn_order,
-    require_image_soon,
+    require_filled,
     require_images,
     require_marks,
+    require_soon,
     unpaired,
     write_companion,
     write_json_lines,
@@ -35,7 +36,6 @@ from scalselect_assets.dataset.exports.rows import ExportRow
 from scalselect_assets.resources.folders import NewFolder
 
 FILE, INFO, ARGUMENTS = "train.jsonl", "dataset_info.json", "train_arguments.yaml"
-_OTHER_MEDIA = ("<video>", "<audio>")
 _TAGS = {
     "role_tag": "role",
     "content_tag": "content",
@@ -52,24 +52,21 @@ class LlamaFactory:
 
     name = "llama_factory"
     embeds_images = False
+    carries = frozenset({Carried.TOOLS})
     image_row_first = True
 
     def refuses(self, row: ExportRow) -> Refusal | None:
         """Rows that the converter skips or whose marks it miscounts."""
-        return (
-            refuse_turn_order(row.dialogue)
-            or refuse_images_of(row, "system")
-            or refuse_reserved((text for _, text in row.dialogue), _OTHER_MEDIA)
-        )
+        return refuse_turn_order(row.dialogue) or refuse_images_of(row, "system")
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """``images`` is there in every row: an empty list where there is none."""
+        """``images`` and ``tools`` are there in every row: empty where there are none."""
         write_json_lines((_row(placed) for placed in rows), folder, FILE)
         info = {
             setting.name: {
                 "file_name": FILE,
                 "formatting": "sharegpt",
-                "columns": {"messages": "messages", "images": "images"},
+                "columns": {"messages": "messages", "images": "images", "tools": "tools"},
                 "tags": _TAGS,
             }
         }
@@ -94,7 +91,7 @@ class LlamaFactory:
         tags, columns = described["tags"], described["columns"]
         for row in read_json_rows(path, verdict):
             self._check(row, tags, columns, setting, verdict)
-        require_image_soon(path, lambda line: bool(json.loads(line)[columns["images"]]), verdict)
+        require_soon(path, {"an image": lambda row: bool(row[columns["images"]])}, verdict)
         return verdict
 
     @staticmethod
@@ -111,6 +108,9 @@ class LlamaFactory:
         if not verdict.require(is_text_list(images), f"{where}: `images` is no list of paths"):
             return
         verdict.row(len(images))
+        tools = row.get(columns["tools"])
+        verdict.require(isinstance(tools, str), f"{where}: `tools` is no text")
+        verdict.carried[Carried.TOOLS] += bool(tools)
         roles = [message[tags["role_tag"]] for message in messages]
         texts = [message[tags["content_tag"]] for message in messages]
         if not verdict.require(
@@ -122,9 +122,7 @@ class LlamaFactory:
         fault = unpaired(roles, tags["user_tag"], tags["assistant_tag"])
         verdict.require(fault is None, f"{where}: {fault}")
         require_marks(texts, len(images), where, verdict)
-        verdict.require(
-            not any(mark in text for mark in _OTHER_MEDIA for text in texts), f"{where}: marks of other media"
-        )
+        require_filled(texts, where, verdict)
         require_images(images, where, setting, verdict)
 
 
@@ -134,4 +132,5 @@ def _row(placed: PlacedRow) -> dict[str, Any]:
         "sample_key": placed.row.sample_key,
         "messages": openai_turns(placed.row),
         "images": placed.references,
+        "tools": placed.row.trained.tools or "",
     }

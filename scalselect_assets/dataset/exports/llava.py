@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from scalselect_assets.dataset.exports.base import (
+    Carried,
     PlacedRow,
     Preflight,
     Refusal,
@@ -26,6 +27,7 @@ from scalselect_assets.dataset.exports.base import (
     refuse_turn_order,
     refuse_wordless,
     require_ascii,
+    require_filled,
     require_images,
     require_marks,
     unpaired,
@@ -43,6 +45,7 @@ class Llava:
 
     name = "llava"
     embeds_images = False
+    carries = frozenset[Carried]()
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:
@@ -104,3 +107,4 @@ def check_llava_turns(row: dict[str, Any], n_images: int, where: str, verdict: P
     texts = [turn["value"] for turn in turns]
     verdict.require(any(text.split() for text in texts), f"{where}: length 0")
     require_marks(texts, n_images, where, verdict)
+    require_filled(texts, where, verdict)

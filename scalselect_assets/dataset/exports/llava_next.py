@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import yaml
 
 from scalselect_assets.dataset.exports.base import (
+    Carried,
     PlacedRow,
     Preflight,
     Refusal,
@@ -38,6 +39,7 @@ class LlavaNext:
 
     name = "llava_next"
     embeds_images = False
+    carries = frozenset[Carried]()
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:

@@ -9,39 +9,42 @@ copied, linked or embedded; in memory some tens of bytes a row, a few hundred fo
 the files, and one row.
 """
 
-import errno
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any
 
 from upath import UPath
 
 from scalselect_assets.dataset.exports.axolotl import Axolotl
 from scalselect_assets.dataset.exports.base import (
+    Carried,
     Export,
-    PlacedImage,
     PlacedRow,
     Preflight,
     Refusal,
-    RefusalReason,
     Setting,
-    safe_suffix,
     write_line,
 )
+from scalselect_assets.dataset.exports.carried import carried_fields, refuse_uncarried
 from scalselect_assets.dataset.exports.internvl import InternVl
 from scalselect_assets.dataset.exports.llama_factory import LlamaFactory
 from scalselect_assets.dataset.exports.llava import Llava
 from scalselect_assets.dataset.exports.llava_next import LlavaNext
 from scalselect_assets.dataset.exports.ms_swift import MsSwift
+from scalselect_assets.dataset.exports.placed_images import (
+    IMAGE_FOLDER,
+    Images,
+    images_for,
+    require_links,
+)
 from scalselect_assets.dataset.exports.qwen_vl import QwenVl
 from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
 from scalselect_assets.dataset.exports.trl_parquet import TrlParquet
 from scalselect_assets.dataset.exports.web_dataset import WebDataset
 from scalselect_assets.declaration.export_specs import ExportSpec
-from scalselect_assets.method.representation.rejection import Rejection
 from scalselect_assets.resources.folders import (
     HashedStream,
     NewFolder,
@@ -51,14 +54,12 @@ from scalselect_assets.resources.folders import (
     replaced_folder,
 )
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.image_root import ImageRoot, is_local
 from scalselect_assets.resources.sample_source import SampleSource
 
 FOLDER = "exports"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Of all formats: another one writes declared exports again."""
-SELECTED, REJECTED, IMAGES = "selected_ids.jsonl", "rejected.jsonl", "images.jsonl"
-_IMAGE_FOLDER = "images"
+SELECTED, REJECTED = "selected_ids.jsonl", "rejected.jsonl"
 
 _EXPORTS: tuple[Export, ...] = (
     LlamaFactory(),
@@ -73,10 +74,6 @@ _EXPORTS: tuple[Export, ...] = (
 )
 EXPORTS: dict[str, Export] = {export.name: export for export in _EXPORTS}
 """Every format by its name."""
-
-
-class ExportError(RuntimeError):
-    """An export cannot be made as declared; the message says what to change."""
 
 
 def write_exports(
@@ -114,6 +111,18 @@ def write_exports(
     return reports
 
 
+def require_possible(specs: Sequence[ExportSpec], source: SampleSource, folder: UPath) -> None:
+    """Whether the declared exports can be written where they will lie; nothing is written.
+
+    Raises:
+        ExportError: Images cannot be hard-linked between the pool and the store.
+    """
+    images = source.images_folder()
+    for spec in specs:
+        if spec.images == "hardlinked" and not EXPORTS[spec.format].embeds_images:
+            require_links(images, folder / spec.format)
+
+
 def remove_others(folder: UPath, kept: Sequence[str]) -> None:
     """Remove exports that are no longer declared.
 
@@ -137,7 +146,7 @@ class Report:
         images_base: The folder that its image references start at; None where the images are embedded.
         chosen: Rows that were to be written.
         refused: Rows that the format does not take, by reason.
-        leading: Key of the row that was put first for its image; None where the order is as declared.
+        leading: Keys of the rows that were put first so that a reader sees all columns; mostly none.
         preflight: The verdict on the files.
         files: Every file but the images.
         image_files: Images beside the files.
@@ -149,7 +158,7 @@ class Report:
     images_base: str | None
     chosen: int
     refused: dict[str, int]
-    leading: str | None
+    leading: list[str]
     preflight: Preflight
     files: dict[str, WrittenFile]
     image_files: int
@@ -169,7 +178,7 @@ class Report:
             "chosen": self.chosen,
             "written": self.written,
             "refused": self.refused,
-            "leading_row": self.leading,
+            "leading_rows": self.leading,
             "preflight": self.preflight.to_json(),
             "files": sorted(self.files),
             "image_files": self.image_files,
@@ -189,7 +198,10 @@ def _fill(
     folder: NewFolder, export: Export, spec: ExportSpec, spool: RowSpool, source: SampleSource, name: str
 ) -> Report:
     """Write an export into its new folder and read it again by its trainer's rules."""
-    images = _images(export, spec, source, folder)
+    if spool.has_embedded and spec.images == "referenced" and not export.embeds_images:
+        # No trainer opens an image inside a shard of the pool.
+        spec = spec.model_copy(update={"images": "copied"})
+    images = images_for(spec, source, folder, embedded=export.embeds_images)
     setting = Setting(spec, name, images.base, images.is_there)
     writing = _Writing(export, spec, spool, images)
     with ExitStack() as streams:
@@ -205,8 +217,11 @@ def _fill(
     expected = len(spool) - sum(writing.refused.values())
     verdict.require(verdict.rows == expected, f"{verdict.rows} rows are read, {expected} were to be written")
     verdict.require(writing.written == expected, f"{writing.written} rows were written, not {expected}")
+    for field in Carried:
+        n = writing.carried[field]
+        verdict.require(verdict.carried[field] == n, f"{verdict.carried[field]} rows have {field}, not {n}")
     verdict.require(expected, "no row is left to train on")
-    beside = [file for path, file in folder.files.items() if path.startswith(f"{_IMAGE_FOLDER}/")]
+    beside = [file for path, file in folder.files.items() if path.startswith(f"{IMAGE_FOLDER}/")]
     return Report(
         spec,
         str(folder.target),
@@ -215,7 +230,7 @@ def _fill(
         dict(sorted(writing.refused.items())),
         writing.leading,
         verdict,
-        {path: file for path, file in folder.files.items() if not path.startswith(f"{_IMAGE_FOLDER}/")},
+        {path: file for path, file in folder.files.items() if not path.startswith(f"{IMAGE_FOLDER}/")},
         len(beside),
         sum(file.bytes for file in beside),
     )
@@ -224,12 +239,13 @@ def _fill(
 class _Writing:
     """The rows of one export in its order, each written or refused, and told as one or the other."""
 
-    def __init__(self, export: Export, spec: ExportSpec, spool: RowSpool, images: "_Images") -> None:
+    def __init__(self, export: Export, spec: ExportSpec, spool: RowSpool, images: Images) -> None:
         self._export, self._spool, self._images = export, spool, images
         self._order = spool.order(spec.order, spec.seed)
         self.refused = Counter[str]()
         self.written = 0
-        self.leading: str | None = None
+        self.carried = Counter[str]()
+        self.leading: list[str] = []
 
     def rows(self, selected: HashedStream, rejected: HashedStream) -> Iterator[PlacedRow]:
         for place in self._places():
@@ -243,178 +259,43 @@ class _Writing:
             scores = {name: getattr(row, name) for name in ("rank", "leverage", "normalised_leverage")}
             write_line(selected, {**row.identity(), **scores, "images": list(row.images)})
             self.written += 1
+            self.carried.update(carried_fields(row))
             yield placed
 
     def _places(self) -> Iterator[int]:
-        """The order, a row with an image in front of it where the format's reader needs one there."""
-        leading = self._first_with_image() if self._export.image_row_first else None
-        if leading is not None and leading != self._order[0]:
-            self.leading = self._spool[leading].sample_key
-            yield leading
-        else:
-            leading = None
+        """The order; in front of it, where the format's reader needs them there, rows with each column."""
+        leading = self._leading() if self._export.image_row_first else []
+        self.leading = [self._spool[place].sample_key for place in leading]
+        yield from leading
         for place in map(int, self._order):
-            if place != leading:
+            if place not in leading:
                 yield place
 
-    def _first_with_image(self) -> int | None:
-        """The first row with an image that can be written."""
+    def _leading(self) -> list[int]:
+        """The first row that can be written with each thing that some rows lack; none where all come soon."""
+        wanted: list[Callable[[int], bool]] = [
+            self._spool.has_image,
+            *(partial(self._carries, field) for field in sorted(self._export.carries)),
+        ]
+        found = dict.fromkeys(place for has in wanted if (place := self._first(has)) is not None)
+        first = [int(place) for place in self._order[: len(found)]]
+        return [] if set(found) == set(first) else list(found)
+
+    def _first(self, has: Callable[[int], bool]) -> int | None:
         for place in map(int, self._order):
-            if self._spool.has_image(place) and isinstance(self._place(self._spool[place]), PlacedRow):
+            if has(place) and isinstance(self._place(self._spool[place]), PlacedRow):
                 return place
         return None
 
+    def _carries(self, field: Carried, place: int) -> bool:
+        return self._spool.may_have_trained_fields(place) and field in carried_fields(self._spool[place])
+
     def _place(self, row: ExportRow) -> PlacedRow | Refusal:
-        refusal = self._export.refuses(row)
+        refusal = refuse_uncarried(row, self._export.carries) or self._export.refuses(row)
         if refusal is not None:
             return refusal
         images = self._images.place(row)
         return images if isinstance(images, Refusal) else PlacedRow(row, images)
-
-
-class _Images:
-    """Images that stay where they lie."""
-
-    def __init__(self, source: SampleSource) -> None:
-        self._folder = source.images_folder()
-        self._root = ImageRoot(self._folder, self._folder)
-        self.base = str(self._folder)
-
-    def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        """The row's images, or why the row cannot have them."""
-        for path in row.images:
-            if isinstance(rejection := self._root.state(path), Rejection):
-                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {rejection.detail}")
-        return tuple(
-            PlacedImage(path, sha256) for path, sha256 in zip(row.images, row.image_sha256, strict=True)
-        )
-
-    def is_there(self, reference: str) -> bool:
-        """Whether a reference leads to an image."""
-        return not isinstance(self._root.state(reference), Rejection)
-
-    def write_list(self, folder: NewFolder) -> None:
-        """Tell which images lie beside the files, if any do."""
-
-    def _read(self, row: ExportRow) -> list[bytes] | Refusal:
-        """The images' bytes, known to be those that were embedded."""
-        contents = []
-        for path, sha256 in zip(row.images, row.image_sha256, strict=True):
-            try:
-                contents.append(self._root.read(path))
-            except (FileNotFoundError, PermissionError) as error:
-                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
-            if changed := _changed(row, path, contents[-1], sha256):
-                return changed
-        return contents
-
-
-class _EmbeddedImages(_Images):
-    """Images whose bytes go into the format's own files."""
-
-    def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        contents = self._read(row)
-        if isinstance(contents, Refusal):
-            return contents
-        return tuple(
-            PlacedImage(path, sha256, data)
-            for path, sha256, data in zip(row.images, row.image_sha256, contents, strict=True)
-        )
-
-
-class _ImagesBeside(_Images):
-    """Images copied or linked beside the files, by content: one file for equal ones, whatever their names."""
-
-    def __init__(self, source: SampleSource, folder: NewFolder, *, linked: bool) -> None:
-        super().__init__(source)
-        self._new, self._linked = folder, linked
-        self._placed: dict[tuple[str, str], str] = {}
-        self.base = str(folder.target)
-        if linked and not (is_local(self._folder) and is_local(folder.target)):
-            raise ExportError(
-                f"images of {self._folder} cannot be hard-linked into {folder.target}: both have to be on a "
-                "local disk; declare `images: copied`"
-            )
-
-    def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        named = list(zip(row.images, row.image_sha256, strict=True))
-        if not all(image in self._placed for image in named):
-            refusal = self._link(row) if self._linked else self._copy(row)
-            if refusal is not None:
-                return refusal
-        return tuple(PlacedImage(self._placed[image], image[1]) for image in named)
-
-    def is_there(self, reference: str) -> bool:
-        return reference in self._new.files and self._new.path(reference).exists()
-
-    def write_list(self, folder: NewFolder) -> None:
-        with folder.stream(IMAGES) as file:
-            file.rows = 0
-            for (path, sha256), name in sorted(self._placed.items()):
-                size = folder.files[name].bytes
-                write_line(file, {"image": path, "file": name, "sha256": sha256, "bytes": size})
-
-    def _copy(self, row: ExportRow) -> Refusal | None:
-        contents = self._read(row)
-        if isinstance(contents, Refusal):
-            return contents
-        for path, sha256, data in zip(row.images, row.image_sha256, contents, strict=True):
-            name = self._name(path, sha256)
-            if name not in self._new.files:
-                self._new.write(name, data)
-            self._placed.setdefault((path, sha256), name)
-        return None
-
-    def _link(self, row: ExportRow) -> Refusal | None:
-        """Link the files whose bytes were read: each is read and linked while it is open."""
-        for path, sha256 in zip(row.images, row.image_sha256, strict=True):
-            try:
-                file = self._root.open(path)
-            except (FileNotFoundError, PermissionError) as error:
-                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
-            with file:
-                data, name = file.read(), self._name(path, sha256)
-                if changed := _changed(row, path, data, sha256):
-                    return changed
-                if name not in self._new.files:
-                    self._hard_link(name, path, file, WrittenFile(sha256, len(data)))
-            self._placed.setdefault((path, sha256), name)
-        return None
-
-    def _hard_link(self, name: str, path: str, file: BinaryIO, known: WrittenFile) -> None:
-        try:
-            self._new.hard_link(name, file, known)
-        except OSError as error:
-            # ENOENT: the file has no name any more, or the system has no /proc to find an open file by.
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOENT):
-                raise
-            raise ExportError(
-                f"image {path!r} cannot be hard-linked into {self._new.target} ({error.strerror}); declare "
-                "`images: copied`, or put pool and store on one file system"
-            ) from error
-
-    @staticmethod
-    def _name(path: str, sha256: str) -> str:
-        return f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{safe_suffix(path)}"
-
-
-def _changed(row: ExportRow, path: str, data: bytes, sha256: str) -> Refusal | None:
-    """Why an image is not the one that was embedded, where it is another one."""
-    if (found := hashlib.sha256(data).hexdigest()) == sha256:
-        return None
-    detail = (
-        f"{row.where()}: image {path!r} has changed since the row was embedded (SHA-256 {found[:12]}..., "
-        f"then {sha256[:12]}...); run the refresh again"
-    )
-    return Refusal(RefusalReason.IMAGE_CHANGED, detail)
-
-
-def _images(export: Export, spec: ExportSpec, source: SampleSource, folder: NewFolder) -> _Images:
-    if export.embeds_images:
-        return _EmbeddedImages(source)
-    if spec.images == "referenced":
-        return _Images(source)
-    return _ImagesBeside(source, folder, linked=spec.images == "hardlinked")
 
 
 def pool_record(shard: str, rejected: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import ast
 from collections.abc import Iterable
 
 from scalselect_assets.dataset.exports.base import (
+    Carried,
     PlacedRow,
     Preflight,
     Refusal,
@@ -24,6 +25,7 @@ from scalselect_assets.dataset.exports.base import (
     refuse_system,
     refuse_turn_order,
     require_ascii,
+    require_filled,
     require_images,
     require_marks,
     unpaired,
@@ -42,6 +44,7 @@ class QwenVl:
 
     name = "qwen_vl"
     embeds_images = False
+    carries = frozenset[Carried]()
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:
@@ -76,6 +79,7 @@ class QwenVl:
                 continue
             verdict.row(len(images))
             turns = row["conversations"]
+            require_filled((turn["value"] for turn in turns), where, verdict)
             fault = unpaired([turn["from"] for turn in turns], "human", "gpt")
             verdict.require(fault is None, f"{where}: {fault}")
             require_marks(

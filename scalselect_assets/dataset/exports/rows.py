@@ -1,12 +1,14 @@
 """The rows that exports are made of: read once from the pool's tables, then in any order as often as needed.
 
-A `RowSpool` keeps the chosen rows' texts in a temporary file and 40 bytes of each row in memory (where its
-text lies, its rank, and a hash that says who it is). So each further export costs one pass over that file, by
-jumps where its order is not the pool's, and no shard is read twice, whatever the orders are.
+A `RowSpool` keeps the chosen rows' texts in a temporary file and 41 bytes of each row in memory (where its
+text lies, its rank, a hash that says who it is, and whether a trainer may have to read more than its turns).
+So each further export costs one pass over that file, by jumps where its order is not the pool's, and no shard
+is read twice, whatever the orders are.
 """
 
 import hashlib
 import json
+import re
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -19,12 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalselect_assets.method.representation.conversation import Conversation, Role
+from scalselect_assets.resources.forms.embedded import address_of
 from scalselect_assets.resources.samples import conversation_of, written_turns
+from scalselect_assets.resources.trained_fields import TrainedFields, trained_fields
 
 NO_LABEL = "unlabelled"
 """The label of a row that lacks the field, or has it empty."""
 _NO_RANK = np.iinfo(np.int64).max  # rows without an image stand behind all others
 _HASH_BYTES = 16
+_TRAINED_FIELD = re.compile(r'"(?:objects|tools|loss|weight|train|mask|ignore)')
+"""A text without any of these has no `TrainedFields`; one with them may have."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,11 @@ class ExportRow:
         """The turns with their texts split at the marks, as the model was given them."""
         return conversation_of(self.turns)
 
+    @cached_property
+    def trained(self) -> TrainedFields:
+        """What the trainer has to read beside the turns and images."""
+        return trained_fields(self.text)
+
     @property
     def system(self) -> str | None:
         """The text of a leading system turn."""
@@ -117,6 +128,8 @@ class RowSpool:
         self._rows = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115 - closed by close
         self._rejections = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115
         self._offsets, self._ranks, self._identities = array("q"), array("q"), bytearray()
+        self._may_be_trained = bytearray()
+        self.has_embedded = False
         self._end = 0
 
     def __enter__(self) -> Self:
@@ -149,6 +162,8 @@ class RowSpool:
             self._rows.seek(self._end)
         self._offsets.append(self._end)
         self._ranks.append(_NO_RANK if row.rank is None else row.rank)
+        self._may_be_trained.append(_TRAINED_FIELD.search(row.text) is not None)
+        self.has_embedded |= any(address_of(path) for path in row.images)
         who = json.dumps([row.sample_key, row.shard]).encode()
         self._identities += hashlib.sha256(who).digest()[:_HASH_BYTES]
         values = {name: getattr(row, name) for name in ExportRow.__dataclass_fields__}
@@ -157,6 +172,10 @@ class RowSpool:
     def has_image(self, place: int) -> bool:
         """Whether a row has an image, without reading it."""
         return self._ranks[place] != _NO_RANK
+
+    def may_have_trained_fields(self, place: int) -> bool:
+        """Whether a row's text speaks of boxes, tools or weights, without reading it."""
+        return bool(self._may_be_trained[place])
 
     def order(self, order: Literal["shuffled", "score", "pool"], seed: int) -> NDArray[np.int64]:
         """The rows' numbers in an order that is the same on every machine and for every version of NumPy.

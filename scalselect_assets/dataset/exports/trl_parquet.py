@@ -21,7 +21,15 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image, UnidentifiedImageError
 
-from scalselect_assets.dataset.exports.base import PlacedRow, Preflight, Refusal, Setting, write_companion
+from scalselect_assets.dataset.exports.base import (
+    Carried,
+    PlacedRow,
+    Preflight,
+    Refusal,
+    Setting,
+    require_filled,
+    write_companion,
+)
 from scalselect_assets.dataset.exports.rows import ExportRow
 from scalselect_assets.method.representation.conversation import IMAGE
 from scalselect_assets.resources.folders import HashedStream, NewFolder
@@ -66,6 +74,7 @@ class TrlParquet:
 
     name = "trl"
     embeds_images = True
+    carries = frozenset[Carried]()
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be told
@@ -166,6 +175,7 @@ def _check(row: dict[str, Any], verdict: Preflight) -> None:
     verdict.require(
         all(part["text"] is not None for part in parts if part["type"] == "text"), f"{where}: a text is null"
     )
+    require_filled((part["text"] or "" for part in parts), where, verdict)
     for image in images:
         try:
             Image.open(io.BytesIO(cast("bytes", image["bytes"]))).close()

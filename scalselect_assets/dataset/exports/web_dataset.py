@@ -22,15 +22,17 @@ from PIL import Image, UnidentifiedImageError
 from upath import UPath
 
 from scalselect_assets.dataset.exports.base import (
+    Carried,
     PlacedImage,
     PlacedRow,
     Preflight,
     Refusal,
     Setting,
     ascii_json,
-    openai_turns,
+    carries_weights,
     require_marks,
     safe_suffix,
+    weighted_turns,
     write_companion,
 )
 from scalselect_assets.dataset.exports.rows import ExportRow
@@ -54,6 +56,7 @@ class WebDataset:
 
     name = "webdataset"
     embeds_images = True
+    carries = frozenset(Carried)
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be told
@@ -120,10 +123,13 @@ class WebDataset:
 def _fields(placed: PlacedRow) -> list[tuple[str, bytes]]:
     """The files of one sample: its JSON, which names the images' fields in order, then the images."""
     images = [(f"{n}.{_suffix(image)}", image.data or b"") for n, image in enumerate(placed.images)]
+    fields = placed.row.trained
     described = {
         **placed.row.identity(),
-        "messages": openai_turns(placed.row),
+        "messages": weighted_turns(placed.row),
         "images": [field for field, _ in images],
+        **({"objects": fields.objects} if fields.objects else {}),
+        **({"tools": fields.tools} if fields.tools else {}),
     }
     return [("json", json.dumps(described, ensure_ascii=False).encode()), *images]
 
@@ -161,6 +167,9 @@ def _check(key: str, fields: dict[str, bytes], verdict: Preflight) -> None:
     described: dict[str, Any] = json.loads(fields["json"])
     images = described["images"]
     verdict.row(len(images))
+    verdict.carried[Carried.OBJECTS] += bool(described.get("objects"))
+    verdict.carried[Carried.TOOLS] += bool(described.get("tools"))
+    verdict.carried[Carried.TURN_WEIGHTS] += carries_weights(described["messages"])
     verdict.require(
         set(images) | {"json"} == set(fields), f"sample {key} has the fields {sorted(fields)} for {images}"
     )

@@ -9,12 +9,13 @@ Paper (arXiv 2602.11636), section 3, for vision tokens V and instruction tokens 
 
 This module decides what is computed together: samples about the same images come one after the other, an
 image passes the vision tower once, and batches are filled by tokens, not by samples. What is computed stands
-in ``method.first_layer``. Rows that cannot be represented come back as typed rejections, in place.
+in ``first_layer``. On a GPU some batches are under way at a time, so that it has work while the host waits
+for a batch. Rows that cannot be represented come back as typed rejections, in place.
 """
 
 import gc
-from collections import OrderedDict, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.method.representation.conversation import Conversation
+from scalselect_assets.method.representation.feature_cache import FeatureCache
 from scalselect_assets.method.representation.first_layer import (
     FeatureCountError,
     FirstLayer,
@@ -42,6 +44,8 @@ _GROUP_SIZE = 64  # samples about the same images that are prepared together
 _GROUPS_AHEAD = 4  # prepared while the model works; large images are 100 MB each
 _FEATURE_BYTES = 512 * 2**20  # image features kept for samples that share them
 _VALUES_PER_TOKEN = 14 * 14 * 3  # of an image, for a vision token, in the most common tower
+# Batches whose later steps wait while those of the next batch are asked for. A CPU computes when it is asked.
+_UNDER_WAY = {"cpu": 0, "cuda": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +152,9 @@ class VlmEncoder:
         Raises:
             OSError: An image cannot be read for reasons other than that it is not there.
         """
-        cache = _FeatureCache(_FEATURE_BYTES)
+        cache = FeatureCache(_FEATURE_BYTES)
         with closing(self._prepared(samples, read_image, workers)) as prepared:
-            for batch in _batches(prepared, batch_tokens):
-                ready = [(place, item) for place, item in batch if isinstance(item, Prepared)]
-                yield from ((place, item) for place, item in batch if isinstance(item, Rejection))
-                outcomes = self._represent([item for _, item in ready], cache, batch_tokens)
-                yield from zip((place for place, _ in ready), outcomes, strict=True)
+            yield from self._outcomes(_batches(prepared, batch_tokens), cache, batch_tokens)
 
     def examine(
         self, sample: ChatSample, read_image: ImageReader, *, batch_tokens: int = 4096
@@ -175,7 +175,7 @@ class VlmEncoder:
         (prepared,) = self.preparer.prepare(sample.images, [sample.conversation], read_image)
         if isinstance(prepared, Rejection):
             return prepared
-        (state,) = self._states_or_rejections([prepared], _FeatureCache(_FEATURE_BYTES), batch_tokens)
+        (state,) = self._states_or_rejections([prepared], FeatureCache(_FEATURE_BYTES), batch_tokens)
         if isinstance(state, Rejection):
             return state
         outcome = _outcome(prepared, state)
@@ -204,13 +204,41 @@ class VlmEncoder:
                 for _, future in pending:
                     future.cancel()
 
-    def _represent(self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int) -> Iterator[Outcome]:
-        """The outcomes of a batch."""
-        for item, state in zip(batch, self._states_or_rejections(batch, cache, budget), strict=True):
-            yield state if isinstance(state, Rejection) else _outcome(item, state)
+    def _outcomes(
+        self, batches: Iterable[list[tuple[int, Prepared | Rejection]]], cache: FeatureCache, budget: int
+    ) -> Iterator[tuple[int, Outcome]]:
+        """The outcomes of all batches, of which some are under way at a time."""
+        under_way: deque[_UnderWay] = deque()
+        for batch in batches:
+            yield from ((place, item) for place, item in batch if isinstance(item, Rejection))
+            ready = [(place, item) for place, item in batch if isinstance(item, Prepared)]
+            if ready:
+                steps = self._steps([item for _, item in ready], cache, budget)
+                under_way.append(_UnderWay(ready, steps))
+            yield from self._advanced(under_way, _UNDER_WAY[self.device.type], cache, budget)
+        yield from self._advanced(under_way, 0, cache, budget)
+
+    def _advanced(
+        self, under_way: "deque[_UnderWay]", at_most: int, cache: FeatureCache, budget: int
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Take every batch a step on, the newest first, until at most so many are left."""
+        while True:
+            if not all(batch.advance() for batch in reversed(under_way)):
+                # Together they do not fit the memory: each once more, by itself.
+                for batch in under_way:
+                    batch.drop()
+                self._make_room(cache)
+                for batch in under_way:
+                    yield from batch.outcomes(self._states_or_rejections(batch.samples, cache, budget))
+                under_way.clear()
+            while under_way and under_way[0].done:
+                batch = under_way.popleft()
+                yield from batch.outcomes(batch.states)
+            if len(under_way) <= at_most:
+                return
 
     def _states_or_rejections(
-        self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int
+        self, batch: Sequence[Prepared], cache: FeatureCache, budget: int
     ) -> Iterator[FirstLayerState | Rejection]:
         """The states of a batch; in halves where it cannot be computed at once, down to single images."""
         if not batch:
@@ -229,21 +257,18 @@ class VlmEncoder:
             yield states
 
     def _try(
-        self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int
+        self, batch: Sequence[Prepared], cache: FeatureCache, budget: int
     ) -> list[FirstLayerState] | Rejection:
         """The states of a batch, or what a sample is rejected with if this happens to it alone."""
-        try:
-            return self._states(batch, cache, budget)
-        except FeatureCountError as error:
-            return Rejection(RejectionReason.PROCESSOR_REFUSED, f"{error}: resize the image")
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the handler, whose exception holds on to the tensors.
-        cache.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        work = _UnderWay([(0, item) for item in batch], self._steps(batch, cache, budget))
+        while work.advance() and not work.done:
+            pass
+        if work.done:
+            return work.states
+        if isinstance(work.failure, FeatureCountError):
+            return Rejection(RejectionReason.PROCESSOR_REFUSED, f"{work.failure}: resize the image")
+        work.drop()
+        self._make_room(cache)
         n_tokens = max(len(item.model_input) for item in batch)
         return Rejection(
             RejectionReason.TOO_LARGE,
@@ -251,26 +276,83 @@ class VlmEncoder:
             f"{self.device}, even alone; use fewer or smaller images, or a device with more memory",
         )
 
-    def _states(
-        self, batch: Sequence[Prepared], cache: "_FeatureCache", budget: int
-    ) -> list[FirstLayerState]:
-        features = self._features([item.model_input.images for item in batch], cache, budget)
-        return self._first_layer.represent(
-            [item.model_input for item in batch], features, self.card.attention_mass
+    def _make_room(self, cache: FeatureCache) -> None:
+        cache.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _steps(
+        self, batch: Sequence[Prepared], cache: FeatureCache, budget: int
+    ) -> Generator[None, None, list[FirstLayerState]]:
+        """The states of a batch, in the steps of ``FirstLayer.steps``; the first one has the tower, too."""
+        inputs = [item.model_input for item in batch]
+        return (
+            yield from self._first_layer.steps(
+                inputs,
+                self._features([item.images for item in inputs], cache, budget),
+                self.card.attention_mass,
+            )
         )
 
     def _features(
-        self, images: Sequence[tuple[VisionInput, ...]], cache: "_FeatureCache", budget: int
+        self, images: Sequence[tuple[VisionInput, ...]], cache: FeatureCache, budget: int
     ) -> list[list[torch.Tensor]]:
         """Per sample the features of its images, from the vision tower for those that it has not seen."""
         wanted = {image.key: image for image in chain.from_iterable(images)}
         features = {key: known for key in wanted if (known := cache.get(key)) is not None}
         for chunk in _chunks([image for key, image in wanted.items() if key not in features], budget):
-            for image, feature in zip(chunk, self._first_layer.image_features(chunk), strict=True):
-                features[image.key] = feature
-        for key, feature in features.items():
-            cache.put(key, feature)
+            keys = [image.key for image in chunk]
+            found = dict(zip(keys, self._first_layer.image_features(chunk), strict=True))
+            features |= found
+            cache.put(found)
         return [[features[image.key] for image in row] for row in images]
+
+
+class _UnderWay:
+    """A batch between its first step and its last.
+
+    Attributes:
+        done: Its states are there.
+        states: Those states.
+        failure: What ended it before that: lack of memory, or an image of the wrong size.
+    """
+
+    def __init__(
+        self,
+        placed: Sequence[tuple[int, Prepared]],
+        steps: Generator[None, None, list[FirstLayerState]],
+    ) -> None:
+        self._places = [place for place, _ in placed]
+        self.samples = [item for _, item in placed]
+        self._steps = steps
+        self.done = False
+        self.states: list[FirstLayerState] = []
+        self.failure: Exception | None = None
+
+    def advance(self) -> bool:
+        """Take the next step; whether that went well."""
+        try:
+            if not self.done:
+                next(self._steps)
+        except StopIteration as finished:
+            self.done, self.states = True, finished.value
+        except (FeatureCountError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, FeatureCountError) and not is_out_of_memory(error):
+                raise
+            # Its traceback holds on to the tensors.
+            self.failure = error.with_traceback(None)
+            return False
+        return True
+
+    def drop(self) -> None:
+        """Let go of what it holds on the device."""
+        self._steps.close()
+
+    def outcomes(self, states: Iterable[FirstLayerState | Rejection]) -> Iterator[tuple[int, Outcome]]:
+        """An outcome for each sample, with its place."""
+        for place, item, state in zip(self._places, self.samples, states, strict=True):
+            yield place, state if isinstance(state, Rejection) else _outcome(item, state)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -279,33 +361,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         sign in str(error) for sign in signs
     )
-
-
-class _FeatureCache:
-    """The image features used last, up to some bytes."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._bytes, self._max_bytes = 0, max_bytes
-
-    def get(self, key: str) -> torch.Tensor | None:
-        if key in self._features:
-            self._features.move_to_end(key)
-        return self._features.get(key)
-
-    def put(self, key: str, feature: torch.Tensor) -> None:
-        if key in self._features:
-            return
-        # A copy: a slice would keep the features of all images that were computed with it.
-        self._features[key] = feature.clone()
-        self._bytes += feature.nbytes
-        while self._bytes > self._max_bytes:
-            _, dropped = self._features.popitem(last=False)
-            self._bytes -= dropped.nbytes
-
-    def clear(self) -> None:
-        self._features.clear()
-        self._bytes = 0
 
 
 def _groups(samples: Sequence[ChatSample]) -> list[tuple[tuple[str, ...], list[int]]]:

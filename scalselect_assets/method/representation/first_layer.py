@@ -1,16 +1,19 @@
-"""What the method runs of a VLM: the vision tower with its projector, and the first decoder layer in part.
+"""The parts of a VLM that the method runs: the vision tower with its projector, and the first decoder layer.
 
 The base model's own ``forward`` still does all that differs between families (where image features go, which
 positions and masks they get); its only decoder layer is replaced by one that notes what it is given. From
 there the real first layer is run on the tokens of all samples end to end, without padding, and no further
 than needed: queries, keys and values for every token, then attention, output projection and MLP for the
 dominant vision tokens alone, since nothing else enters the representation.
+
+A GPU works while the host goes on, so a batch is represented in steps: each step asks the device for work and
+returns at once, and the host waits only for what an earlier step has asked for (``FirstLayer.steps``).
 """
 
-import copy
-from collections.abc import Iterable, Sequence
+import inspect
+import os
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +23,23 @@ from numpy.typing import NDArray
 
 from scalselect_assets.method.representation.attention import (
     AtAttention,
+    Heads,
+    Kept,
+    RowMask,
+    Rows,
     attend,
-    dominant_tokens,
     instruction_attention,
 )
-from scalselect_assets.method.representation.families import UnsupportedModelError
+from scalselect_assets.method.representation.dominance import dominant
+from scalselect_assets.method.representation.families import (
+    UnsupportedModelError,
+    known_on_the_host,
+)
+from scalselect_assets.method.representation.kernels import without_costs_per_shape
+from scalselect_assets.method.representation.layer_tail import AfterAttention
+from scalselect_assets.method.representation.packing import Packing, rectangle
+from scalselect_assets.method.representation.pixel_scale import PixelScale
+from scalselect_assets.method.transfers import Transfers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,11 +50,13 @@ class VisionInput:
         key: Equal for equal images that are processed equally.
         inputs: What the processor made of it, by the names that the model's ``get_image_features`` takes.
         n_tokens: Vision tokens that it fills.
+        scale: What makes the model's values of its pixels, where these are bytes.
     """
 
     key: str
     inputs: dict[str, torch.Tensor]
     n_tokens: int
+    scale: PixelScale | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +140,7 @@ class FirstLayer:
         decoder = decoder_of(model)
         layer = decoder.layers[0]
         self.model, self._layer, self._pad = model, layer, pad_token_id
-        self._tail = _AfterAttention(layer)
+        self._tail = AfterAttention(layer)
         self._recorder = _Recorder(layer)
         decoder.layers = torch.nn.ModuleList([self._recorder])
         if isinstance(getattr(decoder, "norm", None), torch.nn.Module):
@@ -131,9 +148,15 @@ class FirstLayer:
         embedding = model.get_input_embeddings().weight
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
+        self._transfers = Transfers(self.device)
+        if self.device.type == "cuda":
+            # Transformers' checks of a model's input wait for the device. What they compare, tokens of the
+            # processor with features of the tower, has been compared on the host.
+            os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
         self._features_are_tensor = False
 
     @torch.inference_mode()
+    @without_costs_per_shape()
     def image_features(self, images: Sequence[VisionInput]) -> list[torch.Tensor]:
         """What the vision tower and the projector make of images, in one pass.
 
@@ -144,10 +167,10 @@ class FirstLayer:
             FeatureCountError: The model makes another number of features of an image than the processor has
                 put tokens into the prompt for.
         """
+        joined = self._joined(images, images[0].inputs)
         output = self.model.get_image_features(
-            **{
-                name: self._to_device(value) for name, value in self._joined(images, images[0].inputs).items()
-            },
+            **{name: self._to_device(value, images[0].scale) for name, value in joined.items()},
+            **known_on_the_host(self.model.config, joined),
             return_dict=True,
         )
         pooled = output.pooler_output
@@ -164,11 +187,25 @@ class FirstLayer:
             )
         return list(torch.cat(flat).split_with_sizes(counts))
 
-    @torch.inference_mode()
     def represent(
         self, samples: Sequence[ModelInput], features: Sequence[Sequence[torch.Tensor]], attention_mass: float
     ) -> list[FirstLayerState]:
-        """Equations 1 to 3 of the paper for some samples at once.
+        """All steps at once; see ``steps``."""
+        steps = self.steps(samples, features, attention_mass)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as finished:
+                states: list[FirstLayerState] = finished.value
+                return states
+
+    def steps(
+        self, samples: Sequence[ModelInput], features: Sequence[Sequence[torch.Tensor]], attention_mass: float
+    ) -> Generator[None, None, list[FirstLayerState]]:
+        """Equations 1 to 3 of the paper for some samples at once, in steps that other work can come between.
+
+        The first step asks for the vision tokens' attention, the second one, which needs to know how many of
+        them are kept, for the vectors, and the third one waits for these.
 
         Args:
             samples: What to represent.
@@ -178,76 +215,116 @@ class FirstLayer:
         Returns:
             One state per sample; one that is not finite has NaN in its vector.
         """
-        hidden, layer_inputs = self._layer_inputs(samples, features)
-        lengths = [len(sample) for sample in samples]
-        packed = {name: _packed(value, lengths) for name, value in layer_inputs.items()}
-        tokens = _packed(hidden, lengths)
-        at, mask = self._run_to_attention(tokens, packed), layer_inputs["attention_mask"]
-        heads = list(
-            zip(*(x[0].split_with_sizes(lengths, dim=1) for x in (at.query, at.key, at.value)), strict=True)
-        )
-        on_vision = [
-            instruction_attention(query, key, mask, place, self._rows(sample.instruction), at.scaling)[
-                self._rows(sample.vision)
-            ]
-            for place, (sample, (query, key, _)) in enumerate(zip(samples, heads, strict=True))
-        ]
-        # One wait for the device, not one per sample.
-        shares = torch.cat(on_vision).cpu().split_with_sizes([len(sample.vision) for sample in samples])
-        places = [dominant_tokens(share, attention_mass).sort().values for share in shares]
-        dominant = [sample.vision[kept] for sample, kept in zip(samples, places, strict=True)]
-        attended = [
-            attend(query, key, value, mask, place, self._rows(kept), at.scaling)
-            for place, ((query, key, value), kept) in enumerate(zip(heads, dominant, strict=True))
-        ]
-        starts = accumulate(lengths[:-1], initial=0)
-        kept_tokens = tokens[
-            :, self._rows(torch.cat([start + kept for start, kept in zip(starts, dominant, strict=True)]))
-        ]
-        counts = [len(kept) for kept in dominant]
-        output = self._tail(kept_tokens, torch.cat(attended)[None], counts, packed)
+        begun = self._begin(samples, features, attention_mass)
+        del features
+        yield
+        found = self._finish(begun)
+        del begun  # whose queries, keys and values are most of the memory
+        yield
+        vectors, shares, places, counts = (value.numpy() for value in found())
         return [
-            FirstLayerState(vector, len(kept), float(share.sum()), share.numpy(), kept.numpy())
-            for vector, share, kept in zip(
-                _means(output[0], counts).cpu().numpy(), shares, places, strict=True
+            FirstLayerState(
+                vectors[row],
+                int(n),
+                float(shares[row, : len(sample.vision)].sum(dtype=np.float32)),
+                shares[row, : len(sample.vision)].copy(),
+                np.sort(places[row, :n]),
             )
+            for row, (sample, n) in enumerate(zip(samples, counts, strict=True))
         ]
+
+    @torch.inference_mode()
+    @without_costs_per_shape()
+    def _begin(
+        self, samples: Sequence[ModelInput], features: Sequence[Sequence[torch.Tensor]], attention_mass: float
+    ) -> "_Begun":
+        """Everything up to the attention on the vision tokens."""
+        hidden, layer_inputs = self._layer_inputs(samples, features)
+        mask: RowMask = layer_inputs["attention_mask"]
+        lengths = [len(sample) for sample in samples]
+        packing = Packing(lengths, self._transfers)
+        layer_inputs = {name: packing.packed(value) for name, value in layer_inputs.items()}
+        tokens = packing.packed(hidden)
+        heads = Heads.of(self._run_to_attention(tokens, layer_inputs), lengths, self._transfers)
+        vision = Rows.of([sample.vision for sample in samples], self._transfers)
+        instruction = Rows.of([sample.instruction for sample in samples], self._transfers)
+        shares = instruction_attention(heads, mask, instruction, vision)
+        kept = dominant(shares, vision.n, attention_mass)
+        return _Begun(
+            tokens[0],
+            layer_inputs,
+            heads,
+            mask,
+            vision,
+            [int(sample.vision.numpy().max()) + 1 for sample in samples],
+            shares,
+            kept.places,
+            kept.n,
+            self._transfers.to_host([kept.n]),
+        )
+
+    @torch.inference_mode()
+    @without_costs_per_shape()
+    def _finish(self, begun: "_Begun") -> Callable[[], list[torch.Tensor]]:
+        """Everything from there on; what is returned waits for vectors, shares, places and counts."""
+        (counts,) = begun.counts()
+        numbers = torch.arange(begun.places.shape[1], device=self.device)
+        # In token order; what is not kept comes last.
+        ascending = (
+            torch.where(numbers < begun.n_kept[:, None], begun.places, len(numbers)).sort(dim=1).values
+        )
+        positions = begun.vision.positions.gather(1, ascending.clamp(max=len(numbers) - 1))
+        kept = Kept.of(Rows(positions, begun.n_kept, tuple(counts.tolist())))
+        attended = attend(begun.heads, begun.mask, kept, begun.furthest)
+        tokens = begun.tokens[begun.heads.starts[kept.samples] + kept.positions]
+        vectors = self._tail(tokens, attended, kept, begun.layer_inputs)
+        return self._transfers.to_host([vectors, begun.shares, begun.places, begun.n_kept])
 
     def _layer_inputs(
         self, samples: Sequence[ModelInput], features: Sequence[Sequence[torch.Tensor]]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """What the model gives its first layer: (B, S, d) states, padded on the right, and the rest."""
-        length = max(len(sample) for sample in samples)
-        ids = torch.full((len(samples), length), self._pad)
-        real = torch.zeros(len(samples), length, dtype=torch.int64)
-        token_inputs = {
-            name: torch.zeros(len(samples), length, dtype=value.dtype)
-            for name, value in samples[0].token_inputs.items()
+        ids = rectangle([sample.input_ids.numpy() for sample in samples], self._pad)
+        real = rectangle([np.ones(len(sample), dtype=np.int64) for sample in samples])
+        about_tokens = {
+            name: rectangle([sample.token_inputs[name].numpy() for sample in samples])
+            for name in samples[0].token_inputs
         }
-        for row, sample in enumerate(samples):
-            ids[row, : len(sample)] = sample.input_ids
-            real[row, : len(sample)] = 1
-            for name, value in sample.token_inputs.items():
-                token_inputs[name][row, : len(sample)] = value
-        flat = torch.cat([part for parts in features for part in parts])
         images = [image for sample in samples for image in sample.images]
         # Sizes and grids decide the positions of image tokens; the pixels have been used.
         names = [name for name in images[0].inputs if not name.startswith("pixel_")]
-        about_images = self._joined(images, names)
+        inputs: dict[str, torch.Tensor | None] = {
+            "attention_mask": real,
+            **about_tokens,
+            **self._joined(images, names),
+        }
+        inputs |= self._positions(ids, inputs)
+        flat = torch.cat([part for parts in features for part in parts])
         self.model(
-            **{
-                name: self._to_device(value)
-                for name, value in {
-                    "input_ids": ids,
-                    "attention_mask": real,
-                    **token_inputs,
-                    **about_images,
-                }.items()
-            },
+            input_ids=self._to_device(ids),
+            **{name: self._to_device(value) for name, value in inputs.items() if value is not None},
             mm_encoder_outputs={"image": self._as_output(flat)},
             use_cache=False,
         )
         return self._recorder.take()
+
+    def _positions(
+        self, ids: torch.Tensor, inputs: dict[str, torch.Tensor | None]
+    ) -> dict[str, torch.Tensor | None]:
+        """Positions that depend on the images' shapes, by the model's own code, for models that have such.
+
+        Computed here on the host: on a GPU that code would wait for the device several times a sample.
+        """
+        compute = getattr(self.model, "compute_3d_position_ids", None)
+        if compute is None:
+            return {}
+        parameters = inspect.signature(compute).parameters
+        given = {"inputs_embeds": None, "video_grid_thw": None, "past_key_values": None, **inputs}
+        required = {name for name, one in parameters.items() if one.default is inspect.Parameter.empty}
+        if not (inputs.keys() <= parameters.keys() and required <= given.keys() | {"input_ids"}):
+            return {}  # the model computes them from more than is known here
+        known = {name: value for name, value in given.items() if name in parameters}
+        return {"position_ids": compute(input_ids=ids, **known)}
 
     def _as_output(self, features: torch.Tensor) -> Any:
         """Flat image features in the form in which the model's own vision tower returns them."""
@@ -266,12 +343,11 @@ class FirstLayer:
             f"{type(self._layer).__name__} does not use Transformers' attention interface"
         )
 
-    def _rows(self, positions: torch.Tensor) -> torch.Tensor:
-        return positions.to(self.device, non_blocking=True)
-
-    def _to_device(self, value: torch.Tensor) -> torch.Tensor:
-        there = value.to(self.device, non_blocking=True)
-        return there.to(self.dtype) if value.is_floating_point() else there
+    def _to_device(self, value: torch.Tensor, scale: PixelScale | None = None) -> torch.Tensor:
+        there = self._transfers.to_device(value)
+        if scale is not None and there.dtype == torch.uint8:
+            there = scale.applied(there)
+        return there.to(self.dtype) if there.is_floating_point() else there
 
     def _joined(self, images: Sequence[VisionInput], names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Inputs of several images one after the other, filled up with zeros where they differ in shape."""
@@ -279,19 +355,20 @@ class FirstLayer:
         for name in names:
             values = [image.inputs[name] for image in images]
             shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-            # Page-locked where it goes to a GPU, so that the copy does not wait.
-            buffer = torch.empty(
-                sum(map(len, values)),
-                *shape,
-                dtype=values[0].dtype,
-                pin_memory=self.device.type == "cuda",
-            )
             if any(list(value.shape[1:]) != shape for value in values):
+                # Zeros fill up the model's values, not the bytes.
+                values = [
+                    image.scale.applied(value) if image.scale and value.dtype == torch.uint8 else value
+                    for image, value in zip(images, values, strict=True)
+                ]
+            buffer = self._transfers.empty(sum(map(len, values)), *shape, dtype=values[0].dtype)
+            if all(list(value.shape[1:]) == shape for value in values):
+                torch.cat(values, out=buffer)
+            else:
                 buffer.zero_()
-            for target, value in zip(
-                buffer.split_with_sizes([len(value) for value in values]), values, strict=True
-            ):
-                target[(slice(None), *(slice(size) for size in value.shape[1:]))] = value
+                parts = buffer.split_with_sizes([len(value) for value in values])
+                for target, value in zip(parts, values, strict=True):
+                    target[(slice(None), *(slice(size) for size in value.shape[1:]))] = value
             joined[name] = buffer
         return joined
 
@@ -323,99 +400,30 @@ class _Recorder(torch.nn.Module):
         return seen
 
 
-class _AfterAttention:
-    """A decoder layer from its attention's output on, with the layer's own modules and ``forward``."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Begun:
+    """A batch whose attention has been asked for.
 
-    def __init__(self, layer: torch.nn.Module) -> None:
-        names = [name for name, child in layer.named_children() if hasattr(child, "o_proj")]
-        if len(names) != 1:
-            raise UnsupportedModelError(
-                f"{type(layer).__name__} has {len(names)} attention modules with an output projection named "
-                "o_proj; exactly one is expected"
-            )
-        (attention,) = names
-        self._attended = _Attended(layer.get_submodule(f"{attention}.o_proj"))
-        self._layer = copy.copy(layer)
-        self._layer._modules = {**layer._modules, attention: self._attended}
-        self._mean_first: _MeanFirst | None = None
-        usual = {attention, "mlp", "input_layernorm", "post_attention_layernorm"}
-        mlp = layer._modules.get("mlp")
-        projection = getattr(mlp, "down_proj", None)
-        if set(layer._modules) == usual and mlp is not None and isinstance(projection, torch.nn.Linear):
-            # After it comes only the residual connection, so that all is linear from there on.
-            self._mean_first = _MeanFirst(projection)
-            pooled = copy.copy(mlp)
-            pooled._modules = {**mlp._modules, "down_proj": self._mean_first}
-            self._layer._modules["mlp"] = pooled
+    Attributes:
+        tokens: (T, d) inputs of the layer, the samples end to end.
+        layer_inputs: What else the layer was called with.
+        heads: Of all tokens.
+        mask: What each row may attend to.
+        vision: The vision tokens.
+        furthest: By sample, how many tokens from the beginning hold all of vision.
+        shares: (B, V) float32: the attention that each vision token receives.
+        places: (B, V) int64: vision tokens by attention, the kept ones first.
+        n_kept: (B,) int64: how many those are.
+        counts: Waits for the same on the host.
+    """
 
-    def __call__(
-        self, tokens: torch.Tensor, attended: torch.Tensor, counts: list[int], layer_inputs: dict[str, Any]
-    ) -> torch.Tensor:
-        """The layer's output, up to what does not change its mean over each sample's tokens.
-
-        Args:
-            tokens: (1, m, d) inputs of the layer.
-            attended: (1, m, heads · head_dim) outputs of its attention before the projection.
-            counts: Tokens by sample, summing to m.
-            layer_inputs: What else the layer is called with.
-
-        Returns:
-            (1, m, d).
-        """
-        self._attended.attended = attended
-        if self._mean_first is not None:
-            self._mean_first.counts = counts
-        try:
-            output = self._layer(tokens, **layer_inputs)
-        finally:
-            del self._attended.attended
-        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return states
-
-
-class _Attended(torch.nn.Module):
-    """Stands where a layer attends and returns the projection of what has been attended to elsewhere."""
-
-    attended: torch.Tensor
-
-    def __init__(self, projection: torch.nn.Module) -> None:
-        super().__init__()
-        self.projection = projection
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, None]:
-        return self.projection(self.attended), None
-
-
-class _MeanFirst(torch.nn.Module):
-    """Stands where an MLP projects back: projects each sample's mean in the place of each of its tokens."""
-
-    counts: list[int]
-
-    def __init__(self, projection: torch.nn.Linear) -> None:
-        super().__init__()
-        self.projection = projection
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        means: torch.Tensor = self.projection(_means(states[0], self.counts).to(states.dtype))
-        return means.repeat_interleave(torch.tensor(self.counts, device=means.device), 0)[None]
-
-
-def _means(states: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """(m, d) → (len(counts), d) float32, the mean of each run of rows."""
-    return torch.stack([part.float().mean(0) for part in states.split_with_sizes(counts)])
-
-
-def _packed(value: Any, lengths: Sequence[int]) -> Any:
-    """Tensors of (..., B or 1, S, ·) without their padding, as (..., 1, T, ·); anything else as it is."""
-    if isinstance(value, tuple):
-        return tuple(_packed(item, lengths) for item in value)
-    if (
-        not isinstance(value, torch.Tensor)
-        or value.ndim < 3
-        or value.shape[-2] != max(lengths)
-        or value.shape[-3] not in (1, len(lengths))
-    ):
-        return value
-    batch = value.expand(*value.shape[:-3], len(lengths), -1, -1)
-    rows = [batch[..., place, :length, :] for place, length in enumerate(lengths)]
-    return torch.cat(rows, dim=-2).unsqueeze(-3)
+    tokens: torch.Tensor
+    layer_inputs: dict[str, Any]
+    heads: Heads
+    mask: RowMask
+    vision: Rows
+    furthest: list[int]
+    shares: torch.Tensor
+    places: torch.Tensor
+    n_kept: torch.Tensor
+    counts: Callable[[], list[torch.Tensor]]

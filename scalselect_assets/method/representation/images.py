@@ -6,6 +6,9 @@ from functools import cache
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from scalselect_assets.method.representation.not_images import describe
+from scalselect_assets.method.representation.rejection import RejectionReason
+
 DEFAULT_MAX_PIXELS = 50_000_000
 """Larger images are refused before their pixels are read: 50 megapixels decode to 150 MB."""
 
@@ -17,9 +20,19 @@ MAX_ROW_PIXELS = 4 * DEFAULT_MAX_PIXELS
 class UndecodableImageError(ValueError):
     """The bytes are not an image that Pillow reads completely."""
 
+    reason = RejectionReason.UNDECODABLE_IMAGE
+
+
+class DeepImageError(UndecodableImageError):
+    """The pixels have more than 8 bits, and what they mean in 8 is for the pool's owner to say."""
+
+    reason = RejectionReason.DEEP_IMAGE
+
 
 class ImageTooLargeError(ValueError):
     """The image has more pixels than the limit, alone or with those before it in its row."""
+
+    reason = RejectionReason.IMAGE_TOO_LARGE
 
 
 MAX_ASPECT_RATIO = 200
@@ -40,18 +53,21 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
     """Decode to RGB in the orientation that its EXIF tag asks for, as Transformers' ``load_image`` does.
 
     Raises:
+        DeepImageError: One grey channel of 16 or 32 bits or of floats, which Pillow, and with it every
+            trainer, would clip to white or black.
         UndecodableImageError: Not an image of a known format, or a truncated or damaged one.
         ImageTooLargeError: More than ``max_pixels`` pixels or too long a strip; read from the header only.
     """
     try:
         # Pillow's own warning about large images is superseded by the explicit limit.
         with warnings.catch_warnings(action="ignore"):
-            image = Image.open(io.BytesIO(data), formats=_installed_formats())
+            image = _open(data)
             _check_size(*image.size, max_pixels)
+            _check_depth(image.mode)
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
-    except (ImageTooLargeError, MemoryError):
+    except (ImageTooLargeError, DeepImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
@@ -59,13 +75,49 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
         ) from error
     except UnidentifiedImageError as error:
         # Pillow's own sentence names the buffer by its address, which is another one each time.
-        raise UndecodableImageError(f"not an image of a known format; it starts with {data[:8]!r}") from error
+        raise UndecodableImageError(describe(data)) from error
     # On damaged data Pillow's decoders raise whatever the format's library happens to: over a dozen types.
     except Exception as error:
         raise UndecodableImageError(
             f"not an image that can be read ({type(error).__name__}: {str(error)[:200]}); it starts with "
             f"{data[:8]!r}"
         ) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image with its header read."""
+    try:
+        return Image.open(io.BytesIO(data), formats=_installed_formats())
+    except ValueError as error:
+        # Pillow refuses a PNG for the size of a comment in it, which has nothing to do with the picture.
+        if "MAX_TEXT" not in str(error):
+            raise
+        return Image.open(io.BytesIO(_without_text(data)), formats=("PNG",))
+
+
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+
+
+def _without_text(png: bytes) -> bytes:
+    """A PNG without its texts; every other chunk stays as it is."""
+    kept = [png[:8]]
+    position = 8
+    while position + 8 <= len(png):
+        length = int.from_bytes(png[position : position + 4])
+        end = position + 12 + length
+        if png[position + 4 : position + 8] not in _TEXT_CHUNKS:
+            kept.append(png[position:end])
+        position = end
+    return b"".join(kept)
+
+
+def _check_depth(mode: str) -> None:
+    if mode == "F" or mode.startswith("I"):
+        kind = "floats" if mode == "F" else "16 or 32 bits"
+        raise DeepImageError(
+            f"its pixels are {kind} (mode {mode}), which Pillow clips to white or black, here and in every "
+            "trainer: choose the range that matters and write it as 8 bits"
+        )
 
 
 class PixelBudget:

@@ -7,6 +7,7 @@ eager attention; a model for which the two differ is refused.
 """
 
 import io
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,23 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from scalselect_assets.method.representation.attention import dominant_tokens, register_rows_attention
+from scalselect_assets.method.representation.attention import register_rows_attention
 from scalselect_assets.method.representation.chat import ChatTemplateError, render_chat
+from scalselect_assets.method.representation.checkpoint_files import (
+    check_config,
+    check_folder,
+    check_parts,
+    unknown_type,
+)
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Turn
+from scalselect_assets.method.representation.dominance import dominant_tokens
+from scalselect_assets.method.representation.dtypes import (
+    SELF_CHECK_TOLERANCE,
+    DtypeChoice,
+    DtypeName,
+    automatic_dtype,
+    slow_here,
+)
 from scalselect_assets.method.representation.encoder import VlmEncoder
 from scalselect_assets.method.representation.families import (
     TESTED_FAMILIES,
@@ -45,17 +60,14 @@ from scalselect_assets.method.representation.model_files import (
 from scalselect_assets.method.representation.preparation import Prepared, Preparer
 from scalselect_assets.method.representation.processors import load_processor
 from scalselect_assets.method.representation.quiet import quiet_transformers
+from scalselect_assets.method.representation.versions import outdated_library
 
 DEFAULT_ATTENTION_MASS = 0.9
 """τ of the paper: the share of the instruction's attention that the kept vision tokens must exceed."""
 
-DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 DeviceName: TypeAlias = Literal["auto", "cpu", "cuda"]
 
-# Of the largest component. Half precision rounds the two computations differently: by up to 0.4 % in bfloat16
-# and 0.03 % in float16 on the tested families.
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
-
+_LOG = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _OWN_SIZE = ImageSize()
@@ -70,7 +82,7 @@ def load_encoder(
     *,
     revision: str | None = None,
     device: DeviceName = "auto",
-    dtype: DtypeName = "float32",
+    dtype: DtypeChoice = "auto",
     attention_mass: float = DEFAULT_ATTENTION_MASS,
     image_place: ImagePlace = DEFAULT_IMAGE_PLACE,
     image_size: ImageSize = _OWN_SIZE,
@@ -82,7 +94,8 @@ def load_encoder(
         model: Local folder or Hugging Face hub id of an image-text-to-text model.
         revision: Branch, tag or commit of a hub id; it is resolved once, and all files are of that commit.
         device: Where to run.
-        dtype: Of weights and activations. It is part of the fingerprint, so it never depends on the machine.
+        dtype: Of weights and activations; ``auto`` is bfloat16 for a checkpoint in half precision and float32
+            for others. It is part of the fingerprint, so it never depends on the machine.
         attention_mass: τ in (0, 1].
         image_place: Where a row's images stand in the prompt.
         image_size: Bounds on the size that the model's processor scales images to.
@@ -94,6 +107,8 @@ def load_encoder(
     """
     torch_device = resolve_device(device)
     parts = _load_parts(model, revision, dtype, attention_mass, image_place, image_size)
+    if known_slow := slow_here(parts.dtype, torch_device):
+        _LOG.warning("%s: %s", model, known_slow)
     preparer = Preparer(
         parts.processor,
         image_token_id=parts.image_token_id,
@@ -106,7 +121,7 @@ def load_encoder(
         check = _SelfCheck(parts.processor, preparer, attention_mass)
         expected = check.expected(base_model)
         first_layer = FirstLayer(base_model, preparer.pad_token_id)
-        check.compare(expected, first_layer, _TOLERANCE[dtype])
+        check.compare(expected, first_layer, SELF_CHECK_TOLERANCE[parts.dtype])
     preparer.max_pixels = max_pixels
     return VlmEncoder(parts.card, first_layer, preparer)
 
@@ -115,7 +130,7 @@ def load_card(
     model: str,
     *,
     revision: str | None = None,
-    dtype: DtypeName = "float32",
+    dtype: DtypeChoice = "auto",
     attention_mass: float = DEFAULT_ATTENTION_MASS,
     image_place: ImagePlace = DEFAULT_IMAGE_PLACE,
     image_size: ImageSize = _OWN_SIZE,
@@ -134,6 +149,7 @@ class _Parts:
     """What is read of a model, on the CPU."""
 
     card: ModelCard
+    dtype: DtypeName
     processor: Any
     base_model: Any
     image_token_id: int
@@ -142,7 +158,7 @@ class _Parts:
 def _load_parts(
     model: str,
     revision: str | None,
-    dtype: DtypeName,
+    dtype: DtypeChoice,
     attention_mass: float,
     image_place: ImagePlace,
     image_size: ImageSize,
@@ -150,18 +166,24 @@ def _load_parts(
     """Read a model; all files of a hub id are of one commit."""
     if not 0 < attention_mass <= 1:
         raise ValueError(f"attention mass {attention_mass} is not in (0, 1]; the paper uses 0.9")
+    if outdated := outdated_library():
+        raise ModelLoadError(f"cannot load {model!r}: {outdated}")
     folder = Path(model).expanduser()
     source = str(folder) if folder.is_dir() else model
     with _cannot_load(model):
         commit = resolve_commit(source, revision)
+    check_folder(source)
     config = _supported_config(source, commit)
+    check_config(model, config)
     token_id = image_token_id(config)
     # Transformers reports the weights that stay unread; leaving them out is the point.
     with quiet_transformers(keep_bars=not folder.is_dir()), _cannot_load(model):
         processor = load_processor(source, commit, config)
         refuse_unbounded_template(model, processor)
         ask_for(processor.image_processor, image_size)
-        base_model = _load_base_model(source, commit, config, dtype)
+        known_dtype = _own_dtype(source, commit, config) if dtype == "auto" else dtype
+        base_model = _load_base_model(source, commit, config, getattr(torch, known_dtype))
+        check_parts(model, config, processor, base_model)
         card = model_card(
             model,
             revision,
@@ -169,12 +191,12 @@ def _load_parts(
             config,
             base_model,
             processor,
-            dtype,
+            known_dtype,
             attention_mass,
             effective_place(processor, image_place),
             image_size,
         )
-    return _Parts(card, processor, base_model, token_id)
+    return _Parts(card, known_dtype, processor, base_model, token_id)
 
 
 def resolve_device(device: DeviceName) -> torch.device:
@@ -267,9 +289,7 @@ def _supported_config(model: str, commit: str | None) -> Any:
     except OSError as error:
         raise ModelLoadError(f"cannot read the configuration of {model!r}: {error}") from error
     except ValueError as error:
-        raise UnsupportedModelError(
-            f"{model!r} is not a model that Transformers itself knows: {error}"
-        ) from error
+        raise unknown_type(model, error) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UnsupportedModelError(
             f"{model!r} is of type {config.model_type!r}, which is not an image-text-to-text model"
@@ -282,7 +302,17 @@ def _supported_config(model: str, commit: str | None) -> Any:
     return config
 
 
-def _load_base_model(model: str, commit: str | None, config: Any, dtype: DtypeName) -> Any:
+def _own_dtype(model: str, commit: str | None, config: Any) -> DtypeName:
+    """The dtype that goes with the checkpoint's own."""
+    named = config.dtype or config.get_text_config().dtype
+    if named is None:  # its files were written without saying so
+        named = _load_base_model(model, commit, config, "auto").get_input_embeddings().weight.dtype
+    return automatic_dtype(named)
+
+
+def _load_base_model(
+    model: str, commit: str | None, config: Any, dtype: torch.dtype | Literal["auto"]
+) -> Any:
     """The weights that the first layer's output depends on, on the CPU."""
     from transformers import AutoModel
 
@@ -291,7 +321,7 @@ def _load_base_model(model: str, commit: str | None, config: Any, dtype: DtypeNa
         model,
         config=config,
         revision=commit,
-        dtype=getattr(torch, dtype),
+        dtype=dtype,
         attn_implementation={"text_config": register_rows_attention()},
         trust_remote_code=False,
         output_loading_info=True,

@@ -8,8 +8,9 @@ method. Everything here is plain data and runs as well in a worker process.
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,18 @@ from scalselect_assets.method.representation.images import (
     UndecodableImageError,
     decode_image,
 )
+from scalselect_assets.method.representation.pixel_scale import (
+    LEFT_OUT,
+    PixelScale,
+    as_bytes,
+    pixel_scale,
+)
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 
 _CHARACTERS_PER_TOKEN = 64
 """No prose or code comes near so many; a longer text is refused before work is done on it."""
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +79,7 @@ class Preparer:
         self.pad_token_id: int = processor.tokenizer.pad_token_id or 0
         self._processor = processor
         self._image_processor = processor.image_processor
+        self._pixel_scale = pixel_scale(processor.image_processor)
         self._processor.image_processor = _OncePerGroup(processor.image_processor)
         self.max_pixels = max_pixels
         self._image_place = image_place
@@ -106,9 +116,10 @@ class Preparer:
             text_only = Rejection(RejectionReason.TEXT_ONLY, "it has no image; add one or leave the row out")
             return [text_only] * len(conversations)
         too_long = [self._beyond_length(conversation) for conversation in conversations]
-        found = next((rejection for rejection in too_long if rejection), None)
-        if found is None or not all(too_long):
-            found = self._decode(images, read_image)
+        refusals = [refused for refused in too_long if refused is not None]
+        if len(refusals) == len(too_long):
+            return list(refusals)
+        found = self._decode(images, read_image)
         if isinstance(found, Rejection):
             return [refused or found for refused in too_long]
         decoded, digests = found
@@ -138,10 +149,8 @@ class Preparer:
                 budget.spend(known[reference][0])
             except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return Rejection(RejectionReason.MISSING_IMAGE, f"image {position}: {error}")
-            except ImageTooLargeError as error:
-                return Rejection(RejectionReason.IMAGE_TOO_LARGE, f"image {position}: {error}")
-            except UndecodableImageError as error:
-                return Rejection(RejectionReason.UNDECODABLE_IMAGE, f"image {position}: {error}")
+            except (ImageTooLargeError, UndecodableImageError) as error:
+                return Rejection(error.reason, f"image {position}: {error}")
         return [known[name][0] for name in images], tuple(known[name][1] for name in images)
 
     def _beyond_length(self, conversation: Conversation) -> Rejection | None:
@@ -176,7 +185,7 @@ class Preparer:
         except ChatTemplateError as error:
             return Rejection(RejectionReason.TEMPLATE_REFUSED, str(error))
         try:
-            inputs = self.model_inputs(chat, images)
+            inputs = self.model_inputs(chat, images, LEFT_OUT if self._pixel_scale else {})
         # The tokenizer's own complaint about a lone surrogate is a TypeError.
         except (ValueError, TypeError) as error:
             return Rejection(RejectionReason.PROCESSOR_REFUSED, f"the model's processor refuses it: {error}")
@@ -186,21 +195,31 @@ class Preparer:
                 f"its {len(images)} image(s) do not fit the memory while they are processed; use fewer or "
                 "smaller ones",
             )
+        if self._pixel_scale:
+            inputs["pixel_values"] = as_bytes(inputs["pixel_values"])
         return self._with_roles(chat, inputs, digests, shared)
 
     def _rendered(self, conversation: Conversation) -> RenderedChat:
         """The prompt of a sample, with its images where they are to stand."""
         return render_chat(self._processor, placed(conversation, self._image_place))
 
-    def model_inputs(self, chat: RenderedChat, images: list[Image.Image]) -> dict[str, Any]:
-        """The processor's outputs for one sample as tensors, with the character offsets of every token."""
+    def model_inputs(
+        self, chat: RenderedChat, images: list[Image.Image], about_images: Mapping[str, Any] = _NOTHING
+    ) -> dict[str, Any]:
+        """The processor's outputs for one sample as tensors, with the character offsets of every token.
+
+        Args:
+            chat: The prompt.
+            images: What its image marks stand for.
+            about_images: Further options of the image processor.
+        """
         bos = self._processor.tokenizer.bos_token
         outputs = dict(
             self._processor(
                 text=[chat.text],
                 images=[images],
                 # Not for the text: converting its lists would take longer than everything else.
-                images_kwargs={"return_tensors": "pt"},
+                images_kwargs={"return_tensors": "pt", **about_images},
                 # A template that writes the BOS token itself must not get a second one.
                 add_special_tokens=not (bos and chat.text.startswith(bos)),
                 return_offsets_mapping=True,
@@ -288,7 +307,7 @@ class Preparer:
             token_inputs={name: inputs[name][0] for name in inputs if name.endswith("token_type_ids")},
             vision=vision.nonzero().squeeze(1),
             instruction=(~vision & ~answer).nonzero().squeeze(1),
-            images=shared or _by_image(self._vision_inputs(inputs), digests, n_tokens),
+            images=shared or _by_image(self._vision_inputs(inputs), digests, n_tokens, self._pixel_scale),
         )
         return Prepared(model_input, digests)
 
@@ -302,6 +321,7 @@ class _OncePerGroup:
     def __init__(self, image_processor: Any) -> None:
         self._image_processor = image_processor
         self._images: list[Any] = []
+        self._options: dict[str, Any] = {}
         self._processed: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -310,7 +330,12 @@ class _OncePerGroup:
         return getattr(self._image_processor, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_image_processor": self._image_processor, "_images": [], "_processed": None}
+        return {
+            "_image_processor": self._image_processor,
+            "_images": [],
+            "_options": {},
+            "_processed": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -319,9 +344,10 @@ class _OncePerGroup:
         from transformers.image_utils import make_flat_list_of_images
 
         flat = make_flat_list_of_images(images)
-        if len(flat) != len(self._images) or any(a is not b for a, b in zip(flat, self._images, strict=True)):
+        same = len(flat) == len(self._images) and all(a is b for a, b in zip(flat, self._images, strict=True))
+        if not same or options != self._options:
             self._processed = self._image_processor(images, **options)
-            self._images = flat
+            self._images, self._options = flat, options
         # A copy of the container: some processors take out what they have used.
         return copy.copy(self._processed)
 
@@ -339,7 +365,10 @@ def _expanded_spans(
 
 
 def _by_image(
-    inputs: dict[str, torch.Tensor], digests: tuple[str, ...], n_tokens: Sequence[int]
+    inputs: dict[str, torch.Tensor],
+    digests: tuple[str, ...],
+    n_tokens: Sequence[int],
+    scale: PixelScale | None,
 ) -> tuple[VisionInput, ...]:
     """Take the processor's vision inputs of one sample apart by image, where that can be done.
 
@@ -355,10 +384,10 @@ def _by_image(
         elif all(len(value) * count % sum(n_tokens) == 0 for count in n_tokens):
             sizes[name] = [len(value) * count // sum(n_tokens) for count in n_tokens]
         else:
-            return (VisionInput("|".join(digests), inputs, sum(n_tokens)),)
+            return (VisionInput("|".join(digests), inputs, sum(n_tokens), scale),)
     pieces = {name: value.split_with_sizes(sizes[name]) for name, value in inputs.items()}
     return tuple(
-        VisionInput(digest, {name: pieces[name][place] for name in inputs}, count)
+        VisionInput(digest, {name: pieces[name][place] for name in inputs}, count, scale)
         for place, (digest, count) in enumerate(zip(digests, n_tokens, strict=True))
     )
 

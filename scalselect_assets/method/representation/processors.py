@@ -47,7 +47,10 @@ def load_processor(model: str, revision: str | None, config: Any) -> Any:
         raise UnsupportedModelError(
             f"{model!r} has no processor with an image processor and a fast tokenizer; both are needed"
         )
-    if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+    if not getattr(processor, "chat_template", None):
+        # Earlier checkpoints keep it with the tokenizer, where a processor does not look for it.
+        processor.chat_template = tokenizer.chat_template
+    if not processor.chat_template:
         raise UnsupportedModelError(f"{model!r} has no chat template; add chat_template.jinja to its files")
     return processor
 

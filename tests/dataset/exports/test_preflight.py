@@ -73,7 +73,7 @@ TAMPERED = [
     ("llama_factory", "dataset_info.json", DATASET, "else", "does not describe"),
     ("llama_factory", "train.jsonl", '"role": "user"', '"role": "assistant"', "turn 0 is of role"),
     ("llama_factory", "train.jsonl", "<image>", "", "0 image marks for 1 images"),
-    ("llama_factory", "train.jsonl", "Noise.", "<video>", "marks of other media"),
+    ("llama_factory", "train.jsonl", "Noise.", "<video>", "a bare <video> in its text"),
     ("llama_factory", "train.jsonl", "a.png", "gone.png", "image 'gone.png' is not at"),
     ("llama_factory", "train.jsonl", '["a.png"]', "null", "`images` is no list"),
     ("llama_factory", "train.jsonl", '"Noise."', "null", "a content is no text"),

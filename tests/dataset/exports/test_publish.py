@@ -10,10 +10,12 @@ import pytest
 from upath import UPath
 
 from scalselect_assets.dataset.exports import publish
-from scalselect_assets.dataset.exports.publish import EXPORTS, ExportError, write_exports
+from scalselect_assets.dataset.exports.placed_images import IMAGES, ExportError
+from scalselect_assets.dataset.exports.publish import EXPORTS, write_exports
 from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
 from scalselect_assets.declaration.export_specs import FORMAT_NAMES, ExportSpec, parse_exports
 from scalselect_assets.resources.folders import NewFolder, WrittenFile
+from scalselect_assets.resources.image_root import ImageRoot
 from tests.conftest import png_bytes
 from tests.dataset.exports.conftest import HOSTILE, MakeBench, said
 
@@ -101,7 +103,7 @@ def test_a_row_with_an_image_leads_where_the_reader_takes_types_from_the_first(
 ) -> None:
     made = bench([*HOSTILE[6:], *HOSTILE[:2]])
     report, folder = made.write(name)
-    assert report.leading == made.spooled[2].sample_key
+    assert report.leading == [made.spooled[2].sample_key]
     assert [record["row"] for record in made.lines(folder / publish.SELECTED)] == [2, 0, 1, 3]
     assert report.written == 4
 
@@ -112,7 +114,7 @@ def test_images_are_copied_once_and_by_content(bench: MakeBench, name: str) -> N
     (made.folder / "upper.JPEG").write_bytes((made.folder / "plain.png").read_bytes())
     made = bench(HOSTILE[:3])
     report, folder = made.write(name, images="copied")
-    listed = made.lines(folder / publish.IMAGES)
+    listed = made.lines(folder / IMAGES)
     for image in listed:
         data = (folder / image["file"]).read_bytes()
         assert data == (made.folder / image["image"]).read_bytes()
@@ -126,7 +128,7 @@ def test_images_are_copied_once_and_by_content(bench: MakeBench, name: str) -> N
 def test_linked_images_are_the_pools_own_files(bench: MakeBench, name: str) -> None:
     made = bench()
     _, folder = made.write(name, images="hardlinked")
-    for image in made.lines(folder / publish.IMAGES):
+    for image in made.lines(folder / IMAGES):
         assert (folder / image["file"]).stat().st_ino == (made.folder / image["image"]).stat().st_ino
 
 
@@ -145,7 +147,7 @@ def test_an_image_that_becomes_a_link_after_it_was_read_is_linked_as_it_was_read
 
     monkeypatch.setattr(NewFolder, "hard_link", swapped_first)
     _, folder = made.write("llava", images="hardlinked")
-    listed = made.lines(folder / publish.IMAGES)
+    listed = made.lines(folder / IMAGES)
     assert listed
     for image in listed:
         data = (folder / image["file"]).read_bytes()
@@ -206,7 +208,7 @@ def test_what_fails_halfway_leaves_the_last_export(bench: MakeBench, monkeypatch
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.ImageRoot, "read", full)
+        patch.setattr(ImageRoot, "read", full)
         with pytest.raises(OSError, match="No space"):
             made.write("trl", order="score")
     assert [path.name for path in folder.parent.iterdir()] == ["trl"]
@@ -286,10 +288,10 @@ def test_each_format_says_why_it_refuses(bench: MakeBench, name: str) -> None:
         "answers first": {"messages": [{"role": "assistant", "content": "Hi."}, *asked], "images": ["a.png"]},
         "image in answer": said("Draw?", "<image>", images=["a.png"]),
         "image in system": said("Draw?", "So.", images=["a.png"], system="Like <image>"),
-        "other media": said("<image> or <video>?", "Image.", images=["a.png"]),
+        "other media": said("<image> or what?", "<video>", images=["a.png"]),
         "separator": said("<image>?", "Strike: <s>x</s>", images=["a.png"]),
-        "image token": said("<image>?", "<|image_pad|>", images=["a.png"]),
-        "context token": said("<image>?", "<IMG_CONTEXT>", images=["a.png"]),
+        "image token": said("<image>?", "<|im_start|>", images=["a.png"]),
+        "context token": said("<image>?", "So: </img>", images=["a.png"]),
         "wordless": said(" ", ""),
     }  # fmt: skip
     plain = said("<image>?", "Yes.", images=["a.png"])
@@ -298,12 +300,11 @@ def test_each_format_says_why_it_refuses(bench: MakeBench, name: str) -> None:
     turns = dict.fromkeys(["unanswered", "twice", "late system", "answers first"], "turn_order")
     systems = dict.fromkeys(["system", "late system", "image in system"], "system_turn")
     expected = {
-        "llama_factory": {**turns, "image in system": "image_place", "other media": "reserved_text"},
+        "llama_factory": {**turns, "image in system": "image_place"},
         "llava": {**turns, **systems, "several": "several_images", "separator": "reserved_text",
                   "wordless": "empty_text"},
         "llava_next": {**turns, **systems, "wordless": "empty_text"},
-        "qwen_vl": {**turns, **systems, "image in answer": "image_place", "other media": "reserved_text",
-                    "image token": "reserved_text"},
+        "qwen_vl": {**turns, **systems, "image in answer": "image_place", "image token": "reserved_text"},
         "ms_swift": {"unanswered": "turn_order", "late system": "turn_order"},
         "internvl": {"late system": "system_turn", "image in answer": "image_place",
                      "image in system": "image_place", "context token": "reserved_text"},
@@ -311,7 +312,7 @@ def test_each_format_says_why_it_refuses(bench: MakeBench, name: str) -> None:
         "trl": {},
         "webdataset": {},
     }  # fmt: skip
-    assert found == expected[name]
+    assert found == {"other media": "reserved_text", **expected[name]}
 
 
 def test_rejections_of_the_pool_are_told_as_the_pool_told_them(bench: MakeBench) -> None:

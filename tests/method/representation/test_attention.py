@@ -1,6 +1,6 @@
 """Attention by rows against plain softmax attention, and what it never allocates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -23,19 +23,24 @@ from scalselect_assets.method.representation import attention
 from scalselect_assets.method.representation.attention import (
     ROWS_ATTENTION,
     AtAttention,
+    Heads,
+    Kept,
     RowMask,
+    Rows,
     attend,
-    dominant_tokens,
     instruction_attention,
     register_rows_attention,
 )
 from scalselect_assets.method.representation.families import UnsupportedModelError
+from scalselect_assets.method.transfers import Transfers
 from tests.method.memory import LargestTensor
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 HEADS, LENGTH, HEAD_DIM, SAMPLES = 4, 23, 8, 3
 SCALING = 0.7
+LENGTHS = (LENGTH, 20, 9)  # of the samples
+HERE = Transfers(torch.device("cpu"))
 
 # Of three samples: text is -1, every image a number of its own; no two samples are alike.
 BLOCKS = torch.full((SAMPLES, LENGTH), -1)
@@ -66,10 +71,10 @@ def mask(request: pytest.FixtureRequest) -> RowMask:
 
 
 def states(
-    kv_heads: int, length: int = LENGTH, heads: int = HEADS
+    kv_heads: int, length: int = LENGTH, heads: int = HEADS, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value of one sample."""
-    generator = torch.Generator().manual_seed(kv_heads)
+    generator = torch.Generator().manual_seed(10 * kv_heads + seed)
     return (
         torch.randn(heads, length, HEAD_DIM, generator=generator),
         torch.randn(kv_heads, length, HEAD_DIM, generator=generator),
@@ -77,15 +82,37 @@ def states(
     )
 
 
+def samples_of(
+    kv_heads: int, lengths: Sequence[int] = LENGTHS
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Query, key and value of several samples."""
+    return [states(kv_heads, length, seed=seed) for seed, length in enumerate(lengths)]
+
+
+def end_to_end(samples: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Heads:
+    """As a layer is left with them."""
+    query, key, value = (torch.cat(parts, dim=1)[None] for parts in zip(*samples, strict=True))
+    at = AtAttention(torch.nn.Identity(), query, key, value, SCALING)
+    return Heads.of(at, [one[0].shape[1] for one in samples], HERE)
+
+
+def rows_of(positions: Sequence[Sequence[int]]) -> Rows:
+    return Rows.of([torch.tensor(one, dtype=torch.int64) for one in positions], HERE)
+
+
+def all_tokens(lengths: Sequence[int]) -> Rows:
+    return rows_of([range(length) for length in lengths])
+
+
 @cache
-def allowed_pairs(mask: RowMask, sample: int) -> torch.Tensor:
-    """(LENGTH, LENGTH) bool, asked of the mask's function pair by pair."""
+def allowed_pairs(mask: RowMask, sample: int, length: int = LENGTH) -> torch.Tensor:
+    """(length, length) bool, asked of the mask's function pair by pair."""
     pairs = [
         bool(mask.allowed(torch.tensor(sample), torch.tensor(0), torch.tensor(row), torch.tensor(key)))
-        for row in range(LENGTH)
-        for key in range(LENGTH)
+        for row in range(length)
+        for key in range(length)
     ]
-    return torch.tensor(pairs).view(LENGTH, LENGTH)
+    return torch.tensor(pairs).view(length, length)
 
 
 def probabilities(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
@@ -103,19 +130,20 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         "a few rows at a time": (4 * HEADS * LENGTH * 3, LENGTH * 3),
         "all rows at once": (2**30, 2**30),
     }[request.param]
-    monkeypatch.setattr(attention, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(attention, "_BLOCK_BYTES", {"cpu": block_bytes})
     monkeypatch.setattr(attention, "_MASK_BYTES", mask_bytes)
 
 
 # What a row may attend to
 
 
-@pytest.mark.parametrize("sample", range(SAMPLES))
-def test_a_mask_of_rows_is_what_its_function_says_pair_by_pair(mask: RowMask, sample: int) -> None:
-    rows = torch.tensor([0, 22, 7, 16, 15])
-    got = mask.of(sample, rows, LENGTH)
+def test_a_mask_of_rows_is_what_its_function_says_pair_by_pair(mask: RowMask) -> None:
+    samples = torch.tensor([2, 0, 1])
+    rows = torch.tensor([[0, 22, 7], [16, 15, 0], [3, 3, 12]])
+    got = mask.of(samples, rows, LENGTH)
     assert got.dtype == torch.bool
-    assert torch.equal(got, allowed_pairs(mask, sample)[rows])
+    for sample, own, allowed in zip(samples.tolist(), rows, got, strict=True):
+        assert torch.equal(allowed, allowed_pairs(mask, sample)[own])
 
 
 def test_the_masks_here_differ_from_each_other_and_between_samples() -> None:
@@ -143,62 +171,125 @@ def test_the_mask_that_transformers_hands_over_is_the_one_that_it_would_build(
     assert isinstance(by_rows, RowMask)
     assert by_rows.causal == (create is create_causal_mask and blocks_of is None)
     for sample, length in enumerate((LENGTH - 4, LENGTH, LENGTH)):
-        assert torch.equal(
-            by_rows.of(sample, torch.arange(length), length), built[sample, 0, :length, :length]
-        )
+        (allowed,) = by_rows.of(torch.tensor([sample]), torch.arange(length)[None], length)
+        assert torch.equal(allowed, built[sample, 0, :length, :length])
 
 
 # Attention
 
 
+INSTRUCTION = ((0, 3, 4, 9, 17, 18, 22), (19,), (0, 1, 2, 3, 4, 5, 6, 7, 8))
+
+
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_the_instructions_attention_is_the_mean_of_plain_attention(mask: RowMask, kv_heads: int) -> None:
-    query, key, _ = states(kv_heads)
-    rows = torch.tensor([0, 3, 4, 9, 17, 18, 22])
-    for sample in range(SAMPLES):
-        got = instruction_attention(query, key, mask, sample, rows, SCALING)
-        expected = probabilities(query, key, allowed_pairs(mask, sample))[:, rows].mean((0, 1))
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
-        assert got.sum() == pytest.approx(1.0, abs=1e-5)
+    samples = samples_of(kv_heads)
+    got = instruction_attention(
+        end_to_end(samples), mask, rows_of(INSTRUCTION), rows_of([range(length) for length in LENGTHS])
+    )
+    assert got.dtype == torch.float32
+    for sample, ((query, key, _), rows, length) in enumerate(zip(samples, INSTRUCTION, LENGTHS, strict=True)):
+        plain = probabilities(query, key, allowed_pairs(mask, sample, length))
+        expected = plain[:, list(rows)].mean((0, 1))
+        torch.testing.assert_close(got[sample, :length], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_the_attention_on_the_wanted_tokens_comes_in_their_order(mask: RowMask) -> None:
+    heads, wanted = end_to_end(samples_of(2)), [(5, 2, 22), (0,), (8, 3)]
+    on_all = instruction_attention(heads, mask, rows_of(INSTRUCTION), all_tokens(LENGTHS))
+    got = instruction_attention(heads, mask, rows_of(INSTRUCTION), rows_of(wanted))
+    for sample, tokens in enumerate(wanted):
+        torch.testing.assert_close(got[sample, : len(tokens)], on_all[sample, list(tokens)])
 
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_rows_attend_as_in_plain_attention(mask: RowMask, kv_heads: int) -> None:
-    query, key, value = states(kv_heads)
-    rows = torch.tensor([1, 2, 8, 13, 19, 21])
-    each_head = value.repeat_interleave(HEADS // kv_heads, dim=0)
-    for sample in range(SAMPLES):
-        got = attend(query, key, value, mask, sample, rows, SCALING)
-        heads = probabilities(query, key, allowed_pairs(mask, sample)) @ each_head
+def test_kept_tokens_attend_as_in_plain_attention(mask: RowMask, kv_heads: int) -> None:
+    samples, kept = samples_of(kv_heads), [(1, 2, 8, 13, 19, 21), (0, 4, 19), (8,)]
+    got = attend(end_to_end(samples), mask, Kept.of(rows_of(kept)), [22, 20, 9])
+    expected = []
+    for sample, ((query, key, value), rows, length) in enumerate(zip(samples, kept, LENGTHS, strict=True)):
+        each_head = value.repeat_interleave(HEADS // kv_heads, dim=0)
+        heads = probabilities(query, key, allowed_pairs(mask, sample, length)) @ each_head
         # As a layer concatenates its heads for the output projection.
-        torch.testing.assert_close(got, heads.transpose(0, 1).flatten(1)[rows], atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.usefixtures("blocks")
-def test_rows_come_back_in_the_order_in_which_they_are_asked_for(mask: RowMask) -> None:
-    query, key, value = states(2)
-    rows = torch.tensor([5, 20, 1, 11])
-    there = attend(query, key, value, mask, 0, rows, SCALING)
-    back = attend(query, key, value, mask, 0, rows.flip(0), SCALING)
-    torch.testing.assert_close(there, back.flip(0))
+        expected.append(heads.transpose(0, 1).flatten(1)[list(rows)])
+    torch.testing.assert_close(got, torch.cat(expected), atol=1e-6, rtol=1e-5)
 
 
 def test_without_rows_of_an_instruction_the_attention_is_zero(mask: RowMask) -> None:
-    query, key, _ = states(2)
-    got = instruction_attention(query, key, mask, 0, torch.tensor([], dtype=torch.int64), SCALING)
-    assert torch.equal(got, torch.zeros(LENGTH))
+    samples = samples_of(2)
+    none = rows_of([(), (), ()])
+    assert torch.equal(
+        instruction_attention(end_to_end(samples), mask, none, all_tokens(LENGTHS)),
+        torch.zeros(SAMPLES, LENGTH),
+    )
+    some = instruction_attention(end_to_end(samples), mask, rows_of([(3,), (), (4, 5)]), all_tokens(LENGTHS))
+    assert torch.equal(some[1], torch.zeros(LENGTH))
+    assert some[0].sum() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", range(SAMPLES))
+def test_a_sample_that_is_not_finite_does_not_touch_the_others(mask: RowMask, bad: int) -> None:
+    samples = samples_of(2)
+    kept = rows_of([(1, 8), (0, 19), (3, 8)])
+    before = (
+        instruction_attention(end_to_end(samples), mask, rows_of(INSTRUCTION), all_tokens(LENGTHS)),
+        attend(end_to_end(samples), mask, Kept.of(kept), LENGTHS).view(SAMPLES, 2, -1),
+    )
+    samples[bad] = tuple(torch.full_like(part, torch.nan) for part in samples[bad])  # type: ignore[call-overload]
+    after = (
+        instruction_attention(end_to_end(samples), mask, rows_of(INSTRUCTION), all_tokens(LENGTHS)),
+        attend(end_to_end(samples), mask, Kept.of(kept), LENGTHS).view(SAMPLES, 2, -1),
+    )
+    for clean, touched in zip(before, after, strict=True):
+        assert touched[bad].isnan().any()
+        for sample in {*range(SAMPLES)} - {bad}:
+            torch.testing.assert_close(touched[sample], clean[sample], atol=1e-6, rtol=1e-5)
 
 
 def test_half_precision_is_summed_in_single_precision() -> None:
-    query, key, value = (part.to(torch.bfloat16) for part in states(2))
-    rows = torch.arange(LENGTH)
-    mask = MASKS["causal"]
-    attention_received = instruction_attention(query, key, mask, 0, rows, SCALING)
+    samples = [tuple(part.to(torch.bfloat16) for part in states(2))]
+    heads, rows, mask = end_to_end(samples), all_tokens([LENGTH]), MASKS["causal"]  # type: ignore[arg-type]
+    attention_received = instruction_attention(heads, mask, rows, rows)
     assert attention_received.dtype == torch.float32
     assert attention_received.sum() == pytest.approx(1.0, abs=1e-5)
-    assert attend(query, key, value, mask, 0, rows, SCALING).dtype == torch.bfloat16
+    assert attend(heads, mask, Kept.of(rows), [LENGTH]).dtype == torch.bfloat16
+
+
+# What is computed together
+
+
+SIZES = [(7, 23), (1, 20), (9, 9), (0, 12), (8, 21), (300, 900), (7, 22), (1, 1), (310, 905), (0, 1)]
+
+
+@pytest.mark.parametrize("most", [1, 50, 700, 10**6])
+def test_every_row_of_every_sample_is_in_one_block_and_no_block_is_mostly_filling(most: int) -> None:
+    n_rows, n_keys = zip(*SIZES, strict=True)
+    blocks = list(attention._blocks(n_rows, n_keys, most))
+    rows = sorted(
+        (sample, row) for block in blocks for sample in block.samples for row in range(1000)[block.rows]
+    )
+    wanted = sorted((sample, row) for sample, n in enumerate(n_rows) for row in range(n))
+    assert [one for one in rows if one[1] < n_rows[one[0]]] == wanted
+    for block in blocks:
+        n = block.rows.stop - block.rows.start
+        assert block.n_keys >= max(n_keys[sample] for sample in block.samples)
+        if len(block.samples) > 1:
+            assert len(block.samples) * n * block.n_keys <= most
+            needed = sum(n_rows[sample] * n_keys[sample] for sample in block.samples)
+            assert len(block.samples) * n * block.n_keys <= 2 * needed
+        else:
+            assert n == 1 or n * block.n_keys <= most
+
+
+def test_samples_of_like_sizes_share_a_block_however_many_they_are() -> None:
+    def n_blocks(times: int) -> int:
+        n_rows, n_keys = zip(*(SIZES * times), strict=True)
+        return len(list(attention._blocks(n_rows, n_keys, 10**9)))
+
+    assert n_blocks(50) == n_blocks(100) <= len(set(SIZES))
 
 
 # Memory
@@ -213,17 +304,16 @@ def test_half_precision_is_summed_in_single_precision() -> None:
 def test_memory_grows_with_the_length_and_not_with_its_square(
     of: str, long_mask: RowMask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(attention, "_BLOCK_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(attention, "_MASK_BYTES", 2**18)
 
     def largest(length: int) -> int:
-        query, key, value = states(2, length)
-        rows = torch.arange(length)
+        heads, rows = end_to_end([states(2, length)]), all_tokens([length])
         with LargestTensor() as seen:
             if of == "attend":
-                attend(query, key, value, long_mask, 0, rows, SCALING)
+                attend(heads, long_mask, Kept.of(rows), [length])
             else:
-                instruction_attention(query, key, long_mask, 0, rows, SCALING)
+                instruction_attention(heads, long_mask, rows, rows)
         return seen.bytes
 
     short, long = largest(2048), largest(4096)
@@ -263,29 +353,3 @@ def test_attention_with_more_to_it_than_softmax_is_refused(name: str) -> None:
         attention._stop_at_attention(module, query, key, value, None, **{name: 50.0})
     with pytest.raises(AtAttention):
         attention._stop_at_attention(module, query, key, value, None, **{name: None})
-
-
-# Dominant tokens
-
-
-def test_the_token_that_crosses_the_threshold_is_kept() -> None:
-    assert dominant_tokens(torch.tensor([0.1, 0.5, 0.25, 0.15]), 0.7).tolist() == [1, 2]
-    # A share that reaches the threshold without exceeding it does not end the choice.
-    assert dominant_tokens(torch.tensor([0.25, 0.5, 0.25]), 0.75).tolist() == [1, 0, 2]
-
-
-def test_only_shares_matter_and_ties_keep_token_order() -> None:
-    shares = torch.tensor([2.0, 1.0, 2.0, 1.0])
-    assert dominant_tokens(shares, 0.5).tolist() == dominant_tokens(shares / 7, 0.5).tolist() == [0, 2]
-
-
-def test_attention_that_is_zero_everywhere_is_taken_as_uniform() -> None:
-    assert dominant_tokens(torch.zeros(4), 0.6).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_threshold_of_one_keeps_every_token_also_those_without_attention(seed: int) -> None:
-    """Rounded, the sum of the others' shares is above one for some of the seeds."""
-    attention = torch.rand(50, generator=torch.Generator().manual_seed(seed))
-    attention[[3, 30]] = 0.0
-    assert sorted(dominant_tokens(attention, 1.0).tolist()) == list(range(50))

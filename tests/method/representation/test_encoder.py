@@ -116,13 +116,13 @@ def test_a_batch_holds_at_most_the_tokens_that_are_asked_for_and_twice_that_with
     batch_tokens: int, encoder: VlmEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[list[int]] = []
-    original = FirstLayer.represent
+    original = FirstLayer.steps
 
     def watched(self: FirstLayer, samples: Sequence[ModelInput], *more: Any) -> Any:
         batches.append([len(sample) for sample in samples])
         return original(self, samples, *more)
 
-    monkeypatch.setattr(FirstLayer, "represent", watched)
+    monkeypatch.setattr(FirstLayer, "steps", watched)
     one_long_among_short = [question("Why?"), question("word " * 200), *[question("Why?")] * 6]
     represent(encoder, one_long_among_short, batch_tokens=batch_tokens)
     for lengths in batches:
@@ -244,18 +244,23 @@ def test_the_kept_features_stay_within_their_bytes(
     encoder: VlmEncoder, monkeypatch: pytest.MonkeyPatch, alone: list[Representation]
 ) -> None:
     caches: list[Any] = []
-    original = encoder_module._FeatureCache
+    original = encoder_module.FeatureCache
     one_image = 64 * encoder.card.dimension * 4
 
     def made(_max_bytes: int) -> Any:
         caches.append(original(3 * one_image))
         return caches[-1]
 
-    monkeypatch.setattr(encoder_module, "_FeatureCache", made)
+    monkeypatch.setattr(encoder_module, "FeatureCache", made)
     assert_equal(represent(encoder, POOL, batch_tokens=200), alone)
     (kept,) = caches
-    assert kept._bytes == sum(feature.untyped_storage().nbytes() for feature in kept._features.values())
-    assert kept._bytes == 3 * one_image
+    storages = {
+        feature.untyped_storage().data_ptr(): feature.untyped_storage().nbytes()
+        for chunk in kept._chunks.values()
+        for feature in chunk.values()
+    }
+    assert 0 < kept._bytes == sum(storages.values()) <= 3 * one_image
+    assert len(kept) == sum(map(len, kept._chunks.values())) > 0
 
 
 # Too little memory
@@ -264,7 +269,7 @@ def test_the_kept_features_stay_within_their_bytes(
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception) -> list[int]:
     """More than so many tokens at once do not fit; the tokens of every attempt are noted."""
     attempts: list[int] = []
-    original = FirstLayer.represent
+    original = FirstLayer.steps
 
     def limited(self: FirstLayer, samples: Sequence[ModelInput], *more: Any) -> Any:
         attempts.append(sum(map(len, samples)))
@@ -272,7 +277,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Excepti
             raise error
         return original(self, samples, *more)
 
-    monkeypatch.setattr(FirstLayer, "represent", limited)
+    monkeypatch.setattr(FirstLayer, "steps", limited)
     monkeypatch.setattr(gc, "collect", lambda: 0)  # takes most of the time, and there is nothing to collect
     return attempts
 
@@ -331,21 +336,81 @@ def test_images_that_do_not_fit_the_tower_together_pass_it_in_parts(
 def test_what_is_kept_of_other_samples_makes_room(
     encoder: VlmEncoder, alone: list[Representation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, caches = FirstLayer.represent, []
-    make = encoder_module._FeatureCache
+    original, caches = FirstLayer.steps, []
+    make = encoder_module.FeatureCache
 
     def noted(max_bytes: int) -> Any:
         caches.append(make(max_bytes))
         return caches[-1]
 
     def limited(self: FirstLayer, *arguments: Any) -> Any:
-        if len(caches[-1]._features) > 3:
+        if len(caches[-1]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(self, *arguments)
 
-    monkeypatch.setattr(encoder_module, "_FeatureCache", noted)
-    monkeypatch.setattr(FirstLayer, "represent", limited)
+    monkeypatch.setattr(encoder_module, "FeatureCache", noted)
+    monkeypatch.setattr(FirstLayer, "steps", limited)
     assert_equal(represent(encoder, POOL, batch_tokens=1), alone)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def several_under_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """As on a GPU: some batches are between their steps while the next one is asked for."""
+    monkeypatch.setattr(encoder_module, "_UNDER_WAY", {"cpu": request.param})
+    return int(request.param)
+
+
+def test_batches_that_are_under_way_together_change_no_outcome(
+    encoder: VlmEncoder, alone: list[Representation], several_under_way: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way, most = 0, 0
+    original = FirstLayer.steps
+
+    def watched(self: FirstLayer, *arguments: Any) -> Any:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        states = yield from original(self, *arguments)
+        under_way -= 1
+        return states
+
+    monkeypatch.setattr(FirstLayer, "steps", watched)
+    assert_equal(represent(encoder, POOL, batch_tokens=200), alone)
+    assert (under_way, most) == (
+        0,
+        min(several_under_way, 2) + 1,
+    )  # of three steps, the last one ends a batch
+
+
+@pytest.mark.usefixtures("several_under_way")
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_batches_that_do_not_fit_together_are_computed_one_by_one(
+    fails_at: int, encoder: VlmEncoder, alone: list[Representation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any of the steps, as long as another batch holds memory."""
+    open_now: set[int] = set()
+    original, numbers = FirstLayer.steps, itertools.count()
+
+    def limited(self: FirstLayer, *arguments: Any) -> Any:
+        number = next(numbers)
+        open_now.add(number)
+        try:
+            steps = original(self, *arguments)
+            for step in itertools.count(1):
+                if step == fails_at and len(open_now) > 1:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                try:
+                    next(steps)
+                except StopIteration as finished:
+                    return finished.value
+                yield
+        finally:
+            open_now.remove(number)
+
+    monkeypatch.setattr(FirstLayer, "steps", limited)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    assert_equal(represent(encoder, POOL, batch_tokens=200), alone)
+    assert not open_now
 
 
 def test_any_other_error_of_the_model_is_raised(encoder: VlmEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

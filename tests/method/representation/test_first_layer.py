@@ -20,6 +20,7 @@ from scalselect_assets.method.representation.first_layer import (
 )
 from scalselect_assets.method.representation.preparation import Prepared, Preparer
 from tests.method.memory import LargestTensor
+from tests.method.operators import count_operators
 from tests.method.samples import SAMPLES, ChatSample, question, read_image
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -157,6 +158,34 @@ def test_only_the_dominant_tokens_pass_the_mlp(
     assert n_tokens[0] < sum(len(sample.vision) for sample in samples)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_more_in_a_batch_hardly_costs_a_kernel_more(
+    family: str,
+    first_layer: Callable[[str], FirstLayer],
+    tiny_preparer: Callable[..., Preparer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = first_layer(family)
+    samples = model_inputs(tiny_preparer(family), list(SAMPLES.values()))
+    features = features_of(layer, samples)
+    positions = layer._positions
+
+    def operators(times: int) -> int:
+        seen: list[Any] = []
+
+        def run() -> None:
+            layer.represent(samples * times, features * times, MASS)
+
+        monkeypatch.setattr(layer, "_positions", lambda *given: seen.append(positions(*given)) or seen[-1])
+        run()
+        # They are of the host, where the model's own code works sample by sample.
+        monkeypatch.setattr(layer, "_positions", lambda *_: seen[-1])
+        return count_operators(run)
+
+    few, many = operators(2), operators(10)
+    assert (many - few) / (8 * len(samples)) < 6
+
+
 # Memory
 
 
@@ -180,7 +209,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(
     tiny_preparer: Callable[..., Preparer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "_BLOCK_BYTES", 2**19)
+    monkeypatch.setattr(attention, "_BLOCK_BYTES", {"cpu": 2**19})
     monkeypatch.setattr(attention, "_MASK_BYTES", 2**17)
     layer = first_layer(family)
     (sample,) = model_inputs(tiny_preparer(family), [question("Why?", "1")])

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from scalselect_assets.method.representation.images import (
+    DeepImageError,
     ImageTooLargeError,
     UndecodableImageError,
     decode_image,
@@ -22,20 +23,71 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def png_header(width: int, height: int) -> bytes:
+def chunk(content: bytes) -> bytes:
+    return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+
+def png_header(width: int, height: int, bits: int = 8, colours: int = 2) -> bytes:
     """A PNG that claims a size and has no pixels."""
-
-    def chunk(content: bytes) -> bytes:
-        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
-
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(header) + chunk(b"IDAT")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def png_file(width: int, height: int, bits: int, colours: int, rows: bytes) -> bytes:
+    """A PNG of rows that are given as they are stored."""
+    start = png_header(width, height, bits, colours)[: -len(chunk(b"IDAT"))]
+    return start + chunk(b"IDAT" + zlib.compress(rows)) + chunk(b"IEND")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_every_mode_comes_out_as_rgb(mode: str) -> None:
     kind = "TIFF" if mode == "CMYK" else "PNG"
     assert decode_image(encoded(Image.new(mode, (5, 4)), kind)).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"), ("I;16B", "TIFF")]
+)
+def test_more_than_eight_bits_of_grey_are_refused_and_not_clipped(mode: str, kind: str) -> None:
+    with pytest.raises(DeepImageError, match="write it as 8 bits"):
+        decode_image(encoded(Image.new(mode, (5, 4)), kind))
+
+
+def test_a_png_of_sixteen_bits_a_colour_keeps_its_picture() -> None:
+    """Pillow takes the high byte of each, so nothing is clipped."""
+    row = b"\0" + struct.pack(">6H", 0x8000, 0, 65535, 300, 0x1234, 0xFFFF)
+    image = decode_image(png_file(2, 2, 16, 2, row * 2))
+
+    assert image.getpixel((0, 0)) == (0x80, 0, 255)
+    assert image.getpixel((1, 1)) == (1, 0x12, 255)
+
+
+def test_a_png_with_a_long_comment_is_read() -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    comments = PngInfo()
+    comments.add_text("parameters", "x" * (2 << 20), zip=True)
+    comments.add_text("more", "y" * (2 << 20))
+    picture = Image.new("RGB", (5, 4), "red")
+
+    assert decode_image(encoded(picture, "PNG", pnginfo=comments)).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "video"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="x"/>', "SVG"),
+        (b"\n<!DOCTYPE html><html><body>404 <img>", "web page"),
+        (b"%PDF-1.7", "PDF"),
+        (b"", "empty"),
+    ],
+)
+def test_what_stands_in_place_of_an_image_is_named(data: bytes, what: str) -> None:
+    with pytest.raises(UndecodableImageError, match=what):
+        decode_image(data)
 
 
 def test_the_exif_orientation_is_applied() -> None:

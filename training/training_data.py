@@ -21,12 +21,12 @@ MANIFEST = "manifest.json"
 SUBSET = "selected_subset"
 
 
-class ExportError(RuntimeError):
+class TrainingDataError(RuntimeError):
     """An output of a selection is missing or does not match its manifest; the message names the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
+class TrainingData:
     """One version of a selection's training dataset.
 
     Attributes:
@@ -52,7 +52,7 @@ class Export:
 
     @property
     def training_file_sha256(self) -> str:
-        """SHA-256 of the training file; `read_export` has verified it."""
+        """SHA-256 of the training file; `read_training_data` has verified it."""
         return str(self.manifest["files"][self.manifest["training_file"]]["sha256"])
 
 
@@ -60,26 +60,28 @@ def read_manifest(folder: UPath) -> dict[str, Any]:
     """The manifest in a `training_dataset` folder.
 
     Raises:
-        ExportError: The manifest is missing or not readable.
+        TrainingDataError: The manifest is missing or not readable.
     """
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(data := path.read_bytes())
         seal.check(data, manifest)
     except FileNotFoundError as error:
-        raise ExportError(
+        raise TrainingDataError(
             f"there is no {path}: materialize training_dataset first (`scalselect run` does)"
         ) from error
     except ValueError as error:
-        raise ExportError(f"{path} is not readable ({error}); materialize training_dataset again") from error
+        raise TrainingDataError(
+            f"{path} is not readable ({error}); materialize training_dataset again"
+        ) from error
     return manifest
 
 
-def read_export(folder: UPath) -> Export:
+def read_training_data(folder: UPath) -> TrainingData:
     """Read and verify the `training_dataset` in ``folder`` and the `selected_subset` beside it.
 
     Raises:
-        ExportError: A file is missing, or the manifest describes another file.
+        TrainingDataError: A file is missing, or the manifest describes another file.
     """
     manifest = read_manifest(folder)
     files: dict[str, dict[str, Any]] = manifest["files"]
@@ -87,22 +89,24 @@ def read_export(folder: UPath) -> Export:
     data = _verified(folder / name, files[name])
     rows = _rows(data, lines=name.endswith(".jsonl"))
     if len(rows) != files[name]["rows"]:
-        raise ExportError(f"{folder / name} holds {len(rows)} rows, its manifest says {files[name]['rows']}")
+        raise TrainingDataError(
+            f"{folder / name} holds {len(rows)} rows, its manifest says {files[name]['rows']}"
+        )
     subset_name = next(path for path in files if path.endswith(f"/{SUBSET}.parquet"))
     subset = _verified(folder.parent / subset_name.removeprefix("../"), files[subset_name])
     header = pl.read_parquet_metadata(io.BytesIO(subset))
-    return Export(manifest, header["data_version"], rows)
+    return TrainingData(manifest, header["data_version"], rows)
 
 
 def _verified(path: UPath, described: Mapping[str, Any]) -> bytes:
     try:
         data = bytes(path.read_bytes())
     except FileNotFoundError as error:
-        raise ExportError(
+        raise TrainingDataError(
             f"the manifest names {path}, which is not there; materialize training_dataset again"
         ) from error
     if (found := hashlib.sha256(data).hexdigest()) != described["sha256"]:
-        raise ExportError(
+        raise TrainingDataError(
             f"{path} has SHA-256 {found}, its manifest says {described['sha256']}: one of them is of another "
             "version, and nothing is trained on it. Where a refresh is at work, wait for its end; else "
             "materialize selected_subset and training_dataset again"

@@ -9,15 +9,15 @@ from scalselect_assets.resources.samples import parse_row
 from tests.bench import Bench
 from tests.conftest import sharegpt_row, write_lines
 from tests.training.conftest import ROWS, Outputs
-from training.exports import ExportError, read_export
+from training.training_data import TrainingDataError, read_training_data
 
 
 def test_versions_are_those_that_the_selection_recorded(made: Bench) -> None:
-    export = read_export(UPath(made.store / "training_dataset"))
-    assert export.version == made.metadata("training_dataset")["scalselect/data_version"]
-    assert export.subset_version == made.metadata("selected_subset")["scalselect/data_version"]
-    assert export.manifest["basis_version"] == made.metadata("subspace_basis")["scalselect/data_version"]
-    assert export.training_file_sha256 == export.version
+    data = read_training_data(UPath(made.store / "training_dataset"))
+    assert data.version == made.metadata("training_dataset")["scalselect/data_version"]
+    assert data.subset_version == made.metadata("selected_subset")["scalselect/data_version"]
+    assert data.manifest["basis_version"] == made.metadata("subspace_basis")["scalselect/data_version"]
+    assert data.training_file_sha256 == data.version
 
 
 def test_every_selected_row_and_the_text_rows_that_are_kept_are_there(outputs: Outputs) -> None:
@@ -55,14 +55,16 @@ def test_a_line_separator_inside_a_row_does_not_end_it(outputs: Outputs) -> None
 def test_a_file_that_was_edited_is_refused_with_both_hashes(outputs: Outputs) -> None:
     said = outputs.manifest["data_version"]
     write_lines(outputs.folder / "train.jsonl", ROWS[:-1])
-    with pytest.raises(ExportError, match=f"{said}.*materialize selected_subset and training_dataset again"):
+    with pytest.raises(
+        TrainingDataError, match=f"{said}.*materialize selected_subset and training_dataset again"
+    ):
         outputs.read()
 
 
 def test_a_subset_that_has_moved_on_without_its_dataset_is_refused(outputs: Outputs) -> None:
     subset = outputs.folder.parent / "selected_subset" / "selected_subset.parquet"
     subset.write_bytes(subset.read_bytes() + b" ")
-    with pytest.raises(ExportError, match=r"selected_subset.parquet has SHA-256"):
+    with pytest.raises(TrainingDataError, match=r"selected_subset.parquet has SHA-256"):
         outputs.read()
 
 
@@ -70,7 +72,7 @@ def test_a_wrong_number_of_rows_is_refused(outputs: Outputs) -> None:
     manifest = outputs.manifest
     manifest["files"]["train.jsonl"]["rows"] += 1
     (outputs.folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ExportError, match=f"holds {len(ROWS)} rows, its manifest says {len(ROWS) + 1}"):
+    with pytest.raises(TrainingDataError, match=f"holds {len(ROWS)} rows, its manifest says {len(ROWS) + 1}"):
         outputs.read()
 
 
@@ -80,12 +82,12 @@ def test_a_wrong_number_of_rows_is_refused(outputs: Outputs) -> None:
 )
 def test_a_missing_file_says_what_makes_it(outputs: Outputs, file: str, message: str) -> None:
     (outputs.folder / file).unlink()
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(TrainingDataError, match=message):
         outputs.read()
 
 
 def test_a_manifest_cut_short_is_told(outputs: Outputs) -> None:
     path = outputs.folder / "manifest.json"
     path.write_text(path.read_text()[:100])
-    with pytest.raises(ExportError, match="not readable"):
+    with pytest.raises(TrainingDataError, match="not readable"):
         outputs.read()
