@@ -220,3 +220,17 @@ def test_the_whole_file_of_records_is_told_from_a_damaged_one(tmp_path: Path) ->
         connection.execute("create table t (x)")
     (tmp_path / "bad.db").write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
     assert [damaged_records.is_whole(file) for file in damaged_records.databases(tmp_path)] == [False, True]
+
+
+def test_records_that_somebody_holds_are_not_called_damaged(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "held.db") as connection:
+        connection.execute("create table t (x)")
+    for error in (sqlite3.OperationalError("database is locked"), sqlite3.OperationalError("disk I/O error")):
+        with (
+            pytest.raises(damaged_records.DamagedRecordsError, match="cannot be used now") as raised,
+            damaged_records.named_damage(tmp_path),
+        ):
+            raise RuntimeError("a run failed") from error
+        assert "move that folder away" not in str(raised.value)
+    with pytest.raises(KeyError), damaged_records.named_damage(tmp_path):
+        raise KeyError("something else")
