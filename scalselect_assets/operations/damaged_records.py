@@ -49,8 +49,8 @@ def named_damage(folder: Path) -> Iterator[None]:
         damaged = next((file for file in databases(folder) if not is_whole(file)), None)
         if damaged is None:
             raise DamagedRecordsError(
-                f"Dagster's records in {folder} cannot be used now ({_first_sqlite_error(error)}); see that no "
-                "other process holds them, that they are writable and that the disk has space"
+                f"Dagster's records in {folder} cannot be used now ({_first_sqlite_error(error)}); see that "
+                "no other process holds them, that they are writable and that the disk has space"
             ) from error
         raise DamagedRecordsError(
             f"Dagster's records in {damaged} cannot be read ({_first_sqlite_error(error)}); {_REMEDY} "
