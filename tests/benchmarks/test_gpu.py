@@ -11,6 +11,7 @@ from benchmarks.gpu import main
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
+@pytest.mark.usefixtures("processes")  # it starts none, but takes as long
 def test_the_script_measures_a_small_model_on_a_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

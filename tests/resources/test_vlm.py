@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from upath import UPath
 
 from scalselect_assets.method.representation import loading
+from scalselect_assets.method.representation import workers as workers_module
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.representation.loading import ModelLoadError
 from scalselect_assets.resources import vlm
@@ -53,7 +54,26 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return SimpleNamespace(card=SimpleNamespace(to_json=lambda: card, **card))
 
     monkeypatch.setattr(loading, "load_encoder", load)
+    monkeypatch.setattr(workers_module, "start_server", lambda: calls.append({"server": "started"}))
     return calls
+
+
+@pytest.mark.parametrize(
+    ("resource", "starts"),
+    [
+        (VlmResource(device="cpu"), False),
+        (VlmResource(device="cpu", workers=2), True),
+        (VlmResource(device="cuda", workers=0), False),
+        (VlmResource(device="cuda", workers=3), True),
+    ],
+    ids=["a thread", "processes", "a thread on a GPU", "processes on a GPU"],
+)
+def test_what_workers_are_forked_from_starts_while_the_model_is_loaded(
+    resource: VlmResource, starts: bool, artifacts: ArtifactStore, loads: list[dict[str, Any]]
+) -> None:
+    resource.encoder(artifacts, **target("org/name"))
+    resource.encoder(artifacts, **target("org/name"))
+    assert ["server" in call for call in loads] == ([True, False] if starts else [False])
 
 
 def target(model: str | Path, **changes: Any) -> dict[str, Any]:

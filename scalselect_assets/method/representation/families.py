@@ -6,9 +6,10 @@ the self-check at load finds that the mechanism does not hold for it.
 """
 
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 TESTED_FAMILIES: Final = MappingProxyType(
     {
@@ -70,7 +71,7 @@ def keep_what_the_first_layer_reads(config: Any) -> None:
         tower.deepstack_visual_indexes = []
 
 
-def known_on_the_host(config: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def known_on_the_host(config: Any, inputs: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     """Inputs of the vision tower that the model would otherwise read back from a GPU, waiting in each layer.
 
     Args:
@@ -82,6 +83,8 @@ def known_on_the_host(config: Any, inputs: dict[str, torch.Tensor]) -> dict[str,
     """
     if config.model_type not in _TOWERS_IN_A_ROW:
         return {}
+    import torch  # the rest of this module is read where there is none
+
     grids = inputs["image_grid_thw"]
     n_patches = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
     return {"image_cu_seqlens": torch.nn.functional.pad(n_patches.cumsum(0, dtype=torch.int32), (1, 0))}
