@@ -98,7 +98,7 @@ def test_a_processor_that_refuses_the_options_is_not() -> None:
 # Real processors
 
 
-@pytest.mark.parametrize("family", ["llava", "internvl", "gemma3", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "internvl", "gemma3", "idefics3"])
 def test_bytes_and_values_give_the_same_representation(
     family: str,
     tiny_encoder: Callable[[str], VlmEncoder],
