@@ -13,7 +13,8 @@ from typing import Any
 
 import dagster as dg
 
-from scalselect_assets.declaration.selection import Selection, SelectionFileError, read_selection
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.declaration.selection_file import SelectionFileError, read_selection
 from scalselect_assets.embedding.device_pool import limit_devices
 from scalselect_assets.graph import selection_defs
 from scalselect_assets.operations.damaged_records import (

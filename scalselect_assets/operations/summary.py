@@ -6,7 +6,13 @@ from scalselect_assets.choice import advice, comparison, selected_subset
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.dataset.exports import publish
 from scalselect_assets.report import page_receipt
-from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactMissingError, ArtifactStore
+from scalselect_assets.resources.artifacts import (
+    FRAME,
+    RECORD,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
 
 
 def summary(artifacts: ArtifactStore) -> dict[str, Any]:
@@ -35,7 +41,7 @@ def _advice(artifacts: ArtifactStore) -> dict[str, Any]:
     """Whether the choice repeats itself and what to try; nothing where it was not compared with random."""
     try:
         compared, _ = artifacts.read_frame(comparison.NAME)
-    except ArtifactMissingError:
+    except (ArtifactMissingError, ArtifactCorruptError):  # the next refresh makes it again
         return {}
     found = advice.repetition(compared)
     return {} if found is None else found.metadata()

@@ -1,8 +1,9 @@
 """From a conversation and its images to what a model reads, with the role of every token.
 
 An instruction token is every token that is neither vision nor content of an assistant turn: questions, system
-text, role words, separators, BOS and the tokens around and between images all count, as in the published
-method. Everything here is plain data and runs as well in a worker process.
+text, role words, separators, BOS and the tokens around and between images all count. The published code does
+the same but for the tokens around Qwen's images (docs/representation.md has all differences). Everything here
+is plain data and runs as well in a worker process.
 """
 
 import copy
