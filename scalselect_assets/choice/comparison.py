@@ -55,6 +55,11 @@ SUBSET_COMPARISON: Table = {
         pl.Float64(), "Relative error (Frobenius) of projecting the pool on the subset's own k directions."
     ),
     "sources_covered": Column(pl.Float64(), "Share of the pool's sources that are there."),
+    "distinct_share": Column(
+        pl.Float64(),
+        "Different random cells of the subspace that the chosen rows lie in, for each row; 1 where no two "
+        "rows share a cell.",
+    ),
     "near_duplicate_rate": Column(pl.Float64(), "Share of the chosen rows with another one near them."),
     "shared_with_choice": Column(pl.Float64(), "Share of these rows that are in the choice, too."),
     "shared_with_last": Column(
@@ -123,6 +128,7 @@ def compare(
     Returns:
         A frame of `SUBSET_COMPARISON`.
     """
+    from scalselect_assets.method.choice.cells import cells_of
     from scalselect_assets.method.choice.subset_measures import (
         label_coverage,
         near_duplicate_rate,
@@ -134,6 +140,7 @@ def compare(
     moments = pool_moments.stored(
         pool.artifacts, {shard: moments.data_version for shard, moments in pool.basis.shards.items()}
     )
+    cells = cells_of(projections.blocks, rows.height, len(subsets[0].rows))
     sampled = [_sample(subset.rows) for subset in subsets]
     vectors = _vectors(sampled, pool, rows, unit_rows=unit_rows)
 
@@ -154,6 +161,7 @@ def compare(
             captured.energy_captured,
             captured.projection_error,
             label_coverage(candidates.labels[source_label], chosen),
+            cells.distinct_share(chosen),
             near_duplicate_rate(blocks, len(chosen), threshold=settings.cosine),
             shared_share(chosen, subsets[0].rows),
             None if last is None else shared_share(chosen, last),

@@ -2,12 +2,14 @@
 
 Holds: one row per removed sample with the kept one that it repeats. An exact duplicate has the text and the
 image bytes of another sample, whatever their names; a near-duplicate's vector points in nearly the same
-direction from the pool's mean (`method.near_duplicates`). Of samples that repeat each other, the one of
-highest normalised leverage stays; ties by `sample_key`, then shard. Costs: one pass over the vectors and the
-texts, some 300 bytes of memory per sample, the vectors once more on the disk while it runs, and the search:
-exactly, at most n² · d multiplications; with an index, some milliseconds per sample.
+direction from the pool's mean and its text is like the other's, or both show the same pictures and their
+texts are alike (`method.choice.near_duplicates`, `method.choice.text_likeness`). Of samples that repeat
+each other, the one of highest normalised leverage stays; ties by `sample_key`, then shard. Costs: one pass
+over the vectors and the texts, some 300 bytes of memory per sample and 4 for each of its distinct words and
+pairs of words, the vectors once more on the disk while it runs, and the search: exactly, at most n² · d
+multiplications; with an index, some milliseconds per sample.
 
-Nothing of a search serves the next one: the mean moves, and with it every direction, when a shard changes.
+Results cannot be reused: any changed shard moves the mean, and so every direction.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,8 +21,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from scalselect_assets.declaration.curation import NearDuplicates
+from scalselect_assets.choice.text_overlap import words
+from scalselect_assets.declaration.curation import DEFAULT_LIKENESS, NearDuplicates
 from scalselect_assets.embedding import receipts
+from scalselect_assets.method.representation.conversation import Role
 from scalselect_assets.recording.columns import SELECTED_SUBSET, Column, Table, polars_schema
 from scalselect_assets.resources.artifacts import ArtifactStore
 from scalselect_assets.resources.embedding_store import EmbeddingStore, EmbeddingTable
@@ -30,17 +34,20 @@ from scalselect_assets.subspace import importance_scores
 from scalselect_assets.subspace.basis_header import BasisHeader
 
 if TYPE_CHECKING:
-    from scalselect_assets.method.choice.near_duplicates import Removals
+    from scalselect_assets.method.choice.near_duplicates import Contents, Removals
+    from scalselect_assets.method.choice.nearest_cosines import NearestCosines
     from scalselect_assets.method.subspace.basis import Subspace
     from scalselect_assets.resources.search_table import SearchTable
 
 NAME: Final = "near_duplicates"
-CODE_VERSION: Final = "1"
+CODE_VERSION: Final = "2"
 EXACT: Final = "exact_duplicate"
 NEAR: Final = "near_duplicate"
 
 _RECALL_QUERIES: Final = 256
+_NEAREST_QUERIES: Final = 512
 _SHOWN_GROUPS: Final = 10
+_SIDES: Final[Mapping[str, tuple[Role, ...]]] = {"asked": ("system", "user"), "answered": ("assistant",)}
 
 NEAR_DUPLICATES: Table = {
     "shard": SELECTED_SUBSET["shard"],
@@ -55,6 +62,14 @@ NEAR_DUPLICATES: Table = {
         "Between the two vectors, from the pool's mean; null for exact duplicates. Of several exact copies "
         "that are near the partner, that of the best of them.",
     ),
+    "same_pictures": Column(pl.Boolean(), "Whether both show the same pictures; null for exact duplicates."),
+    "question_likeness": Column(
+        pl.Float64(),
+        "How much of the shorter question the other one shares, 0 to 1; null for exact duplicates.",
+    ),
+    "text_likeness": Column(
+        pl.Float64(), "The same of questions and answers, the lower of both; null for exact duplicates."
+    ),
 }
 
 _RANKED = pl.Schema(
@@ -64,6 +79,9 @@ _RANKED = pl.Schema(
         "sample_key": pl.String(),
         "normalised_leverage": pl.Float64(),
         "content": pl.String(),
+        "pictures": pl.String(),
+        "asked": pl.List(pl.UInt32()),
+        "answered": pl.List(pl.UInt32()),
     }
 )
 
@@ -76,8 +94,8 @@ class Pool:
     """All embedded samples of a pool.
 
     Attributes:
-        ranked: Shard, row, sample key, normalised leverage and content, the best first.
-        tables: Of the shards, by shard.
+        ranked: Shard, row, sample key, normalised leverage and what `_contents` gives, the best first.
+        tables: The tables of the shards, by shard.
         embeddings: Where the tables are.
     """
 
@@ -132,11 +150,12 @@ def without(pool: Pool, removed: pl.DataFrame) -> Pool:
 def find(
     pool: Pool, subspace: "Subspace", settings: NearDuplicates, *, to_unit_length: bool
 ) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """The removals, a frame of `NEAR_DUPLICATES` by shard and row, and what is told of the search.
+    """The removals, a frame of `NEAR_DUPLICATES` by shard and row, and what is recorded of the search.
 
     Exact copies stand or fall with the best of them, and only that is searched for.
     """
     from scalselect_assets.method.choice.near_duplicates import near_duplicates
+    from scalselect_assets.method.choice.nearest_cosines import nearest_cosines
     from scalselect_assets.resources.search_table import search_table
 
     ranked = pool.ranked.with_row_index("rank").with_columns(
@@ -148,27 +167,73 @@ def find(
     with search_table(pool.embeddings, subspace.d, directions, exact_up_to=settings.exact_up_to) as vectors:
         ranks = np.concatenate([np.empty(0, np.int64), *written])  # by position in the search table
         order = np.argsort(ranks)
-        removals = near_duplicates(order, vectors, settings.cosine)
-        told: dict[str, Any] = {
+        contents = _compared(ranked[ranks], settings.text_likeness or DEFAULT_LIKENESS)
+        some = order[:: max(1, -(-len(order) // _NEAREST_QUERIES))]
+        nearest = nearest_cosines(some, vectors.take(some), vectors.scan(), contents)
+        cosine = nearest.suggested() if settings.cosine == "suggested" else settings.cosine
+        removals = near_duplicates(
+            order, vectors, cosine, contents=contents if settings.text_likeness else None
+        )
+        recorded: dict[str, Any] = {
             "search": "ivf" if vectors.indexed else "exact",
             "searched": vectors.n,
-            "recall": _recall(vectors, order[removals.kept[order]], settings.cosine)
-            if vectors.indexed
-            else 1.0,
+            "recall": _recall(vectors, order[removals.kept[order]], cosine) if vectors.indexed else 1.0,
+            "cosine": cosine,
+            **_told_of_nearest(nearest),
         }
-    frame = _frame(ranked, ranks, removals)
+    frame = _frame(ranked, ranks, removals, contents)
     groups = (
         frame.group_by("partner_shard", "partner_row", "partner_key")
         .len("removed")
         .sort(["removed", "partner_shard", "partner_row"], descending=[True, False, False])
     )
-    return frame, {**told, "groups": groups.height, "largest_groups": groups.head(_SHOWN_GROUPS).to_dicts()}
+    sharing = frame.filter("same_pictures")
+    return frame, {
+        **recorded,
+        "groups": groups.height,
+        "largest_groups": groups.head(_SHOWN_GROUPS).to_dicts(),
+        "near_pairs": frame.filter(reason=NEAR).height,
+        "pairs_sharing_pictures": sharing.height,
+        "pairs_sharing_pictures_not_question": sharing.filter(
+            pl.col("question_likeness") < contents.least_likeness
+        ).height,
+        "kept_for_their_text": int(np.count_nonzero(removals.spared)),
+    }
+
+
+def _compared(rows: pl.DataFrame, least_likeness: float) -> "Contents":
+    """What some rows show and say, in their order."""
+    from scalselect_assets.method.choice.near_duplicates import Contents
+    from scalselect_assets.method.choice.text_likeness import Shingles, TextLikeness
+
+    texts = (Shingles.of([text.to_numpy() for text in rows[side]]) for side in ("asked", "answered"))
+    pictures = rows["pictures"].rank("dense").cast(pl.Int64).to_numpy()
+    return Contents(pictures, TextLikeness(*texts), least_likeness)
+
+
+def _told_of_nearest(nearest: "NearestCosines") -> dict[str, float]:
+    """The suggestion and what it is made of; only the suggestion where the pool has no two rows."""
+    quantiles = {
+        f"{name}_cosine_{percent}": float(np.quantile(values, percent / 100))
+        for name, values in (("nearest", nearest.nearest), ("innocent", nearest.innocent))
+        for percent in (50, 90, 99)
+        if len(values)
+    }
+    return {"suggested_cosine": nearest.suggested(), **quantiles}
 
 
 def _contents(embeddings: EmbeddingStore, table: EmbeddingTable) -> pl.DataFrame:
-    """Row, key and a hash of what each sample says and shows: its conversation and its images' bytes."""
+    """Row, key and what each sample says and shows.
+
+    Returns:
+        ``content``, a hash of its conversation and its images' bytes; ``pictures``, one of the latter only;
+        and the hashed words of what is ``asked`` and ``answered``.
+    """
+    from scalselect_assets.method.choice.text_likeness import shingles
+
     held = embeddings.read_rows(table, ["sample_key", "text", "image_sha256"])
-    contents = []
+    contents, pictures = [], []
+    said: dict[str, list[NDArray[np.uint32]]] = {"asked": [], "answered": []}
     for row, text, images in zip(
         *(held[name].to_pylist() for name in ("row", "text", "image_sha256")), strict=True
     ):
@@ -180,8 +245,13 @@ def _contents(embeddings: EmbeddingStore, table: EmbeddingTable) -> pl.DataFrame
                 allow_retries=False,
             )
         contents.append(digest(sample.conversation.to_json(), images))
+        pictures.append(digest(images))
+        for side, roles in _SIDES.items():
+            said[side].append(shingles(words(" ".join(sample.conversation.texts(*roles)))))
     return pl.DataFrame(held.select(["row", "sample_key"])).with_columns(
-        content=pl.Series(contents, dtype=pl.String)
+        content=pl.Series(contents, dtype=pl.String),
+        pictures=pl.Series(pictures, dtype=pl.String),
+        **{side: pl.Series(texts, dtype=pl.List(pl.UInt32())) for side, texts in said.items()},
     )
 
 
@@ -227,16 +297,29 @@ def _pair_numbers(pairs: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     return numbers
 
 
-def _frame(ranked: pl.DataFrame, ranks: NDArray[np.int64], removals: "Removals") -> pl.DataFrame:
+def _frame(
+    ranked: pl.DataFrame, ranks: NDArray[np.int64], removals: "Removals", contents: "Contents"
+) -> pl.DataFrame:
     """The removals with their partners' names."""
     removed = np.flatnonzero(~removals.kept)
+    partner = removals.partner[removed]
     near = pl.DataFrame(
         {
             "best": ranks[removed],
-            "near_partner": ranks[removals.partner[removed]],
+            "near_partner": ranks[partner],
             "cosine": removals.cosine[removed],
+            "same_pictures": contents.pictures[removed] == contents.pictures[partner],
+            "question_likeness": contents.likeness.asked.likeness(removed, partner),
+            "text_likeness": contents.likeness(removed, partner),
         },
-        schema={"best": pl.Int64, "near_partner": pl.Int64, "cosine": pl.Float64},
+        schema={
+            "best": pl.Int64,
+            "near_partner": pl.Int64,
+            "cosine": pl.Float64,
+            "same_pictures": pl.Boolean,
+            "question_likeness": pl.Float64,
+            "text_likeness": pl.Float64,
+        },
     )
     names = ranked.select(partner="rank", partner_shard="shard", partner_row="row", partner_key="sample_key")
     return (

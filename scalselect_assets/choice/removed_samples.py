@@ -15,7 +15,12 @@ import dagster as dg
 import polars as pl
 
 from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
-from scalselect_assets.choice import decontamination, duplicate_removal, image_hashes
+from scalselect_assets.choice import (
+    contentless_pictures,
+    decontamination,
+    duplicate_removal,
+    image_hashes,
+)
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.embedding import receipts
 from scalselect_assets.pool import raw_samples
@@ -29,13 +34,16 @@ from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.subspace import importance_scores, subspace_basis
 
 NAME: Final = "removed_samples"
-CODE_VERSION: Final = "1"
+CODE_VERSION: Final = "2"
 
 REMOVED_SAMPLES: Table = {
     "shard": duplicate_removal.NEAR_DUPLICATES["shard"],
     "row": duplicate_removal.NEAR_DUPLICATES["row"],
     "sample_key": duplicate_removal.NEAR_DUPLICATES["sample_key"],
-    "reason": Column(pl.String(), "evaluation_image, evaluation_text, exact_duplicate or near_duplicate."),
+    "reason": Column(
+        pl.String(),
+        "evaluation_image, evaluation_text, contentless_picture, exact_duplicate or near_duplicate.",
+    ),
     "partner": Column(
         pl.String(),
         "The evaluation file that it repeats, of a text with line and beginning; null for samples.",
@@ -44,6 +52,9 @@ REMOVED_SAMPLES: Table = {
     "partner_row": duplicate_removal.NEAR_DUPLICATES["partner_row"],
     "partner_key": duplicate_removal.NEAR_DUPLICATES["partner_key"],
     "cosine": duplicate_removal.NEAR_DUPLICATES["cosine"],
+    "same_pictures": duplicate_removal.NEAR_DUPLICATES["same_pictures"],
+    "question_likeness": duplicate_removal.NEAR_DUPLICATES["question_likeness"],
+    "text_likeness": duplicate_removal.NEAR_DUPLICATES["text_likeness"],
     "distance": decontamination.DECONTAMINATION["distance"],
     "overlap": decontamination.DECONTAMINATION["overlap"],
     "detail": Column(pl.String(), "What was found, and what else matches; null for duplicates."),
@@ -69,6 +80,7 @@ def provenance(selection: Selection, storage: StorageResource, basis_version: st
         decontamination=contaminated and contaminated.matching(),
         evaluation_set=decontamination.version_of(storage, selection),
         near_duplicates=duplicates and duplicates.model_dump(),
+        contentless_pictures=selection.contentless_pictures == "remove" and contentless_pictures.KIND,
         importance_scores=importance_scores.pool_version(basis_version),
     )
 
@@ -104,6 +116,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
             CODE_VERSION,
             decontamination=selection.decontamination and selection.decontamination.model_dump(),
             near_duplicates=selection.near_duplicates and selection.near_duplicates.model_dump(),
+            contentless_pictures=selection.contentless_pictures,
         ),
         metadata={"dagster/column_schema": column_schema(REMOVED_SAMPLES)},
         check_specs=[
@@ -125,7 +138,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         ],
     )
     def removed_samples(context: dg.AssetExecutionContext, storage: StorageResource) -> dg.MaterializeResult:
-        """Duplicates and samples of the evaluation set, each with what it repeats."""
+        """Duplicates and samples of the evaluation set with what they repeat; pictures that show nothing."""
         with at_work(context, storage.locks(selection.store)):
             return find_removed(selection, storage).result()
 
@@ -144,15 +157,20 @@ def find_removed(selection: Selection, storage: StorageResource) -> Output:
     evaluation = decontamination.evaluation_of(storage, selection)
     looked = decontamination.look(storage, selection, evaluation, sorted(basis.shards))
     numbers: dict[str, Any] = dict(looked.told)
+    contentless = pl.DataFrame(schema=polars_schema(contentless_pictures.CONTENTLESS))
+    if selection.contentless_pictures == "remove":
+        source = storage.samples(selection.source, selection.image_root, selection.store)
+        contentless = contentless_pictures.find(artifacts, sorted(basis.shards), source.open_image)
+        contentless = contentless.join(looked.frame, on=["shard", "row"], how="anti")
     duplicates = pl.DataFrame(schema=polars_schema(duplicate_removal.NEAR_DUPLICATES))
     if selection.near_duplicates is not None:
         pool = duplicate_removal.read_pool(artifacts, storage.embeddings(selection.store), basis)
-        clean = duplicate_removal.without(pool, looked.frame)
+        clean = duplicate_removal.without(duplicate_removal.without(pool, looked.frame), contentless)
         duplicates, found = duplicate_removal.find(
             clean, subspace, selection.near_duplicates, to_unit_length=selection.unit_rows
         )
         numbers |= found
-    frame = _joined(looked.frame, duplicates)
+    frame = _joined(looked.frame, contentless, duplicates)
     partners = duplicate_removal.partners_kept(duplicates)
     require_passed(partners)
     data_version = digest(hashlib.sha256(frame.write_ndjson().encode()).hexdigest())
@@ -190,7 +208,7 @@ def find_removed(selection: Selection, storage: StorageResource) -> Output:
     )
 
 
-def _joined(contaminated: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFrame:
+def _joined(*found: pl.DataFrame) -> pl.DataFrame:
     schema = polars_schema(REMOVED_SAMPLES)
     frames = [
         frame.with_columns(
@@ -198,7 +216,7 @@ def _joined(contaminated: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFram
         )
         .select(schema.names())
         .cast(schema)
-        for frame in (contaminated, duplicates)
+        for frame in found
     ]
     return pl.concat(frames).sort(["shard", "row"])
 
@@ -226,5 +244,7 @@ ASSET = PoolAsset(
     expected=expected,
     header=header,
     error_checks=(duplicate_removal.PARTNERS_CHECK,),
-    shard_files=((decontamination.NAME, FRAME), (image_hashes.IMAGE_HASHES, FRAME)),
+    shard_files=tuple(
+        (name, FRAME) for name in (decontamination.NAME, image_hashes.IMAGE_HASHES, contentless_pictures.NAME)
+    ),
 )

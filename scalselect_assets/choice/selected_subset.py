@@ -19,7 +19,7 @@ import dagster as dg
 import polars as pl
 
 from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState
-from scalselect_assets.choice import comparison, image_places, removed_samples
+from scalselect_assets.choice import advice, comparison, image_places, removed_samples
 from scalselect_assets.choice.chooser import Chooser, comparison_metadata
 from scalselect_assets.choice.lists import Lists
 from scalselect_assets.choice.pool_rows import PoolRows
@@ -45,7 +45,7 @@ _UNKNOWN_NAMED = 100
 """Entries of lists that name no row, as far as they are recorded by name."""
 
 NAME = "selected_subset"
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 SUM_CHECK = "leverage_scores_sum_to_rank"
 _SUM_TOLERANCE = 1e-5  # relative; the scores are within this of float64, and their errors do not add up
 
@@ -87,6 +87,11 @@ def build(selection: Selection) -> dg.AssetsDefinition:
         code_version=data_versions.shown_code_version(CODE_VERSION, choice=selection.choice_settings()),
         metadata={"dagster/column_schema": column_schema(SELECTED_SUBSET)},
         check_specs=[
+            dg.AssetCheckSpec(
+                advice.CHECK,
+                asset=selection.key(NAME),
+                description="The chosen samples repeat each other no more than random ones do.",
+            ),
             dg.AssetCheckSpec(
                 SUM_CHECK,
                 asset=selection.key(NAME),
@@ -159,6 +164,7 @@ def choose_subset(
         places = image_places.image_places(
             chooser.rows, choice.rows, pool, subspace, unit_rows=selection.unit_rows
         )
+    repetition = advice.repetition(compared)
     sums = _sum_check(chooser.rows, subspace)
     require_passed(sums)
     data_version = _content_version(chosen)
@@ -188,6 +194,7 @@ def choose_subset(
             **{f"drift_{name}": value for name, value in basis.drift.items()},
             **places.metadata(),
             **comparison_metadata(compared),
+            **({} if repetition is None else repetition.metadata()),
             **cost(basis),
             "seconds": time.monotonic() - start,
             "bytes": n_bytes,
@@ -199,6 +206,7 @@ def choose_subset(
                 "selection_covers_every_shard", [shard for shard in shards if shard not in basis.shards]
             ),
             _listed_check(chooser.unknown),
+            advice.repetition_check(repetition),
             places.check(),
         ),
     )

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from scalselect_assets.cli.agree import agree
 from scalselect_assets.cli.look import explain, status, verify
 from scalselect_assets.cli.run import demo, run
 from scalselect_assets.cli.store import clean, split, ui
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, demo, status, explain, verify, clean, split, ui):
+for command in (run, demo, status, explain, agree, verify, clean, split, ui):
     app.command()(command)
 
 

@@ -16,7 +16,7 @@ from scalselect_assets.cli.printing import (
     user_errors,
 )
 from scalselect_assets.dataset.training_manifest import is_complete
-from scalselect_assets.declaration.selection import read_selection
+from scalselect_assets.declaration.selection_file import read_selection
 from scalselect_assets.explain.explanation import DEFAULT_SIMILAR
 from scalselect_assets.explain.sample_attention import SampleAttention, attention_of
 from scalselect_assets.explain.sample_lineage import SampleLineage, trace

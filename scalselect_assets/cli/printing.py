@@ -77,6 +77,7 @@ def print_summary(selection: Selection, result: Mapping[str, Any]) -> None:
             else []
         ),
         ("selected", f"{result['selected']:,} ({selection.strategy}, budget {described_budget(selection)})"),
+        *([("advice", result["advice"])] if "advice" in result else []),
         ("subset", result["selected_subset"]),
         ("dataset", result["training_dataset"]),
         *((name.replace("_", " ", 1), place) for name, place in result.items() if name.startswith("export_")),

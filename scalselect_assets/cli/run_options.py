@@ -282,9 +282,18 @@ class RemovalOptions:
     PANEL: ClassVar = "Samples to remove before the choice"
 
     near_duplicates: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="Remove samples whose cosine with a sample of higher leverage is at least this high."
+            metavar="COSINE",
+            help="Remove samples with the text of a sample of higher leverage and at least this cosine with "
+            "it; `suggested` takes the cosine from the pool.",
+        ),
+    ] = None
+    contentless_pictures: Annotated[
+        str | None,
+        typer.Option(
+            metavar="keep|remove",
+            help="Remove samples whose pictures are of one colour or noise? (default: keep)",
         ),
     ] = None
     evaluation_images: Annotated[
@@ -298,9 +307,21 @@ class RemovalOptions:
         """The settings that these options declare."""
         evaluation = {"images": _place(self.evaluation_images), "texts": _place(self.evaluation_texts)}
         return {
-            "near_duplicates": None if self.near_duplicates is None else {"cosine": self.near_duplicates},
+            "near_duplicates": self._near_duplicates(),
+            "contentless_pictures": self.contentless_pictures,
             "decontamination": evaluation if any(evaluation.values()) else None,
         }
+
+    def _near_duplicates(self) -> dict[str, Any] | None:
+        if self.near_duplicates in {None, "suggested"}:
+            return None if self.near_duplicates is None else {"cosine": "suggested"}
+        try:
+            return {"cosine": float(str(self.near_duplicates))}
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"--near-duplicates: {self.near_duplicates!r} is neither a cosine, such as 0.995, nor "
+                "`suggested`"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The settings of the choice: its budget, its terms, and the strategies that it is compared with."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias, get_args
 
 import dagster as dg
 from pydantic import ConfigDict, Field, model_validator
@@ -11,7 +11,13 @@ from scalselect_assets.method.choice.choose import KeepEarlier
 from scalselect_assets.method.choice.terms import Budget, Quota
 
 StrategyName: TypeAlias = Literal[
-    "top_leverage", "leverage_sampling", "spanning", "random", "stratified_random", "length"
+    "top_leverage",
+    "coverage",
+    "leverage_sampling",
+    "spanning",
+    "random",
+    "stratified_random",
+    "length",
 ]
 Label: TypeAlias = Annotated[
     str,
@@ -137,7 +143,7 @@ class DeclaredComparison(_Declared):
     """The comparison of the choice with other strategies, under the same terms and by the same measures."""
 
     strategies: list[StrategyName] = Field(
-        default=["top_leverage", "spanning", "leverage_sampling", "random", "stratified_random", "length"],
+        default=list(get_args(StrategyName)),
         description="The strategies that the choice is compared with.",
     )
     seeds: int = Field(default=3, ge=1, le=20, description="How many times a random strategy is drawn.")

@@ -4,10 +4,13 @@ Only the settings are here, so that reading a declaration does not import the co
 (`scalselect_assets.choice.decontamination`, `scalselect_assets.choice.duplicate_removal`).
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import dagster as dg
 from pydantic import ConfigDict, Field, model_validator
+
+DEFAULT_LIKENESS: Final = 0.9
+"""From which likeness on two texts say the same: rewordings stay, rather than other questions go."""
 
 
 class Decontamination(dg.Model, dg.Resolvable):
@@ -66,16 +69,24 @@ class Decontamination(dg.Model, dg.Resolvable):
 
 
 class NearDuplicates(dg.Model, dg.Resolvable):
-    """How alike two samples must be for one of them to be removed."""
+    """How alike two samples must be for one of them to be removed: by vectors, and by texts as well."""
 
     model_config = ConfigDict(frozen=True)
 
-    cosine: float = Field(
-        default=0.995,
-        gt=0,
-        le=1,
+    cosine: Annotated[float, Field(gt=0, le=1)] | Literal["suggested"] = Field(
+        default="suggested",
         description="Least cosine of two samples' vectors, measured from the pool's mean, for "
-        "near-duplicates. Its meaning depends on the model: look at what a threshold removes.",
+        "near-duplicates. The meaning of a number depends on the model; `suggested` takes the cosine that "
+        "only one in a hundred samples reaches with a sample of another picture and another text.",
+    )
+    text_likeness: float = Field(
+        default=DEFAULT_LIKENESS,
+        ge=0,
+        le=1,
+        description="Least share of the shorter text that two samples have in common, of the question and of "
+        "the answer, each word weighted by how rare it is in the pool. Samples of the same pictures and like "
+        "texts are near-duplicates whatever their cosine. 0 compares vectors only, which takes different "
+        "questions about one picture for copies.",
     )
     exact_up_to: int = Field(
         default=50_000,

@@ -2,11 +2,17 @@
 
 from typing import Any
 
-from scalselect_assets.choice import selected_subset
+from scalselect_assets.choice import advice, comparison, selected_subset
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.dataset.exports import publish
 from scalselect_assets.report import page_receipt
-from scalselect_assets.resources.artifacts import FRAME, RECORD, ArtifactStore
+from scalselect_assets.resources.artifacts import (
+    FRAME,
+    RECORD,
+    ArtifactCorruptError,
+    ArtifactMissingError,
+    ArtifactStore,
+)
 
 
 def summary(artifacts: ArtifactStore) -> dict[str, Any]:
@@ -20,6 +26,7 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
     return {
         **{name: manifest[name] for name in ("rows", "embedded", "rejected", "rank", "energy", "selected")},
         "basis_drift": manifest["basis_drift"],
+        **_advice(artifacts),
         "passed_over": manifest.get("passed_over", {}),
         "unknown_listed": manifest.get("unknown_listed", []),
         "selected_subset": str(artifacts.path(selected_subset.NAME, suffix=FRAME)),
@@ -28,3 +35,13 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
         **{f"export_{name}": str(folder / publish.FOLDER / name) for name in manifest.get("exports", {})},
         **({"report": str(page_receipt.page_path(artifacts))} if page_receipt.is_complete(artifacts) else {}),
     }
+
+
+def _advice(artifacts: ArtifactStore) -> dict[str, Any]:
+    """Whether the choice repeats itself and what to try; nothing where it was not compared with random."""
+    try:
+        compared, _ = artifacts.read_frame(comparison.NAME)
+    except (ArtifactMissingError, ArtifactCorruptError):  # the next refresh makes it again
+        return {}
+    found = advice.repetition(compared)
+    return {} if found is None else found.metadata()

@@ -26,7 +26,8 @@ from scalselect_assets.resources.artifacts import (
     ArtifactStore,
 )
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.sample_source import PoolRow, SampleSource
+from scalselect_assets.resources.judged_rows import PoolRow
+from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.shard_reader import ShardFormatError
 from scalselect_assets.resources.storage import StorageResource
 

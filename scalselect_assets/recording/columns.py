@@ -109,7 +109,9 @@ SELECTED_SUBSET: Table = {
     "n_image_tokens": Column(pl.Int64(), "Vision tokens."),
     "why": Column(pl.String(), "`included` (it is on the list), `kept` (of the last subset), or `chosen`."),
     "gain": Column(
-        pl.Float64(), "What it added to the span when it was picked (spanning); null with other strategies."
+        pl.Float64(),
+        "What it adds to the span (spanning), or added to the coverage when it was picked (coverage); null "
+        "with other strategies.",
     ),
     "inclusion_probability": Column(
         pl.Float64(), "Probability with which it was drawn, for weighting; null where nothing is drawn."

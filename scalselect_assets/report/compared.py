@@ -2,6 +2,7 @@
 
 import polars as pl
 
+from scalselect_assets.choice.advice import repetition
 from scalselect_assets.choice.comparison import CHOICE, NAME, SUBSET_COMPARISON, means
 from scalselect_assets.report.content import Comparison as ReportComparison
 from scalselect_assets.report.content import Measure, Strategy
@@ -17,6 +18,7 @@ def for_report(artifacts: ArtifactStore) -> ReportComparison | None:
     if compared.is_empty():
         return None
     averages = means(compared)
+    found = repetition(compared)
     names = [name for name in averages.columns if name not in {"strategy", "seeds"}]
     seeds = dict(compared.group_by("strategy").agg(pl.col("seed").drop_nulls().sort()).iter_rows())
     return ReportComparison(
@@ -30,6 +32,7 @@ def for_report(artifacts: ArtifactStore) -> ReportComparison | None:
             )
             for row in averages.iter_rows(named=True)
         ),
-        "All strategies choose within the same budget and on the same terms; where one draws, the mean over "
-        "its seeds is shown.",
+        ("" if found is None else f"{found.advice()} ")
+        + "All strategies choose within the same budget and on the same terms; where one draws, the mean "
+        "over its seeds is shown.",
     )

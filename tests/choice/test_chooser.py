@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 import pytest
@@ -13,7 +13,7 @@ from scalselect_assets.asset_path import path_of
 from scalselect_assets.choice import comparison, labels
 from scalselect_assets.choice.labels import source_of
 from scalselect_assets.choice.lists import SampleListError
-from scalselect_assets.declaration.choice_settings import DeclaredComparison
+from scalselect_assets.declaration.choice_settings import DeclaredComparison, StrategyName
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.operations.faults import RefreshError
 from scalselect_assets.operations.summary import summary
@@ -181,7 +181,7 @@ def test_whatever_a_row_is_it_has_a_label(text: str) -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["top_leverage", "leverage_sampling", "spanning", "random", "stratified_random", "length"],
+    get_args(StrategyName),
 )
 def test_every_strategy_fills_the_budget_and_is_the_same_again(bench: Bench, strategy: str) -> None:
     subset = chosen(bench, budget=8, strategy=strategy, seed=3)
@@ -237,8 +237,9 @@ def test_the_choice_is_measured_beside_others_of_its_size(bench: Bench) -> None:
     assert compared["strategy"].to_list() == [
         comparison.CHOICE,
         "top_leverage",
-        "spanning",
+        "coverage",
         *["leverage_sampling"] * 2,
+        "spanning",
         *["random"] * 2,
         *["stratified_random"] * 2,
         "length",
@@ -256,7 +257,7 @@ def test_the_choice_is_measured_beside_others_of_its_size(bench: Bench) -> None:
     assert compared["shared_with_last"].is_not_null().all()
     told = metadata(bench)
     assert told["choice_leverage_share"] == pytest.approx(choice["leverage_share"])
-    assert [record.data["seeds"] for record in told["comparison"].records] == [0, 0, 0, 2, 2, 2, 0]
+    assert [record.data["seeds"] for record in told["comparison"].records] == [0, 0, 0, 2, 0, 2, 2, 0]
 
 
 def test_a_pool_beyond_the_declared_size_is_not_compared(bench: Bench) -> None:
@@ -351,7 +352,7 @@ def test_a_declaration_of_all_terms_survives_its_file(tmp_path: Path) -> None:
         near_duplicates={"cosine": 0.99},  # type: ignore[arg-type]
         text_only=0.5,
     )
-    from scalselect_assets.declaration.selection import read_selection
+    from scalselect_assets.declaration.selection_file import read_selection
 
     path = tmp_path / "selection.yaml"
     path.write_text(declared.to_yaml())

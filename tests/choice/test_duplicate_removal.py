@@ -29,7 +29,7 @@ from tests.headers import basis_header, moments_header
 
 D = 16
 FINGERPRINT = "f" * 32
-DEFAULTS = NearDuplicates()
+DEFAULTS = NearDuplicates(cosine=0.995)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,9 @@ def test_the_better_of_two_near_samples_stays_wherever_it_stands(tmp_path: Path)
 
 def test_the_threshold_is_a_setting(tmp_path: Path) -> None:
     rows = different(20)
-    write_store(tmp_path, {"a": [*rows, moved(rows[0], 0.01, leverage=0), moved(rows[1], 0.2, leverage=0)]})
+    near = moved(rows[0], 0.01, leverage=0, image="near.png")
+    farther = moved(rows[1], 0.2, leverage=0, image="farther.png")
+    write_store(tmp_path, {"a": [*rows, near, farther]})
 
     def removed(cosine: float) -> list[int]:
         return materialized(tmp_path, NearDuplicates(cosine=cosine))[0]["row"].to_list()
@@ -213,6 +215,48 @@ def test_copies_of_a_sample_that_goes_go_for_the_same_partner(tmp_path: Path) ->
         ("b", 0, "near_duplicate", "a", 20),
     ]
     assert frame["cosine"].n_unique() == 1
+
+
+def about(row: Row, question: str, by: float = 0.0) -> Row:
+    """Another question about the picture of a row."""
+    return replace(moved(row, by), question=question, leverage=0.1)
+
+
+def test_different_questions_about_one_picture_stay_unless_asked_for(tmp_path: Path) -> None:
+    rows = different(20)
+    others = [about(rows[3], "Which colour is the roof?"), about(rows[3], "How many people are there?")]
+    write_store(tmp_path, {"a": rows, "b": others})
+    frame, told, _ = materialized(tmp_path)
+    assert frame.is_empty()
+    assert (told["kept_for_their_text"], told["pairs_sharing_pictures"]) == (2, 0)
+    by_vector, told, _ = materialized(tmp_path, NearDuplicates(cosine=0.995, text_likeness=0))
+    assert removals(by_vector) == [
+        ("b", 0, "near_duplicate", "a", 3),
+        ("b", 1, "near_duplicate", "a", 3),
+    ]
+    assert told["pairs_sharing_pictures"] == told["pairs_sharing_pictures_not_question"] == 2
+    assert (by_vector["question_likeness"] < 0.9).all()
+
+
+def test_the_same_question_about_one_picture_goes_whatever_its_vector(tmp_path: Path) -> None:
+    rows = different(20)
+    again = about(rows[3], f"{rows[3].question.upper()}  Really?", by=5.0)
+    write_store(tmp_path, {"a": rows, "b": [again]})
+    frame, told, _ = materialized(tmp_path)
+    assert removals(frame) == [("b", 0, "near_duplicate", "a", 3)]
+    assert frame["cosine"][0] < 0.995
+    assert frame.select("same_pictures", "question_likeness", "text_likeness").row(0) == (True, 1.0, 1.0)
+    assert (told["near_pairs"], told["pairs_sharing_pictures_not_question"]) == (1, 0)
+
+
+def test_the_threshold_can_come_from_the_pool(tmp_path: Path) -> None:
+    write_store(tmp_path, planted_pool())
+    suggested, told, _ = materialized(tmp_path, NearDuplicates())
+    assert told["cosine"] == told["suggested_cosine"] > told["innocent_cosine_90"]
+    by_number, again, _ = materialized(tmp_path, NearDuplicates(cosine=told["cosine"]))
+    assert by_number.equals(suggested)
+    assert again["suggested_cosine"] == told["suggested_cosine"]
+    assert suggested.height > 50
 
 
 def planted_pool() -> dict[str, list[Row]]:
@@ -273,7 +317,7 @@ def test_no_row_is_lost_and_what_is_kept_has_no_duplicates_left(tmp_path: Path) 
 def test_an_index_gives_the_list_of_the_exact_search_and_says_how_well_it_finds(tmp_path: Path) -> None:
     write_store(tmp_path, planted_pool())
     exact, _, _ = materialized(tmp_path)
-    indexed, told, _ = materialized(tmp_path, NearDuplicates(exact_up_to=10))
+    indexed, told, _ = materialized(tmp_path, NearDuplicates(cosine=0.995, exact_up_to=10))
     assert (told["search"], told["recall"]) == ("ivf", 1.0)
     assert indexed.equals(exact)
     assert StorageResource().embeddings(str(tmp_path)).table_names() == {
@@ -325,7 +369,18 @@ def test_vectors_that_are_newer_than_the_basis_are_refused(tmp_path: Path) -> No
     assert "of shard 'a', its vectors are now newer" in failure(tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"cosine": 0}, {"cosine": 1.1}, {"exact_up_to": -1}, {"threshold": 1}])
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cosine": 0},
+        {"cosine": 1.1},
+        {"cosine": "near"},
+        {"text_likeness": 1.1},
+        {"text_likeness": -0.1},
+        {"exact_up_to": -1},
+        {"threshold": 1},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="NearDuplicates"):
         NearDuplicates(**settings)  # type: ignore[arg-type]

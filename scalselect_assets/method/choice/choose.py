@@ -135,7 +135,7 @@ def _kept_choice(
         raise ValueError(
             "Got earlier rows to keep with a strategy that draws at random; its rows have no scores that a "
             "threshold could be compared with, and its inclusion probabilities would be wrong. Keep none, or "
-            "choose by top_leverage, spanning or length."
+            "choose by top_leverage, coverage, spanning or length."
         )
     free = without[terms.n_held :]
     threshold = float(score[free].min()) if free.size else math.inf

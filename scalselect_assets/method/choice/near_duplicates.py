@@ -6,15 +6,20 @@ kept before it points in nearly the same direction; of several such rows, the fi
 row removes nothing. So every removed row is within the threshold of its partner, no two kept rows are within
 it of each other, and the result depends on the ranking and the vectors only, not on blocks or the order of
 reading.
+
+The vector of a sample hardly shows what is asked about its picture. Where `Contents` are given, a row
+therefore repeats another one only if their texts are alike as well; and rows with the same pictures and like
+texts repeat each other whatever their vectors.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scalselect_assets.method.choice.text_likeness import TextLikeness
 from scalselect_assets.method.subspace.preprocessing import prepared_rows, unit_rows
 
 Candidates: TypeAlias = Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]
@@ -41,16 +46,40 @@ class Vectors(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Contents:
+    """What n rows show and say, by position.
+
+    Attributes:
+        pictures: (n,) int64, equal for rows that show the same pictures in the same order.
+        likeness: Compares their texts.
+        least_likeness: From which likeness on two rows say the same, in (0, 1].
+    """
+
+    pictures: NDArray[np.int64]
+    likeness: TextLikeness
+    least_likeness: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least_likeness <= 1:
+            raise ValueError(
+                f"Got a least likeness of {self.least_likeness}; allowed is above 0 and at most 1. Give no "
+                "contents where the vectors alone decide."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Removals:
     """What became of n rows.
 
     Attributes:
         partner: (n,) int64, the position of the kept row that each row was removed for; -1 if it is kept.
         cosine: (n,) float64, between the two; NaN if it is kept.
+        spared: (n,) bool, kept rows whose vector is within the threshold of a kept one with another text.
     """
 
     partner: NDArray[np.int64]
     cosine: NDArray[np.float64]
+    spared: NDArray[np.bool_]
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -86,7 +115,12 @@ def centred_directions(
 
 
 def near_duplicates(
-    order: NDArray[np.int64], vectors: Vectors, cosine: float, *, block_rows: int = _BLOCK_ROWS
+    order: NDArray[np.int64],
+    vectors: Vectors,
+    cosine: float,
+    *,
+    contents: Contents | None = None,
+    block_rows: int = _BLOCK_ROWS,
 ) -> Removals:
     """The removals that the rule above makes.
 
@@ -97,6 +131,7 @@ def near_duplicates(
         order: (n,) the positions 0 to n - 1, the best first.
         vectors: Theirs.
         cosine: From which on a row repeats another one, in (0, 1].
+        contents: What the rows show and say; None compares vectors only.
         block_rows: Rows that are compared with all others together; the result does not depend on it.
 
     Raises:
@@ -107,25 +142,34 @@ def near_duplicates(
     n = len(order)
     if not np.array_equal(np.sort(order), np.arange(n)):
         raise ValueError(f"Got an order of {n} rows that does not hold each position from 0 to {n - 1} once.")
-    removals = Removals(np.full(n, -1, np.int64), np.full(n, np.nan))
+    removals = Removals(np.full(n, -1, np.int64), np.full(n, np.nan), np.zeros(n, np.bool_))
+    comparison = _Comparison(cosine, contents, removals)
     waiting = np.ones(n, np.bool_)
     rest = order
     while len(rest):
         block, rest = rest[:block_rows], rest[block_rows:]
         waiting[block] = False
         x = vectors.take(block)
-        leaders = _leaders(block, x, cosine, removals)
+        leaders = comparison.leaders(block, x)
         if not len(rest):
             break
         positions, queries = block[leaders], x[leaders]
-        for candidates, y in vectors.near(queries, cosine - _MARGIN):
+        near = vectors.near(queries, cosine - _MARGIN)
+        for candidates, y in _also(
+            near, comparison.sharing_pictures(positions, waiting, block_rows), vectors
+        ):
             still = waiting[candidates]
-            found, partner, value = _first_within(y[still], queries, cosine)
-            removed = candidates[still][found]
-            removals.partner[removed], removals.cosine[removed] = positions[partner], value
-            waiting[removed] = False
+            waiting[comparison.remove(candidates[still], y[still], positions, queries)] = False
         rest = rest[waiting[rest]]
+    removals.spared[~removals.kept] = False
     return removals
+
+
+def _also(near: Candidates, more: Iterable[NDArray[np.int64]], vectors: Vectors) -> Candidates:
+    """The candidates by their vectors, then further ones by their positions."""
+    yield from near
+    for positions in more:
+        yield positions, vectors.take(positions)
 
 
 def pairs_within(queries: NDArray[np.float32], candidates: Candidates, cosine: float) -> NDArray[np.int64]:
@@ -141,43 +185,102 @@ def pairs_within(queries: NDArray[np.float32], candidates: Candidates, cosine: f
     return unique
 
 
-def _leaders(
-    block: NDArray[np.int64], x: NDArray[np.float32], cosine: float, removals: Removals
-) -> NDArray[np.int64]:
-    """Places in the block of the rows that are kept; the others' removals are noted."""
-    maybe = x @ x.T >= cosine - _MARGIN
-    kept = np.zeros(len(block), np.bool_)
-    for place in range(len(block)):
-        partners = np.flatnonzero(maybe[place, :place] & kept[:place])
-        values = _cosines(x[partners], x[place])
-        within = np.flatnonzero(values >= cosine)
-        if len(within):
-            removals.partner[block[place]] = block[partners[within[0]]]
-            removals.cosine[block[place]] = values[within[0]]
-        else:
-            kept[place] = True
-    return np.flatnonzero(kept)
+class _Comparison:
+    """Compares rows with kept ones by the rule, and notes what it removes and what it spares."""
 
+    def __init__(self, cosine: float, contents: Contents | None, removals: Removals) -> None:
+        self._cosine, self._contents, self._removals = cosine, contents, removals
+        if contents is not None:
+            self._by_pictures = np.argsort(contents.pictures, kind="stable")
+            self._pictures = contents.pictures[self._by_pictures]
 
-def _first_within(
-    y: NDArray[np.float32], queries: NDArray[np.float32], cosine: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Rows within the threshold of a query, the first such query of each, and their cosine."""
-    maybe = y @ queries.T >= cosine - _MARGIN
-    undecided = np.flatnonzero(maybe.any(axis=1))
-    rows, partners, values = [], [], []
-    while len(undecided):
-        first = maybe[undecided].argmax(axis=1)
-        value = _cosines(y[undecided], queries[first])
-        within = value >= cosine
-        rows.append(undecided[within])
-        partners.append(first[within])
-        values.append(value[within])
-        maybe[undecided, first] = False
-        undecided = undecided[~within & maybe[undecided].any(axis=1)]
-    if not rows:
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
-    return np.concatenate(rows), np.concatenate(partners), np.concatenate(values)
+    def leaders(self, block: NDArray[np.int64], x: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Places in the block of the rows that are kept; the others' removals are noted."""
+        maybe = self._maybe(block, x, block, x)
+        kept = np.zeros(len(block), np.bool_)
+        for place in range(len(block)):
+            partners = np.flatnonzero(maybe[place, :place] & kept[:place])
+            row = np.full(len(partners), place)
+            values, repeats = self._repeats(block[row], x[row], block[partners], x[partners])
+            if repeats.any():
+                first = int(repeats.argmax())
+                self._note(block[place : place + 1], block[partners[[first]]], values[[first]])
+            else:
+                kept[place] = True
+        return np.flatnonzero(kept)
+
+    def remove(
+        self,
+        rows: NDArray[np.int64],
+        y: NDArray[np.float32],
+        kept: NDArray[np.int64],
+        x: NDArray[np.float32],
+    ) -> NDArray[np.int64]:
+        """Note the rows that repeat a kept one, each with the first such; returns their positions."""
+        maybe = self._maybe(rows, y, kept, x)
+        undecided = np.flatnonzero(maybe.any(axis=1))
+        removed = [np.empty(0, np.int64)]
+        while len(undecided):
+            first = maybe[undecided].argmax(axis=1)
+            values, repeats = self._repeats(rows[undecided], y[undecided], kept[first], x[first])
+            gone = rows[undecided[repeats]]
+            self._note(gone, kept[first[repeats]], values[repeats])
+            removed.append(gone)
+            maybe[undecided, first] = False
+            undecided = undecided[~repeats & maybe[undecided].any(axis=1)]
+        return np.concatenate(removed)
+
+    def sharing_pictures(
+        self, kept: NDArray[np.int64], waiting: NDArray[np.bool_], at_once: int
+    ) -> Iterator[NDArray[np.int64]]:
+        """Waiting rows with the pictures of a kept row, which their vectors may not show; in batches."""
+        if self._contents is None:
+            return
+        pictures = np.unique(self._contents.pictures[kept])
+        begin, end = (np.searchsorted(self._pictures, pictures, side) for side in ("left", "right"))
+        several = end - begin > 1
+        members = [self._by_pictures[a:b] for a, b in zip(begin[several], end[several], strict=True)]
+        rows = np.concatenate([np.empty(0, np.int64), *members])
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once]
+            if (part := part[waiting[part]]).size:
+                yield part
+
+    def _maybe(
+        self,
+        rows: NDArray[np.int64],
+        y: NDArray[np.float32],
+        kept: NDArray[np.int64],
+        x: NDArray[np.float32],
+    ) -> NDArray[np.bool_]:
+        """Which pairs may repeat each other, (rows, kept); no pair that does is left out."""
+        maybe: NDArray[np.bool_] = y @ x.T >= self._cosine - _MARGIN
+        if self._contents is not None:
+            maybe |= self._contents.pictures[rows][:, None] == self._contents.pictures[kept]
+        return maybe
+
+    def _repeats(
+        self,
+        rows: NDArray[np.int64],
+        y: NDArray[np.float32],
+        kept: NDArray[np.int64],
+        x: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The cosine of each pair, and whether its row repeats the kept one."""
+        values = _cosines(y, x)
+        near: NDArray[np.bool_] = values >= self._cosine
+        if self._contents is None or not len(rows):
+            return values, near
+        alike = np.zeros(len(rows), np.bool_)
+        looked = np.flatnonzero(near | (self._contents.pictures[rows] == self._contents.pictures[kept]))
+        alike[looked] = self._contents.likeness(rows[looked], kept[looked]) >= self._contents.least_likeness
+        self._removals.spared[rows[near & ~alike]] = True
+        return values, alike
+
+    def _note(
+        self, rows: NDArray[np.int64], partners: NDArray[np.int64], values: NDArray[np.float64]
+    ) -> None:
+        self._removals.partner[rows], self._removals.cosine[rows] = partners, values
 
 
 def _cosines(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float64]:

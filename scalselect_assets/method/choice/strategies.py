@@ -5,7 +5,7 @@ know the terms, so that what they compute for a given number of rows (inclusion 
 rows that span together) is computed for the rows that will be chosen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalselect_assets.method.choice.candidates import Blocks, Candidates
+from scalselect_assets.method.choice.coverage import coverage_order
 from scalselect_assets.method.choice.proportions import proportional_sizes
 from scalselect_assets.method.choice.spanning import DEFAULT_PASSES, DEFAULT_PRIOR, spanning_order
 from scalselect_assets.method.choice.terms import Column, InfeasibleError, Terms
@@ -282,12 +283,9 @@ class Spanning:
 
     def rank(self, candidates: Candidates, terms: Terms, projections: Blocks | None = None) -> Ranking:
         """See ``Strategy.rank``."""
-        if projections is None:
-            raise ValueError(
-                "Got no projections for the strategy spanning, which needs the rows of U_k. Pass them as "
-                "blocks in the order of the candidates (method.candidates.projected)."
-            )
-        spanned = spanning_order(candidates, terms, projections, passes=self.passes, prior=self.prior)
+        spanned = spanning_order(
+            candidates, terms, _given("spanning", projections), passes=self.passes, prior=self.prior
+        )
         return Ranking(
             spanned.order,
             spanned.gain,
@@ -305,8 +303,44 @@ class Spanning:
         return {"strategy": "spanning", "passes": self.passes, "prior": self.prior}
 
 
-STRATEGIES = ("top_leverage", "leverage_sampling", "spanning", "random", "stratified_random", "length")
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Rows of high leverage in every part of the subspace; see `coverage.coverage_order`."""
+
+    needs_projections = True
+
+    def rank(self, candidates: Candidates, terms: Terms, projections: Blocks | None = None) -> Ranking:
+        """See ``Strategy.rank``."""
+        covered = coverage_order(candidates, terms, _given("coverage", projections))
+        figures = {"novelty": covered.novelty, "n_picked": float(covered.n_picked)}
+        return Ranking(covered.order, covered.gain, {"gain": covered.gain}, figures)
+
+    def describe(self) -> dict[str, str | float | int]:
+        """See ``Strategy.describe``."""
+        return {"strategy": "coverage"}
+
+
+def _given(strategy: str, projections: Blocks | None) -> Blocks:
+    if projections is None:
+        raise ValueError(
+            f"Got no projections for the strategy {strategy}, which needs the rows of U_k. Pass them as "
+            "blocks in the order of the candidates (method.choice.candidates.projected)."
+        )
+    return projections
+
+
+STRATEGIES = (
+    *("top_leverage", "coverage", "leverage_sampling", "spanning"),
+    *("random", "stratified_random", "length"),
+)
 """What `strategy_named` makes; the first is the default."""
+
+_WITHOUT_KNOBS: Mapping[str, Callable[[], Strategy]] = {
+    "top_leverage": TopLeverage,
+    "coverage": Coverage,
+    "spanning": Spanning,
+    "length": LongestText,
+}
 
 
 def strategy_named(name: str = STRATEGIES[0], *, seed: int = 0, stratify_by: str | None = None) -> Strategy:
@@ -323,12 +357,10 @@ def strategy_named(name: str = STRATEGIES[0], *, seed: int = 0, stratify_by: str
     if seed < 0:
         raise ValueError(f"Got seed {seed}; allowed is 0 or more. Choose another.")
     match name:
-        case "top_leverage":
-            return TopLeverage()
+        case "top_leverage" | "coverage" | "spanning" | "length":
+            return _WITHOUT_KNOBS[name]()
         case "leverage_sampling":
             return LeverageSampling(seed)
-        case "spanning":
-            return Spanning()
         case "random":
             return Random(seed)
         case "stratified_random":
@@ -337,8 +369,6 @@ def strategy_named(name: str = STRATEGIES[0], *, seed: int = 0, stratify_by: str
                     "Got no column to stratify by; stratified_random needs one. Name a column of labels."
                 )
             return StratifiedRandom(stratify_by, seed)
-        case "length":
-            return LongestText()
         case _:
             raise ValueError(
                 f"Got strategy {name!r}; allowed are {', '.join(STRATEGIES)}. Name one of these."

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from scalselect_assets.method.choice.near_duplicates import centred_directions, near_duplicates, pairs_within
+from scalselect_assets.method.choice.near_duplicates import (
+    Contents,
+    centred_directions,
+    near_duplicates,
+    pairs_within,
+)
+from scalselect_assets.method.choice.nearest_cosines import LEAST_SUGGESTED, nearest_cosines
+from scalselect_assets.method.choice.text_likeness import Shingles, TextLikeness, shingles
 from scalselect_assets.method.subspace.preprocessing import unit_rows
 from tests.method.vectors import VectorsInMemory
 
@@ -144,3 +151,87 @@ def test_pairs_are_those_of_the_definition() -> None:
     assert pairs_within(queries, vectors.near(queries, 0.9), 0.9).tolist() == want
     assert [0, 4] in want
     assert [1, 9] in want
+
+
+def said(texts: list[str], pictures: list[int], least: float = 0.9) -> Contents:
+    """Rows that show numbered pictures and ask a text each."""
+    hashed = Shingles.of([shingles(text.split()) for text in texts])
+    return Contents(np.array(pictures), TextLikeness(hashed, hashed), least)
+
+
+def naive_with_contents(
+    matrix: NDArray[np.float32], order: NDArray[np.int64], cosine: float, contents: Contents
+) -> list[int]:
+    partner = [-1] * len(matrix)
+    kept: list[int] = []
+    for row in order:
+        for other in kept:
+            near = round(float(matrix[row].astype(float) @ matrix[other]), 6) >= cosine
+            pair = np.array([row]), np.array([other])
+            alike = contents.likeness(*pair)[0] >= contents.least_likeness
+            if alike and (near or contents.pictures[row] == contents.pictures[other]):
+                partner[row] = other
+                break
+        else:
+            kept.append(row)
+    return partner
+
+
+def test_another_question_about_the_same_picture_stays() -> None:
+    vectors = on_circle(0, 1, 2, 3)
+    contents = said(["red cup", "blue box", "red cup", "red cup"], [0, 0, 0, 1])
+    removals = near_duplicates(np.arange(4), vectors, COSINE, contents=contents)
+    assert removals.partner.tolist() == [-1, -1, 0, 0]
+    assert removals.spared.tolist() == [False, True, False, False]
+    assert near_duplicates(np.arange(4), vectors, COSINE).partner.tolist() == [-1, 0, 0, 0]
+
+
+def test_the_same_picture_with_a_like_text_goes_however_far_its_vector() -> None:
+    vectors = on_circle(0, 90, 180)
+    contents = said(["red cup", "red cup", "red cup"], [0, 0, 1])
+    assert near_duplicates(np.arange(3), vectors, COSINE, contents=contents).partner.tolist() == [-1, 0, -1]
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 64, 1000])
+@pytest.mark.parametrize("cosine", [0.5, 0.9])
+def test_with_contents_it_is_the_rule_for_any_size_of_block(block_rows: int, cosine: float) -> None:
+    matrix, rng = clustered(300), np.random.default_rng(8)
+    texts = [f"{word} cup" for word in rng.choice(["red", "blue", "green"], 300)]
+    contents = said(texts, rng.integers(0, 60, 300).tolist())
+    order = rng.permutation(300)
+    removals = near_duplicates(
+        order, VectorsInMemory(matrix), cosine, contents=contents, block_rows=block_rows
+    )
+    assert removals.partner.tolist() == naive_with_contents(matrix, order, cosine, contents)
+    assert (~removals.kept).any()
+    assert removals.kept[removals.spared].all()
+
+
+@pytest.mark.parametrize("least", [0.0, 1.1, float("nan")])
+def test_a_likeness_out_of_range_is_refused(least: float) -> None:
+    with pytest.raises(ValueError, match="allowed is above 0 and at most 1"):
+        said(["a"], [0], least)
+
+
+def test_the_suggested_threshold_is_above_the_neighbours_that_are_no_copies() -> None:
+    rng = np.random.default_rng(9)
+    matrix = unit_rows(rng.normal(size=(400, 12))).astype(np.float32)
+    copies = unit_rows(matrix[:50] + 0.01 * rng.normal(size=(50, 12))).astype(np.float32)
+    both = np.concatenate([matrix, copies])
+    contents = said([f"q{i % 400}" for i in range(450)], [i % 400 for i in range(450)])
+    rows = np.arange(400)
+    batches = [(np.arange(a, a + 90), both[a : a + 90]) for a in range(0, 450, 90)]
+    found = nearest_cosines(rows, both[:400], batches, contents)
+    cosines = both[:400].astype(float) @ both.T
+    cosines[rows, rows] = -1
+    assert np.allclose(found.nearest, cosines.max(axis=1), atol=1e-5)
+    cosines[rows[:50], 400 + rows[:50]] = -1
+    assert np.allclose(found.innocent, cosines.max(axis=1), atol=1e-5)
+    assert (found.nearest[:50] > 0.99).all()
+    assert np.mean(found.innocent >= found.suggested()) <= 0.01
+
+
+def test_one_row_suggests_the_lowest_threshold() -> None:
+    one = on_circle(0)
+    found = nearest_cosines(np.array([0]), one.matrix, [(np.array([0]), one.matrix)], said(["a"], [0]))
+    assert found.suggested() == LEAST_SUGGESTED

@@ -94,12 +94,12 @@ def test_every_strategy_ranks_every_row_once_keeps_to_the_terms_and_repeats_itse
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "spanning"])
 def test_the_order_in_which_rows_are_given_does_not_change_the_choice(pool, name):
-    _, made = pool
+    u, made = pool
     strategy = strategy_named(name, seed=5, stratify_by="source")
     places = np.random.default_rng(2).permutation(made.n)
     shuffled = permuted(made, places)
-    chosen = choose(made, strategy, agree(made, Budget(40))).rows
-    other = choose(shuffled, strategy, agree(shuffled, Budget(40))).rows
+    chosen = choose(made, strategy, agree(made, Budget(40)), blocks_of(u)).rows
+    other = choose(shuffled, strategy, agree(shuffled, Budget(40)), blocks_of(u[places])).rows
     assert places[other].tolist() == chosen.tolist()
 
 

@@ -1,0 +1,151 @@
+"""Rows of high leverage in every part of the dominant subspace, where top leverage takes one part many times.
+
+Objective: F(S) = Σ over cells of the largest leverage of a chosen row in that cell, with the random cells
+of `method.choice.cells`: facility location with "shares a cell" for the similarity. A row adds its leverage
+for each of its cells that no chosen row of higher leverage lies in: leverage times novelty.
+
+Guarantee: F is monotone and submodular, and the greedy choice is exact (lazy evaluation, Minoux 1978), so
+for a budget of rows F is at least 1 - 1/e of the best possible (Nemhauser, Wolsey & Fisher 1978), and at
+least 1/2 of it with ceilings on one label. What it promises is coverage of the subspace; no accuracy follows
+from that.
+
+Costs, for n rows and N picks: one pass over the projections, O(n·k) with the constants of `cells_of`; then
+O(n log n) for the order of leverage and O(N log N) for the heap, as each row is looked at again a few
+times; some 130 bytes of memory for every row.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalselect_assets.method.choice.candidates import Blocks, Candidates
+from scalselect_assets.method.choice.cells import N_TABLES, Cells, cells_of
+from scalselect_assets.method.choice.tally import Tally
+from scalselect_assets.method.choice.terms import Terms
+
+_Entry = tuple[float, float, int, int]  # minus the gain, minus the leverage, the tie order, the row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Covered:
+    """Rows by what they add to F.
+
+    Attributes:
+        order: Every eligible row once, int64: those picked, in the order of picking, then the others by gain.
+        gain: (n,) float64, what F gained by a picked row, or would gain by any other in the end, for each
+            table; 0 for held and excluded rows.
+        n_picked: How many rows of ``order`` were picked.
+        novelty: Mean of gain / leverage over the picked rows, in [0, 1]: the share of their cells that were
+            new.
+    """
+
+    order: NDArray[np.int64]
+    gain: NDArray[np.float64]
+    n_picked: int
+    novelty: float
+
+
+def coverage_order(candidates: Candidates, terms: Terms, projections: Blocks) -> Covered:
+    """Rows by what they add to the coverage of the others; ties by leverage, then by tie order.
+
+    Held rows cover their cells from the start. Quotas are kept to while picking, as `Tally` does.
+
+    Args:
+        candidates: Leverages and tie order.
+        terms: How many rows to pick, which are held, and quotas.
+        projections: The rows of U_k in the order of the candidates.
+
+    Raises:
+        ValueError: The blocks are not n rows of one width of finite values.
+    """
+    cells = cells_of(projections, candidates.n, terms.expected_size)
+    greedy = _Greedy(candidates, terms, cells)
+    picked = greedy.pick()
+    gain = np.zeros(candidates.n)
+    gain[picked] = greedy.gained
+    others = np.flatnonzero(terms.eligible & ~_mask(candidates.n, picked))
+    gain[others] = greedy.gains(others)
+    leverage = candidates.normalised_leverage
+    order = np.lexsort((candidates.tie_order[others], -leverage[others], -gain[others]))
+    counted = picked[leverage[picked] > 0]
+    return Covered(
+        order=np.concatenate([picked, others[order]]),
+        gain=gain,
+        n_picked=len(picked),
+        novelty=float((gain[counted] / leverage[counted]).mean()) if counted.size else 0.0,
+    )
+
+
+class _Greedy:
+    """The rows picked so far, and the largest leverage in each cell.
+
+    Attributes:
+        gained: What F gained by each picked row, for each table.
+    """
+
+    def __init__(self, candidates: Candidates, terms: Terms, cells: Cells) -> None:
+        self._leverage, self._tie_order = candidates.normalised_leverage, candidates.tie_order
+        self._cells, self._tally = cells.of_row, Tally(terms)
+        self._largest = np.zeros(cells.n_cells)
+        self.gained: list[float] = []
+        for row in np.flatnonzero(terms.held).tolist():
+            self._cover(row)
+        # No row adds more than its leverage, so rows come in this order until they have been looked at.
+        self._fresh = candidates.by(self._leverage, terms.eligible_rows)
+
+    def pick(self) -> NDArray[np.int64]:
+        """The picked rows in order."""
+        picked: list[int] = []
+        looked_at: list[_Entry] = []
+        n_fresh = 0
+        while not self._tally.is_full and (looked_at or n_fresh < len(self._fresh)):
+            row = -1
+            if n_fresh < len(self._fresh):
+                row = int(self._fresh[n_fresh])
+            if row >= 0 and (not looked_at or self._bound(row) < looked_at[0]):
+                n_fresh += 1
+            else:
+                row = heapq.heappop(looked_at)[-1]
+            if not self._tally.admits(np.array([row]))[0]:
+                continue
+            entry = self._entry(row)
+            best_other = looked_at[0] if looked_at else None
+            if n_fresh < len(self._fresh):
+                bound = self._bound(int(self._fresh[n_fresh]))
+                best_other = bound if best_other is None else min(best_other, bound)
+            if best_other is not None and best_other < entry:
+                heapq.heappush(looked_at, entry)
+                continue
+            picked.append(row)
+            self.gained.append(-entry[0])
+            self._cover(row)
+            self._tally.take(row)
+        return np.array(picked, np.int64)
+
+    def gains(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What F would gain by each of some rows, for each table, (m,)."""
+        gains = np.empty(len(rows))
+        for start in range(0, len(rows), 4096):
+            part = rows[start : start + 4096]
+            missing = self._leverage[part][:, None] - self._largest[self._cells[part]]
+            gains[start : start + 4096] = np.maximum(missing, 0.0).sum(axis=1) / N_TABLES
+        return gains
+
+    def _bound(self, row: int) -> _Entry:
+        return -self._leverage[row], -self._leverage[row], int(self._tie_order[row]), row
+
+    def _entry(self, row: int) -> _Entry:
+        missing = np.maximum(self._leverage[row] - self._largest[self._cells[row]], 0.0)
+        return -float(missing.sum()) / N_TABLES, -self._leverage[row], int(self._tie_order[row]), row
+
+    def _cover(self, row: int) -> None:
+        own = self._cells[row]
+        self._largest[own] = np.maximum(self._largest[own], self._leverage[row])
+
+
+def _mask(n: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    mask = np.zeros(n, np.bool_)
+    mask[rows] = True
+    return mask
