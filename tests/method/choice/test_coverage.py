@@ -12,6 +12,7 @@ from scalselect_assets.method.choice.cells import N_TABLES, Cells, cells_of
 from scalselect_assets.method.choice.choose import choose
 from scalselect_assets.method.choice.coverage import coverage_order
 from scalselect_assets.method.choice.strategies import Coverage, TopLeverage
+from scalselect_assets.method.choice.taking import take
 from scalselect_assets.method.choice.terms import Budget, Quota, Terms
 from tests.method.pools import blocks_of, of_rows, planted
 
@@ -54,7 +55,7 @@ def test_the_lazy_choice_is_the_greedy_one(seed: int) -> None:
     terms = agree(made, Budget(25), include=[3, 50], exclude=[1])
     cells = cells_of(blocks_of(u), made.n, 25)
     found = coverage_order(made, terms, blocks_of(u))
-    assert sorted(terms.take(found.order).tolist()) == sorted(naive_greedy(made, cells, terms))
+    assert sorted(take(terms, found.order).tolist()) == sorted(naive_greedy(made, cells, terms))
     picked = found.order[: found.n_picked]
     assert (np.diff(found.gain[picked]) <= 1e-9).all()
     assert found.gain[picked].min() >= found.gain[found.order[found.n_picked :]].max() - 1e-9
@@ -94,7 +95,7 @@ def test_quotas_hold_and_every_eligible_row_is_ranked_once() -> None:
     order = coverage_order(made, terms, blocks_of(u)).order
     assert sorted(order.tolist()) == terms.eligible_rows.tolist()
     labels = np.array([made.labels["source"].values[code] for code in made.labels["source"].codes])
-    chosen = labels[terms.take(order)]
+    chosen = labels[take(terms, order)]
     assert (chosen == "s0").sum() <= 5
     assert (chosen == "s2").sum() >= 6
 
@@ -120,7 +121,7 @@ def test_without_directions_the_tie_order_decides() -> None:
     u = np.zeros((5, 0))
     made = Candidates(np.zeros(5), np.array([4, 3, 2, 1, 0]), np.ones(5, np.int64), np.ones(5, np.int64))
     terms = agree(made, Budget(2))
-    assert terms.take(coverage_order(made, terms, blocks_of(u)).order).tolist() == [4, 3]
+    assert take(terms, coverage_order(made, terms, blocks_of(u)).order).tolist() == [4, 3]
 
 
 def test_without_projections_it_says_what_is_missing() -> None:
