@@ -6,7 +6,7 @@ DEMO := .scalselect
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train dev test test-quick e2e faults lint format constraints screenshots clean
+.PHONY: help install demo train dev test test-quick e2e faults loaders gpu lint format constraints screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -16,7 +16,7 @@ install: $(INSTALLED)  ## Create .venv with the package and everything that the 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
-		-e '.[dev,training]'
+		-e '.[dev,training,exports-check]'
 	@# Pip would compile on one core. What a package has for another Python does not compile, and need not.
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
@@ -48,6 +48,21 @@ e2e: install  ## Run the test of a real Dagster deployment on loopback (five min
 faults: install  ## Run the tests that kill processes, fill disks and move clocks
 	$(BIN)/python -m pytest -m faults -n auto
 
+gpu:  ## Measure the representation on a CUDA device (five minutes; with the torch of PYTHON, not .venv)
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
+
+# Both need an older Transformers than the rest, and many packages that no other test needs.
+loaders: install  ## Read the exports with LLaMA-Factory's and ms-swift's own loaders (downloads gigabytes)
+	@for trainer in llamafactory==0.9.5 ms-swift==4.6.0; do \
+		environment=.venv-loaders/$${trainer%%==*}; \
+		$(PYTHON) -m venv $$environment && \
+		$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+			| grep -vE '^(torch|transformers|tokenizers)' > $$environment/needed.txt && \
+		$$environment/bin/python -m pip install --quiet $$trainer pytest hypothesis num2words -r $$environment/needed.txt && \
+		$$environment/bin/python -m pip install --quiet --no-deps -e . && \
+		$$environment/bin/python -m pytest -rs tests/dataset/exports/test_loaders.py || exit 1; \
+	done
+
 lint: install  ## Check style, types, the import contract and the declared dependencies
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -69,4 +84,4 @@ screenshots: install  ## Take the README's pictures of the UI again (after `make
 	$(BIN)/python docs/images/screenshots.py --store $(DEMO)/demo
 
 clean:  ## Remove the environment, caches and the demo
-	rm -rf $(VENV) $(DEMO) .training build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-loaders $(DEMO) .training build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

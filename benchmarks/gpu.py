@@ -30,7 +30,7 @@ from benchmarks.representation_work import work_per_sample
 from benchmarks.two_ways import Straightforward
 from scalselect_assets.method.representation.dtypes import DtypeName
 from scalselect_assets.method.representation.encoder import ChatSample, VlmEncoder
-from scalselect_assets.method.representation.loading import load_encoder, resolve_device
+from scalselect_assets.method.representation.loading import ModelLoadError, load_encoder, resolve_device
 from scalselect_assets.method.representation.versions import outdated_library
 
 _LAYERS: Final = 2  # of the language model on disk
@@ -45,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     if outdated := outdated_library():
         raise SystemExit(outdated)
-    device = resolve_device(options.device)
+    try:
+        device = resolve_device(options.device)
+    except ModelLoadError as error:
+        raise SystemExit(str(error)) from error
     started = time.perf_counter()
     with TemporaryDirectory(prefix="scalselect-gpu-", dir=options.folder) as scratch:
         folder = Path(scratch)

@@ -13,7 +13,8 @@ from typing import Any
 
 import dagster as dg
 
-from scalselect_assets.declaration.selection import Selection, SelectionFileError, read_selection
+from scalselect_assets.declaration.selection import Selection
+from scalselect_assets.declaration.selection_file import SelectionFileError, read_selection
 from scalselect_assets.embedding.device_pool import limit_devices
 from scalselect_assets.graph import selection_defs
 from scalselect_assets.operations.damaged_records import (
@@ -145,7 +146,7 @@ def opened_instance(selection: Selection, *, to_read: bool = False) -> Iterator[
     folder = instance_folder(selection)
     with ExitStack() as stack:
         stack.enter_context(named_damage(folder))
-        if to_read and not is_writable(folder if folder.exists() else folder.parent):
+        if to_read and not (folder.exists() and is_writable(folder)):
             copy = stack.enter_context(copied_records(folder))
             copy.mkdir(exist_ok=True)
             _write_config(copy)

@@ -13,7 +13,7 @@ import numpy as np
 
 from scalselect_assets import ASSET_MODULES
 from scalselect_assets.declaration.selection import Selection
-from scalselect_assets.deployment import build_defs, open_instance
+from scalselect_assets.deployment import build_defs, open_instance, opened_instance
 from scalselect_assets.embedding import receipts
 from scalselect_assets.operations.refresh import Refresh, RefreshReport
 from scalselect_assets.resources import verified_files
@@ -57,7 +57,7 @@ class Bench:
         accept_missing_images: bool = False,
     ) -> RefreshReport:
         selection = self.selection
-        with open_instance(selection) as instance:
+        with opened_instance(selection) as instance:
             return Refresh(
                 selection,
                 job=self._job(),

@@ -10,12 +10,8 @@ import pytest
 from scalselect_assets import ASSET_MODULES
 from scalselect_assets.component import SelectionComponent
 from scalselect_assets.dataset import training_manifest
-from scalselect_assets.declaration.selection import (
-    DECLARATION_TYPE,
-    Selection,
-    SelectionFileError,
-    read_selection,
-)
+from scalselect_assets.declaration.selection import DECLARATION_TYPE, Selection
+from scalselect_assets.declaration.selection_file import SelectionFileError, read_selection
 from scalselect_assets.deployment import build_defs, declared_selections
 from scalselect_assets.operations.automation import automation_condition
 from scalselect_assets.resources.identity import digest

@@ -42,11 +42,23 @@ def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
     assert [name for name in named if not exists(name)] == []
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "decisions.md"], ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_pages_and_headings_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
+
+
 @pytest.mark.parametrize(
     ("page", "names"),
     [
         ("README.md", ASSET_MODULES),
-        ("README.md", RejectionReason),
+        ("docs/data.md", RejectionReason),
         ("docs/choosing.md", STRATEGIES),
         ("docs/exports.md", FORMAT_NAMES),
     ],

@@ -6,6 +6,7 @@ uses, and one that starts Python behind their back fails.
 """
 
 import multiprocessing.process
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,8 +43,8 @@ def hold_to_tiers(patch: pytest.MonkeyPatch) -> None:
     popen, start = subprocess.Popen.__init__, multiprocessing.process.BaseProcess.start
 
     def checked_popen(self: Any, args: Any, *more: Any, **options: Any) -> None:
-        program = args if isinstance(args, str | Path) else next(iter(args))
-        if Path(program).parent == Path(sys.executable).parent:
+        program = args if isinstance(args, str | bytes | os.PathLike) else next(iter(args))
+        if Path(os.fsdecode(program)).parent == Path(sys.executable).parent:
             _refuse_if_quick()
         popen(self, args, *more, **options)
 

@@ -166,7 +166,7 @@ def look(
     if settings is None:
         return Looked(frames[0], {}, ())
     artifacts = storage.artifacts(selection.store)
-    source = storage.samples(selection.source, selection.image_root, selection.store)
+    source = selection.open_pool(storage)
     whole: list[str] = []
     n_decoded = n_shards = 0
     for shard in shards:

@@ -45,7 +45,7 @@ _UNKNOWN_NAMED = 100
 """Entries of lists that name no row, as far as they are recorded by name."""
 
 NAME = "selected_subset"
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 SUM_CHECK = "leverage_scores_sum_to_rank"
 _SUM_TOLERANCE = 1e-5  # relative; the scores are within this of float64, and their errors do not add up
 

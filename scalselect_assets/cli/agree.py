@@ -6,7 +6,7 @@ import typer
 
 from scalselect_assets.cli.options import JsonOption, VerboseOption, declaration_path
 from scalselect_assets.cli.printing import print_json, say, user_errors
-from scalselect_assets.declaration.selection import read_selection
+from scalselect_assets.declaration.selection_file import read_selection
 from scalselect_assets.explain.store_agreement import agreement
 from scalselect_assets.resources.storage import StorageResource
 

@@ -16,7 +16,7 @@ from scalselect_assets.cli.printing import (
     user_errors,
 )
 from scalselect_assets.dataset.training_manifest import is_complete
-from scalselect_assets.declaration.selection import read_selection
+from scalselect_assets.declaration.selection_file import read_selection
 from scalselect_assets.explain.explanation import DEFAULT_SIMILAR
 from scalselect_assets.explain.sample_attention import SampleAttention, attention_of
 from scalselect_assets.explain.sample_lineage import SampleLineage, trace
@@ -56,7 +56,7 @@ def status(
             return
         artifacts = storage.artifacts(selection.store)
         discovery = discover(
-            storage.samples(selection.source, selection.image_root, selection.store, selection.ignore),
+            selection.open_pool(storage),
             artifacts,
             selection.settle_seconds,
             remember=deployment.is_writable_store(selection),

@@ -12,7 +12,8 @@ import typer
 from pydantic import ValidationError
 
 from scalselect_assets import ASSET_MODULES, deployment
-from scalselect_assets.declaration.selection import NO_CREDENTIALS, Selection, read_selection
+from scalselect_assets.declaration.selection import NO_CREDENTIALS, Selection
+from scalselect_assets.declaration.selection_file import read_selection
 from scalselect_assets.resources.artifacts import replace_text
 from scalselect_assets.resources.shown_text import has_credentials
 from scalselect_assets.resources.storage import StorageResource

@@ -12,7 +12,7 @@ from rich.text import Text
 from scalselect_assets import deployment
 from scalselect_assets.cli.options import JsonOption, VerboseOption, declaration_path
 from scalselect_assets.cli.printing import ERR, print_json, say, user_errors
-from scalselect_assets.declaration.selection import read_selection
+from scalselect_assets.declaration.selection_file import read_selection
 from scalselect_assets.operations.cleaning import clean as clean_store
 from scalselect_assets.operations.leftovers import DEFAULT_RETENTION_DAYS
 from scalselect_assets.resources.shard_reader import split_shard

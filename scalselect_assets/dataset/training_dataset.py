@@ -22,6 +22,7 @@ from upath import UPath
 from scalselect_assets.asset_path import OutputHeader, PoolAsset, StoreState, path_of
 from scalselect_assets.choice import selected_subset
 from scalselect_assets.dataset.exports import publish
+from scalselect_assets.dataset.exports.placed_images import ExportError
 from scalselect_assets.dataset.exports.rows import RowSpool
 from scalselect_assets.dataset.training_manifest import is_complete, read_manifest
 from scalselect_assets.declaration.selection import Selection
@@ -106,7 +107,7 @@ def write_dataset(
     """
     start = time.monotonic()
     artifacts = storage.artifacts(selection.store)
-    source = storage.samples(selection.source, selection.image_root, selection.store, selection.ignore)
+    source = selection.open_pool(storage)
     subset, subset_header = artifacts.read_frame(selected_subset.NAME)
     subspace, basis = subspace_basis.read_basis(artifacts)
     in_basis = sorted(basis.shards)
@@ -247,7 +248,7 @@ def _write_exports(
             selection.name,
             lambda reports: require_passed(*_export_results(reports)),
         )
-    except publish.ExportError as error:
+    except ExportError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
 
 

@@ -6,7 +6,6 @@ the form of Dagster's component files; `scalselect_assets.component` is the comp
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict
 
 import dagster as dg
@@ -36,13 +35,13 @@ from scalselect_assets.method.representation.image_place import DEFAULT_IMAGE_PL
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.subspace.rank import DEFAULT_ENERGY_THRESHOLD, RankRule, parse_rank_rule
 from scalselect_assets.recording.partitions import shard_partitions
-from scalselect_assets.resources.shown_text import has_credentials, masked
+from scalselect_assets.resources.sample_source import SampleSource
+from scalselect_assets.resources.shown_text import has_credentials
+from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import TargetModel
 
 DECLARATION_TYPE = "scalselect_assets.component.SelectionComponent"
 """The ``type`` of a declaration: the component that Dagster builds from the same file."""
-
-_EARLIER_TYPES = ("scalselect_assets.selection.Selection",)  # declared by stores of earlier releases
 
 
 # Fields that say when and for whom results are made, and change no result.
@@ -84,10 +83,6 @@ _EXPECTED_SHARE = 0.16  # share of the rows if the budget is a number of tokens:
 
 # The bound is inside the union, because Dagster's loader would apply an outer one to null, too.
 _Positive: TypeAlias = Annotated[int, Field(ge=1)]
-
-
-class SelectionFileError(ValueError):
-    """A declaration cannot be read; the message names the file and the fault."""
 
 
 class AssetOptions(TypedDict):
@@ -383,6 +378,10 @@ class Selection(dg.Model):
         """The settings that may change a result or its description; not those of its schedule and owners."""
         return self.model_dump(exclude=_DRIVING | set(RETIRED_SETTINGS))
 
+    def open_pool(self, storage: StorageResource) -> SampleSource:
+        """The pool that is declared, without the files that are to be ignored."""
+        return storage.samples(self.source, self.image_root, self.store, self.ignore)
+
     def key(self, asset: str) -> dg.AssetKey:
         """The asset key of this selection's ``asset``."""
         return dg.AssetKey([self.name, asset])
@@ -409,62 +408,3 @@ class Selection(dg.Model):
         return yaml.safe_dump(
             {"type": DECLARATION_TYPE, "attributes": attributes}, sort_keys=False, allow_unicode=True
         )
-
-
-def _absolute(place: str, declaration: Path) -> str:
-    """A path of a declaration made absolute; it is relative to the folder of the file."""
-    return str((declaration.parent / Path(place).expanduser()).absolute())
-
-
-def _attributes(declared: object, path: Path) -> dict[str, Any]:
-    """The attributes of a declaration of one of the accepted types."""
-    if not isinstance(declared, dict):
-        raise SelectionFileError(
-            f"{path} does not hold a mapping; write `type: {DECLARATION_TYPE}` and `attributes`"
-        )
-    if (kind := declared.get("type")) not in (DECLARATION_TYPE, *_EARLIER_TYPES):
-        raise SelectionFileError(
-            f"{path} declares the type {kind!r}; a selection has `type: {DECLARATION_TYPE}`, or "
-            f"{' or '.join(_EARLIER_TYPES)} as earlier releases wrote"
-        )
-    attributes = declared.get("attributes") or {}
-    if not isinstance(attributes, dict):
-        raise SelectionFileError(
-            f"{path} has the `attributes` {attributes!r}; write one `name: value` a line"
-        )
-    return dict(attributes)
-
-
-def read_selection(path: Path) -> Selection:
-    """Read one declaration; relative local paths in it are relative to the file's folder.
-
-    A target model that begins with a dot is a path; otherwise it may be a hub id. The type that earlier
-    releases wrote is accepted, too, so that their stores still open.
-
-    Raises:
-        SelectionFileError: The file is not YAML or not of this type, or an attribute is unknown, missing or
-            out of range.
-    """
-    try:
-        declared = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SelectionFileError(masked(f"cannot read the selection {path}: {error}")) from error
-    attributes = _attributes(declared, path)
-    for name in ("source", "store", "image_root", "target_model", "include", "exclude"):
-        value = attributes.get(name)
-        if not isinstance(value, str) or "://" in value:
-            continue
-        if name != "target_model" or value.startswith((".", "~")):
-            attributes[name] = _absolute(value, path)
-    if isinstance(evaluation := attributes.get("decontamination"), dict):
-        attributes["decontamination"] = {
-            name: _absolute(value, path)
-            if name in {"images", "texts"} and isinstance(value, str) and "://" not in value
-            else value
-            for name, value in evaluation.items()
-        }
-    try:
-        # Dagster's templating is not used, because it would read a name of digits as a number.
-        return Selection.model_validate(attributes)
-    except ValueError as error:
-        raise SelectionFileError(masked(f"the selection {path} is not valid: {error}")) from error

@@ -113,7 +113,7 @@ class _Embedding:
         self._selection, self._vlm, self._progress, self._log = selection, vlm, progress, log
         self._artifacts = storage.artifacts(selection.store)
         self._tables = storage.embeddings(selection.store)
-        self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._source = selection.open_pool(storage)
         self._card = vlm.card(self._artifacts, **selection.target)
         self._conditions = {
             "fingerprint": self._card["fingerprint"],

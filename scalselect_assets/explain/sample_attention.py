@@ -116,7 +116,7 @@ def attention_of(
         raw_samples.NAME, place.shard, columns=["row", "conversation", "images"]
     )
     row = raw.row(by_predicate=pl.col("row") == place.row, named=True)
-    source = storage.samples(selection.source, selection.image_root, selection.store)
+    source = selection.open_pool(storage)
     encoder = vlm.encoder(store.artifacts, **selection.target)
     if encoder.card.fingerprint != table.fingerprint:
         raise ExplanationError(

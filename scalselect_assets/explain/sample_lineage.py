@@ -36,6 +36,7 @@ from scalselect_assets.resources.artifacts import (
     ArtifactMissingError,
 )
 from scalselect_assets.resources.embedding_store import EmbeddingTableError
+from scalselect_assets.resources.forms.embedded import address_of
 from scalselect_assets.resources.sample_source import ShardIndex
 from scalselect_assets.resources.storage import StorageResource
 from scalselect_assets.resources.vlm import CARDS, VlmResource
@@ -154,7 +155,7 @@ class _Trace:
         self._selection, self._storage, self._records = selection, storage, Records(instance)
         self._artifacts = storage.artifacts(selection.store)
         self._embeddings = storage.embeddings(selection.store)
-        self._source = storage.samples(selection.source, selection.image_root, selection.store)
+        self._source = selection.open_pool(storage)
         self._remedy = remedy(selection)
         self._steps: list[Step] = []
         self._problems: list[str] = []
@@ -209,11 +210,12 @@ class _Trace:
 
     def _images(self, paths: Iterable[str], digests: Iterable[str | None]) -> tuple[dict[str, Any], ...]:
         try:
-            folder = f"{self._source.images_folder()}/"
+            images, shards = f"{self._source.images_folder()}/", f"{self._source.shards_folder()}/"
         except FileNotFoundError:  # said of the shard file already
-            folder = ""
+            images = shards = ""
         return tuple(
-            {"path": f"{folder}{path}", "sha256": sha256} for path, sha256 in zip(paths, digests, strict=True)
+            {"path": f"{shards if address_of(path) else images}{path}", "sha256": sha256}
+            for path, sha256 in zip(paths, digests, strict=True)
         )
 
     def _sha256_now(self, path: str) -> str | None:

@@ -107,7 +107,7 @@ def agreement(first: ArtifactStore, second: ArtifactStore) -> StoreAgreement:
         both=both.height,
         by_chance=chosen[0].height * chosen[1].height / shared.height,
         rank_correlation=float(spearmanr(*leverages).statistic) if varied else None,
-        sources=_by_source(*chosen, both),
+        sources=_by_source(chosen[0], chosen[1], both),
     )
 
 

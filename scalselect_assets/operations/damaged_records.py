@@ -18,7 +18,7 @@ _REMEDY = (
 
 
 class DamagedRecordsError(RuntimeError):
-    """Dagster's records cannot be read; the message names the file and the remedy."""
+    """Dagster's records cannot be used; the message names the file or the folder, and the remedy."""
 
 
 def is_fault_of_records(error: BaseException | None) -> bool:
@@ -41,10 +41,17 @@ def named_damage(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except DamagedRecordsError:
+        raise
     except Exception as error:
         if not is_fault_of_records(error):
             raise
-        damaged = next((file for file in databases(folder) if not is_whole(file)), folder)
+        damaged = next((file for file in databases(folder) if not is_whole(file)), None)
+        if damaged is None:
+            raise DamagedRecordsError(
+                f"Dagster's records in {folder} cannot be used now ({_first_sqlite_error(error)}); see that "
+                "no other process holds them, that they are writable and that the disk has space"
+            ) from error
         raise DamagedRecordsError(
             f"Dagster's records in {damaged} cannot be read ({_first_sqlite_error(error)}); {_REMEDY} "
             f"(the folder is {folder})"
@@ -57,15 +64,15 @@ def databases(folder: Path) -> list[Path]:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether SQLite finds a file in order."""
+    """Whether SQLite finds a file in order; one that somebody holds is taken to be."""
     try:
         connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)
         try:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         finally:
             connection.close()
-    except sqlite3.DatabaseError:
-        return False
+    except sqlite3.DatabaseError as error:
+        return "locked" in str(error)
     return bool(verdict == "ok")
 
 

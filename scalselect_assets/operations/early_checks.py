@@ -13,6 +13,7 @@ from scalselect_assets.choice.labels import label_of
 from scalselect_assets.choice.lists import Lists
 from scalselect_assets.dataset import training_manifest
 from scalselect_assets.dataset.exports import publish
+from scalselect_assets.dataset.exports.placed_images import ExportError
 from scalselect_assets.declaration.selection import Selection
 from scalselect_assets.operations.faults import RefreshError
 from scalselect_assets.pool import raw_samples
@@ -37,11 +38,11 @@ def check_declaration(selection: Selection, storage: StorageResource, vlm: VlmRe
     decontamination.list_files(storage, selection)
     if selection.exports:
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = selection.open_pool(storage)
         folder = artifacts.root / training_manifest.NAME / publish.FOLDER
         try:
             publish.require_possible(selection.exports, source, folder)
-        except publish.ExportError as error:
+        except ExportError as error:
             raise RefreshError(str(error)) from error
 
 

@@ -97,7 +97,7 @@ class RefreshConfig(dg.Config):
 
     accept_missing_images: bool = Field(
         default=False,
-        description="Agree that images that are missing are gone, so that their rows give up their vectors.",
+        description="Accept that missing images are gone for good, so that their rows lose their vectors.",
     )
 
 

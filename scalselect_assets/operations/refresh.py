@@ -125,9 +125,7 @@ class Refresh:
         self._rebuild_basis, self._accept_missing = rebuild_basis, accept_missing_images
         self._should_stop = should_stop
         self._artifacts = storage.artifacts(selection.store)
-        self._source = storage.samples(
-            selection.source, selection.image_root, selection.store, selection.ignore
-        )
+        self._source = selection.open_pool(storage)
         self._staleness = Staleness(selection, storage, vlm, instance)
         self._report = RefreshReport(damaged=self._staleness.verified.damaged)
 

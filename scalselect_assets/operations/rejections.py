@@ -15,7 +15,6 @@ from scalselect_assets.method.representation.rejection import RejectionReason
 from scalselect_assets.resources.artifacts import FRAME, ArtifactMissingError, ArtifactStore
 from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.image_root import ImageRoot
-from scalselect_assets.resources.row_images import RowError
 from scalselect_assets.resources.samples import parse_row
 from scalselect_assets.resources.storage import StorageResource
 
@@ -94,16 +93,16 @@ def find_images(selection: Selection, storage: StorageResource, texts: Iterable[
 
 
 def _references(text: str) -> tuple[str, ...]:
-    try:
-        sample = parse_row(text).sample
-    except RowError:
-        return ()
+    sample = parse_row(text).sample
     return tuple(name for name in sample.images if "://" not in name) if sample else ()
 
 
 def _files_named(folder: Path, names: set[str]) -> Iterator[Path]:
-    """Files of these names in a folder and below it, the nearest first, of the first so many entries."""
-    waiting, looked_at = [folder], 0
+    """Files of these names in a folder and below it, the nearest first, of the first so many entries.
+
+    Other file systems are left out: a hint is not worth waiting for a network.
+    """
+    waiting, looked_at, device = [folder], 0, folder.stat().st_dev
     while waiting and looked_at < _LOOKED_AT:
         below = waiting.pop(0)
         try:
@@ -112,8 +111,10 @@ def _files_named(folder: Path, names: set[str]) -> Iterator[Path]:
             continue  # a hint is not worth an error
         looked_at += len(entries)
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                waiting.append(Path(entry.path))
+            if entry.is_dir(follow_symlinks=False):
+                hidden = entry.name.startswith(".")
+                if not hidden and entry.stat(follow_symlinks=False).st_dev == device:
+                    waiting.append(Path(entry.path))
             elif entry.name in names:
                 yield Path(entry.path)
 

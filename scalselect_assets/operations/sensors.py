@@ -51,7 +51,7 @@ def discovery_sensor(selection: Selection) -> dg.SensorDefinition:
     def discovery(context: dg.SensorEvaluationContext, storage: StorageResource) -> dg.SkipReason:
         limit_devices(context.instance)  # before a run of the first shard is requested
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store, selection.ignore)
+        source = selection.open_pool(storage)
         found = discover(source, artifacts, selection.settle_seconds)
         if not found.versions:
             # A file system that is not mounted looks like a pool without shards.

@@ -71,11 +71,7 @@ class Survey:
         self._held: dict[str, str] = json.loads(totals.get("shards", "{}"))
         basis = self._basis_shards()
         manifest = self._manifest()
-        pool = set(
-            storage.samples(
-                selection.source, selection.image_root, selection.store, selection.ignore
-            ).shard_keys()
-        )
+        pool = set(selection.open_pool(storage).shard_keys())
         # The reasons why a shard that has left the pool is still needed.
         self._still_needed = {
             **dict.fromkeys(manifest, "the manifest names it, until the next refresh"),

@@ -162,7 +162,7 @@ def source_assets(selection: Selection) -> list[dg.SourceAsset]:
 
     def discovered(context: dg.OpExecutionContext, storage: StorageResource) -> Discovery:
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store, selection.ignore)
+        source = selection.open_pool(storage)
         discovery = settled_discovery(source, artifacts, selection.settle_seconds)
         report_discovery(selection, context.instance, discovery)
         return discovery

@@ -1,4 +1,4 @@
-"""Images that were there and are missing now: their rows keep the vectors that they have.
+"""Images that were there earlier and are missing now; their rows keep their vectors.
 
 A disk that is not mounted looks like a pool whose images were all deleted. So a row that had a vector keeps
 it while its image is missing, until a person agrees that the image is gone; and where more than a share of
@@ -61,7 +61,7 @@ def newly_missing(
 
 
 def kept_rows(earlier: pl.DataFrame | None, now: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """Rows as they were read, where those that only miss an image stand as they did when it was there.
+    """The rows of a shard, in which rows that only miss an image stay as they were while it was there.
 
     Args:
         earlier: The shard's rows of the last time, if there are any.
@@ -88,7 +88,7 @@ def kept_rows(earlier: pl.DataFrame | None, now: pl.DataFrame) -> tuple[pl.DataF
 
 
 def n_kept(artifacts: ArtifactStore, rows_asset: str, shards: Iterable[str]) -> dict[str, int]:
-    """How many rows of each shard keep their vectors though their images are missing, where any do."""
+    """The number of rows, for each shard that has some, that keep vectors although images are missing."""
     kept = {}
     for shard in shards:
         try:

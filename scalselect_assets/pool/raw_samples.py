@@ -26,29 +26,30 @@ from scalselect_assets.resources.artifacts import (
     ArtifactStore,
 )
 from scalselect_assets.resources.identity import digest
-from scalselect_assets.resources.sample_source import PoolRow, SampleSource
+from scalselect_assets.resources.judged_rows import PoolRow
+from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.shard_reader import ShardFormatError
 from scalselect_assets.resources.storage import StorageResource
 
 NAME = "raw_samples"
 CODE_VERSION = "2"
 SHARD_INDEXES = "shard_index-"
-"""Followed by the version of the code that reads shards, as whose rows an index knows the images."""
+"""First part of the name of a shard's index; the version of the code that reads shards follows it."""
 SHARD_INDEX = f"{SHARD_INDEXES}{CODE_VERSION}"
 
 
 def provenance(selection: Selection, shard_version: str) -> str:
-    """What the rows of one shard are computed from."""
+    """The hash of everything that the rows of one shard are computed from."""
     return data_versions.provenance(NAME, CODE_VERSION, image_root=selection.image_root, shard=shard_version)
 
 
 class RowsConfig(dg.Config):
-    """What a person may ask of one run."""
+    """The settings of one run."""
 
     accept_missing_images: bool = Field(
         default=False,
-        description="Agree that images that are missing are gone: their rows give up the vectors that they "
-        "had. Otherwise these rows stay as they were.",
+        description="Accept that missing images are gone for good: their rows then lose their vectors. "
+        "Otherwise these rows stay as they were.",
     )
 
 
@@ -67,7 +68,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """Every row of the shard, read, validated and given its content key, with what speaks against it."""
         artifacts = storage.artifacts(selection.store)
-        source = storage.samples(selection.source, selection.image_root, selection.store)
+        source = selection.open_pool(storage)
 
         def read(shard: str) -> Output:
             start = time.monotonic()

@@ -41,7 +41,7 @@ def require_passed(*checks: dg.AssetCheckResult) -> None:
 def as_failure(
     context: dg.AssetExecutionContext, what: str, error: FailedCheckError, shard: str | None
 ) -> dg.Failure:
-    """Record failed checks, and give the failure of the step.
+    """Record failed checks, and return the failure of the step.
 
     Args:
         context: Of the asset.
@@ -70,7 +70,7 @@ def as_failure(
 
 
 def failed_checks(records: Records, asset: dg.AssetKey, names: Sequence[str]) -> dict[str, str]:
-    """What the checks of an asset over the pool saw that failed when they were last evaluated, by name."""
+    """The results, by name, of an asset's checks over the pool whose last evaluation failed."""
     failed = {}
     for name in names:
         record = records.last_check(dg.AssetCheckKey(asset, name))
@@ -80,7 +80,7 @@ def failed_checks(records: Records, asset: dg.AssetKey, names: Sequence[str]) ->
 
 
 def shards_with_failed_checks(records: Records, asset: dg.AssetKey, names: Sequence[str]) -> dict[str, str]:
-    """What a check of an asset by shard saw that failed when it was last evaluated, by shard."""
+    """The results, by shard, of a check whose last evaluation for the shard failed."""
     failed = {}
     for name in names:
         check = dg.AssetCheckKey(asset, name)

@@ -26,6 +26,7 @@ from dagster._core.storage.asset_check_execution_record import (
 from scalselect_assets.method.interrupts import deferred
 from scalselect_assets.recording.data_versions import DATA_VERSION_TAG, recorded
 from scalselect_assets.recording.partitions import shards_name
+from scalselect_assets.resources.shown_text import shown
 
 RunContext: TypeAlias = dg.AssetExecutionContext | dg.OpExecutionContext
 
@@ -333,12 +334,15 @@ class RunRecords(Records):
 
 
 class RunLog(logging.LoggerAdapter[logging.Logger]):
-    """A run's log. Its lines are events in Dagster's records, so an interruption waits for the end of one."""
+    """A run's log, in which no text of the pool acts on a terminal.
+
+    Its lines are events in Dagster's records, so an interruption waits for the end of one.
+    """
 
     def log(self, level: int, msg: object, *args: object, **more: Any) -> None:
         """Write one line; all other methods of a log come here."""
         with deferred():
-            super().log(level, msg, *args, **more)
+            super().log(level, shown(msg) if isinstance(msg, str) else msg, *args, **more)
 
 
 def _is_of(materialization: dg.AssetMaterialization | None, data_version: str) -> bool:

@@ -48,7 +48,7 @@ class ReportRows:
         """The rows of the pool, of which ``n`` are embedded and those of ``subset`` selected."""
         self._artifacts = storage.artifacts(selection.store)
         self._embeddings = storage.embeddings(selection.store)
-        self._images = storage.samples(selection.source, selection.image_root, selection.store)
+        self._images = selection.open_pool(storage)
         self._source_of, self._overlay_of, self._n = source_of(selection.source_label), overlay, n
         self._chosen = {str(shard): rows["row"] for (shard,), rows in subset.group_by("shard")}
         self._pool, self._embedded, self._selected = Counter[str](), Counter[str](), Counter[str]()

@@ -29,6 +29,7 @@ from scalselect_assets.resources.forms.base import Form, ShardFile
 from scalselect_assets.resources.forms.embedded import Address, address_of
 from scalselect_assets.resources.forms.registry import form_of
 from scalselect_assets.resources.pool_files import shard_file_state
+from scalselect_assets.resources.shard_reader import ShardFormatError
 from scalselect_assets.resources.shown_text import masked
 from scalselect_assets.resources.written_json import shorten
 
@@ -119,16 +120,19 @@ class ImageRoot:
         """The bytes of the image at a normalised path.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: There is no such file, or it is inside a shard that is damaged.
             PermissionError: The path leaves the root.
-            ShardFormatError: It is inside a shard that is damaged.
             OSError: The file cannot be read.
         """
         if embedded := _embedded(path):
             form, address = embedded
             with self._refusals_as_errors(path):
                 file, state = self._shard(address)
-            return form.read_image(file, state.version, address)
+            try:
+                return form.read_image(file, state.version, address)
+            except ShardFormatError as error:
+                # The shard is reported as damaged by itself; its images are as good as gone.
+                raise FileNotFoundError(f"image {path} cannot be read: {error}") from error
         if self._local:
             with self.open(path) as image:
                 return image.read()

@@ -25,6 +25,7 @@ from scalselect_assets.resources.forms.embedded import address_of, to_data_uri
 from scalselect_assets.resources.forms.registry import form_of
 from scalselect_assets.resources.forms.text import PLAIN, TextForm
 from scalselect_assets.resources.image_root import ImageRoot
+from scalselect_assets.resources.judged_rows import PoolRow, judge
 from scalselect_assets.resources.pool_files import shard_file_state
 from scalselect_assets.resources.pool_listing import (
     DEFAULT_IGNORE,
@@ -33,41 +34,16 @@ from scalselect_assets.resources.pool_listing import (
     list_shards,
 )
 from scalselect_assets.resources.samples import (
-    Sample,
-    content_key,
     occurrence_key,
     parse_row,
-    repeat_key,
-    text_key,
     with_image_paths,
 )
-from scalselect_assets.resources.shard_reader import Container, RowText, ShardFormatError
+from scalselect_assets.resources.shard_reader import Container, ShardFormatError
 from scalselect_assets.resources.written_json import shorten
 
 # Dagster refuses "..." and these control characters in a partition key; an undecodable byte of a file name
 # (a surrogate in Python) could not be stored as text.
 _NOT_IN_KEYS = re.compile(r"[%\a\b\f\n\r\t\v\0\udc80-\udcff]|\.(?=\.\.)")
-
-
-@dataclass(frozen=True, slots=True)
-class PoolRow:
-    """One row of a shard: a sample whose images are all there, or a rejection."""
-
-    row: int
-    """Place in the shard, from 0."""
-    line: int
-    """Line of the file on which it starts, from 1."""
-    text: str
-    """The row's JSON text verbatim."""
-    sample_key: str
-    """Hash of its content, unique within the shard."""
-    source_id: str | None
-    """The row's ``id`` as a string, where it has one."""
-    sample: Sample | None
-    """None exactly where ``rejection`` is given."""
-    image_paths: tuple[str, ...]
-    """The images, for ``SampleSource.open_image``; empty where the row is rejected."""
-    rejection: Rejection | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +175,7 @@ class SampleSource:
         n_seen: dict[str, int] = {}
         accepted: dict[str, str] = {}
         for row in _form(file).rows(file):
-            judged, repeat = _judge(row, images)
+            judged, repeat = judge(row, images)
             base = judged.sample_key
             if repeat is not None and repeat in accepted:
                 detail = f"the row repeats {accepted[repeat]} of this shard, all but its id; remove one"
@@ -359,9 +335,8 @@ class SampleSource:
         """The bytes of an image, by its path relative to the image root or its address in a shard.
 
         Raises:
-            FileNotFoundError: There is no such image.
+            FileNotFoundError: There is no such image, or the shard that holds it is damaged.
             PermissionError: The path leads out of the image root.
-            ShardFormatError: The shard that holds it is damaged.
             OSError: It cannot be read.
         """
         return self.image_files().read(relative_path)
@@ -462,42 +437,6 @@ def _is_within(path: str, shard: str) -> bool:
     """Whether an image lies inside the shard that names it."""
     address = address_of(path)
     return address is not None and address.shard == shard
-
-
-def _judge(row: RowText, images: ImageRoot) -> tuple[PoolRow, str | None]:
-    """The row as far as it can be told on its own, its key being the base, and what repeats of it share."""
-
-    def judged(
-        base: str,
-        source_id: str | None = None,
-        rejection: Rejection | None = None,
-        sample: Sample | None = None,
-        image_paths: tuple[str, ...] = (),
-    ) -> PoolRow:
-        return PoolRow(row.row, row.line, row.text, base, source_id, sample, image_paths, rejection)
-
-    if row.error:
-        return judged(text_key(row.text), rejection=Rejection(RejectionReason.MALFORMED_ROW, row.error)), None
-    parsed = parse_row(row.text, row.row)
-    if parsed.sample is None:
-        return judged(text_key(row.text), parsed.source_id, parsed.rejection), None
-    paths, names = [], []
-    rejection: Rejection | None = None
-    for reference in parsed.sample.images:
-        address = address_of(reference)
-        if address and address.row == row.row and address.place < len(row.images):
-            paths.append(reference)
-            names.append(f"sha256:{hashlib.sha256(row.images[address.place]).hexdigest()}")
-            continue
-        found = images.resolve(reference)
-        rejection = rejection or found.rejection
-        paths.append(found.path or reference)
-        names.append(paths[-1])
-    base = content_key(parsed.sample, names)
-    if rejection:
-        return judged(base, parsed.source_id, rejection), None
-    kept = judged(base, parsed.source_id, sample=parsed.sample, image_paths=tuple(paths))
-    return kept, repeat_key(row.text, names)
 
 
 def _is_folder(path: UPath) -> bool:

@@ -93,10 +93,14 @@ class VlmResource(dg.ConfigurableResource):
         on_gpu = encoder.device.type == "cuda"
         return {
             "batch_tokens": self.batch_tokens or (16_384 if on_gpu else 4_096),
-            "workers": self.workers
-            if self.workers is not None
-            else (min(16, _usable_cores() - 1) if on_gpu else 0),
+            "workers": self._processes(on_gpu=on_gpu),
         }
+
+    def _processes(self, *, on_gpu: bool) -> int:
+        """Processes that prepare samples."""
+        if self.workers is not None:
+            return self.workers
+        return min(16, _usable_cores() - 1) if on_gpu else 0
 
     def encoder(self, artifacts: ArtifactStore, **target: Unpack[TargetModel]) -> "VlmEncoder":
         """The loaded model; its card is kept in the store.
@@ -108,6 +112,7 @@ class VlmResource(dg.ConfigurableResource):
         # Threads that wait by spinning take the processor from those that compute; read when torch is
         # first imported, so what the environment says, or a process that has imported torch, prevails.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from scalselect_assets.method.representation import workers
         from scalselect_assets.method.representation.loading import ModelLoadError, load_encoder
 
         signature = model_signature(**target)
@@ -116,6 +121,8 @@ class VlmResource(dg.ConfigurableResource):
         commit = _first_commit(artifacts, target) or (known or {}).get("commit")
         if key not in _LOADED or commit not in {None, _LOADED[key].card.commit}:
             _LOADED.clear()  # one model at a time: two would not fit where one just does
+            if self._processes(on_gpu=self.array_device() == "cuda"):
+                workers.start_server()
             _LOADED[key] = load_encoder(
                 target["model"],
                 revision=commit or target["revision"],

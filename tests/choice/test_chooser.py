@@ -352,7 +352,7 @@ def test_a_declaration_of_all_terms_survives_its_file(tmp_path: Path) -> None:
         near_duplicates={"cosine": 0.99},  # type: ignore[arg-type]
         text_only=0.5,
     )
-    from scalselect_assets.declaration.selection import read_selection
+    from scalselect_assets.declaration.selection_file import read_selection
 
     path = tmp_path / "selection.yaml"
     path.write_text(declared.to_yaml())

@@ -144,6 +144,23 @@ def test_the_distance_that_counts_is_a_setting(tmp_path: Path, one_evaluation_im
     assert found(20) == ["cropped.png", "same.png"]
 
 
+def test_an_image_at_exactly_the_distance_is_found_and_one_bit_nearer_is_asked_for_in_vain(
+    tmp_path: Path,
+) -> None:
+    evaluation = write_images(tmp_path / "evaluation", {"e.png": encoded(photograph(1))})
+    pool_of_images(tmp_path, {"near.png": encoded(cropped(photograph(1), 0.02))})
+    near, other = (
+        image_hashes._hash_or_none(encoded(image)) for image in (cropped(photograph(1), 0.02), photograph(1))
+    )
+    assert near is not None
+    assert other is not None
+    distance = (near ^ other).bit_count()
+    assert distance > 0
+    for allowed, n_found in ((distance, 1), (distance - 1, 0)):
+        settings = Decontamination(images=str(evaluation), max_hamming=allowed)
+        assert looked_at(tmp_path, settings).height == n_found
+
+
 def test_the_nearest_of_several_evaluation_images_is_the_partner(tmp_path: Path) -> None:
     exact = encoded(photograph(3))
     evaluation = write_images(

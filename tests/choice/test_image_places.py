@@ -11,6 +11,7 @@ import pytest
 from scalselect_assets.choice.image_places import CHECK
 from scalselect_assets.deployment import open_instance
 from scalselect_assets.embedding import receipts
+from scalselect_assets.resources.row_hashes import ROW_HASH
 from scalselect_assets.subspace import subspace_basis
 from tests.bench import Bench
 from tests.conftest import png_bytes, sharegpt_row, write_lines
@@ -124,7 +125,7 @@ def forget_the_column(bench: Bench, shard: str) -> None:
     tables = bench.storage.embeddings(str(bench.store))
     table, header = receipts.recorded_table(bench.artifacts, shard)
     held = tables.read_all(table)
-    known = ("row", "sample_key", "vector", "source_id", "asks_before_image")
+    known = ("row", "sample_key", "vector", "source_id", "asks_before_image", ROW_HASH)
     again = tables.replace(
         table.fingerprint,
         shard,

@@ -1,52 +1,23 @@
 """The command line as people use it: what it prints, what it exits with, what a second run does."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
 from PIL import Image
 from upath import UPath
 
-from scalselect_assets.cli import app as cli
 from scalselect_assets.demo.demo_pool import DEMO_REJECTIONS
 from scalselect_assets.resources.artifacts import ArtifactStore
+from tests.cli.conftest import Command, summary_of
 from tests.conftest import SHARED_DATA, png_bytes, sharegpt_row, write_lines, write_pool_shard
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
-
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "quick_dagster")
-
-
-@pytest.fixture
-def scalselect(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    """Run the command in a folder of its own, in this process, which has imported what takes seconds."""
-    monkeypatch.chdir(tmp_path)
-    for name, value in {"COLUMNS": "60", "LANCEDB_LOG": "error", "OMP_WAIT_POLICY": "PASSIVE"}.items():
-        monkeypatch.setenv(name, value)
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = ["scalselect", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", command)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
-
-    level = logging.getLogger("scalselect").level
-    yield run
-    logging.getLogger("scalselect").setLevel(level)
 
 
 @pytest.fixture
@@ -64,14 +35,6 @@ def installed(processes: None, tmp_path: Path) -> Command:
         )
 
     return run
-
-
-def summary_of(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The one JSON object on standard output."""
-    assert finished.returncode == 0, finished.stderr
-    (line,) = finished.stdout.splitlines()
-    result: dict[str, Any] = json.loads(line)
-    return result
 
 
 def test_the_demo_accounts_for_every_row_and_does_nothing_twice(
@@ -317,9 +280,13 @@ def test_split_makes_shards_that_run(scalselect: Command, tmp_path: Path, demo_v
 
 def test_options_that_failed_are_not_remembered(scalselect: Command, tmp_path: Path, demo_vlm: Path) -> None:
     write_pool_shard(tmp_path / "2024", "a.jsonl", 4, seed=0)
+    store = Path(".scalselect") / "2024"
+    assert scalselect("run", "2024", "--model", "./nowhere").returncode == 1
+    assert not (tmp_path / store / "selection.yaml").exists()
     assert scalselect("run", "2024", "--model", demo_vlm, "--budget", "1000").returncode == 1
-    assert not (tmp_path / ".scalselect" / "2024" / "selection.yaml").exists()
-    assert scalselect("run", "2024", "--model", demo_vlm, "--budget", "2").returncode == 0
+    # The samples are embedded, and without its declaration no command could open their store.
+    assert scalselect("status", "--store", store).returncode == 0
+    assert scalselect("run", "2024", "--budget", "2").returncode == 0
     assert scalselect("run", "2024", "--budget", "1000").returncode == 1
     assert summary_of(scalselect("run", tmp_path / "x" / ".." / "2024", "--json"))["selected"] == 2
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from scalselect_assets.dataset import training_manifest
 from scalselect_assets.declaration.export_specs import FORMAT_NAMES
 from scalselect_assets.method.representation.encoder import VlmEncoder
 from scalselect_assets.operations.faults import RefreshError
@@ -263,6 +264,26 @@ def test_exports_leave_the_dataset_as_it_is_without_them(
     bench.options["exports"] = EVERY_FORMAT[:1]
     bench.refresh()
     assert written(bench).read_bytes() == written(plain).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data + b"\n", lambda data: data[:-1]], ids=["longer", "shorter"]
+)
+@pytest.mark.parametrize("name", ["train.jsonl", "exports/ms_swift/train.jsonl"])
+def test_a_dataset_with_a_file_of_another_size_is_not_complete(
+    name: str, change: Callable[[bytes], bytes], tmp_path: Path, demo_vlm: Path
+) -> None:
+    write_pool_shard(tmp_path / "pool", "a.jsonl", 4, seed=0)
+    bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
+    bench.options["exports"] = [{"format": "ms_swift"}]
+    bench.refresh()
+    assert training_manifest.is_complete(bench.artifacts)
+    file = bench.store / "training_dataset" / name
+    whole = file.read_bytes()
+    file.write_bytes(change(whole))
+    assert not training_manifest.is_complete(bench.artifacts)
+    bench.refresh()
+    assert file.read_bytes() == whole
 
 
 def test_declaring_exports_makes_the_dataset_again_and_nothing_else(

@@ -74,6 +74,20 @@ def whole(*scored: str) -> Counts:
     return scores + Counter({(asset, None): 1 for asset in AFTER})
 
 
+def put_at_once(pool: Path, shard: str, n_rows: int, seed: int) -> None:
+    """Put a shard into the pool in one step, as old as one that nobody writes any more.
+
+    A tick that falls between this and what the test changes next would count them as two events.
+    """
+    staged = pool.with_name("staged")
+    write_pool_shard(staged, shard, n_rows, seed)
+    for path in (*(staged / "images").iterdir(), staged / shard):
+        os.utime(path, (time.time() - 60,) * 2)
+    for image in (staged / "images").iterdir():
+        image.replace(pool / "images" / image.name)
+    (staged / shard).replace(pool / shard)
+
+
 @pytest.fixture
 def deployment(make_pool: Callable[..., Path], tmp_path: Path, demo_vlm: Path) -> Iterator[Deployment]:
     pool = make_pool(dict.fromkeys(("a.jsonl", "b.jsonl"), 3))
@@ -112,9 +126,7 @@ def test_both_ways_materialize_exactly_what_is_due(
 
     # A run in a process of its own is dear, so few shards stay: a phase scores each in one. Phases with one
     # event alone are tried without processes, in `tests.operations`.
-    write_pool_shard(pool, "a.jsonl", 3, seed=5000)
-    for written in ("a.jsonl", "images/5000.png", "images/5001.png", "images/5002.png"):
-        os.utime(pool / written, (time.time() - 60,) * 2)  # what is still being written comes later
+    put_at_once(pool, "a.jsonl", 3, seed=5000)
     (pool / "b.jsonl").unlink()
     next_phase("one changed, one removed", shards("a.jsonl") + whole("a.jsonl"))
 

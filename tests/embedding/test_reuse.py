@@ -99,12 +99,12 @@ def test_an_image_that_is_replaced_under_its_name_is_embedded_again(
     assert len(bench.vectors()) == 6
 
 
-def test_an_image_that_is_gone_is_rejected_and_nothing_else_is_embedded(
+def test_an_image_that_is_gone_for_good_is_rejected_and_nothing_else_is_embedded(
     bench: Bench, embedded: list[int]
 ) -> None:
     bench.refresh()
     (bench.pool / "images" / "3.png").unlink()
-    bench.refresh()
+    bench.refresh(accept_missing_images=True)
     assert embedded == [6]
     assert len(bench.vectors()) == 5
     assert bench.artifacts.read_frame("rejected_rows", "a.jsonl")[0]["reason"].to_list() == ["missing_image"]

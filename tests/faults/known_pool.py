@@ -32,13 +32,13 @@ class Pool:
     def add(self, shard: str, n_rows: int) -> None:
         """A new shard."""
         self.shards[shard] = self._new(n_rows)
-        self._write(shard)
+        self.write(shard)
 
     def change(self, shard: str, places: list[int]) -> None:
         """Replace the samples at some places by new ones."""
         for place, number in zip(places, self._new(len(places)), strict=True):
             self.shards[shard][place] = number
-        self._write(shard)
+        self.write(shard)
 
     def remove(self, shard: str) -> None:
         """Delete a shard's file."""
@@ -91,7 +91,8 @@ class Pool:
                 (self.folder / "images" / f"{number}.png").write_bytes(_image(number))
         return numbers
 
-    def _write(self, shard: str) -> None:
+    def write(self, shard: str) -> None:
+        """Write a shard's file as it is to be."""
         write_lines(self.folder / shard, map(self._row, self.shards[shard]))
 
     def _row(self, number: int) -> dict[str, object]:

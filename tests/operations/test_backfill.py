@@ -68,7 +68,7 @@ def backfill(bench: Bench, first: str, last: str) -> bool:
     selection = bench.selection
     defs = build_defs([selection], {"storage": bench.storage, "vlm": bench.vlm})
     with open_instance(selection) as instance:
-        source = bench.storage.samples(selection.source, selection.image_root, selection.store)
+        source = selection.open_pool(bench.storage)
         report_discovery(selection, instance, settled_discovery(source, bench.artifacts, 0))
         return (
             defs.resolve_job_def("bench_assets")

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from upath import UPath
 
 from scalselect_assets.method.representation import loading
+from scalselect_assets.method.representation import workers as workers_module
 from scalselect_assets.method.representation.image_size import ImageSize
 from scalselect_assets.method.representation.loading import ModelLoadError
 from scalselect_assets.resources import vlm
@@ -54,6 +55,41 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(loading, "load_encoder", load)
     return calls
+
+
+@pytest.fixture(autouse=True)
+def servers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes what workers are forked from instead of starting it."""
+    started: list[str] = []
+    monkeypatch.setattr(workers_module, "start_server", lambda: started.append("server"))
+    return started
+
+
+@pytest.mark.parametrize(
+    ("resource", "starts"),
+    [
+        (VlmResource(device="cpu"), False),
+        (VlmResource(device="cpu", workers=2), True),
+        (VlmResource(device="cuda", workers=0), False),
+        (VlmResource(device="cuda", workers=3), True),
+    ],
+    ids=["a thread", "processes", "a thread on a GPU", "processes on a GPU"],
+)
+def test_what_workers_are_forked_from_starts_once_and_before_the_model_is_loaded(
+    resource: VlmResource,
+    starts: bool,
+    artifacts: ArtifactStore,
+    loads: list[dict[str, Any]],
+    servers: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        workers_module, "start_server", lambda: servers.append(f"before load {len(loads) + 1}")
+    )
+    for _ in range(2):
+        resource.encoder(artifacts, **target("org/name"))
+    assert len(loads) == 1
+    assert servers == (["before load 1"] if starts else [])
 
 
 def target(model: str | Path, **changes: Any) -> dict[str, Any]:

@@ -167,6 +167,23 @@ def test_rows_that_cannot_be_trained_on_are_left_out_with_a_reason_and_no_other_
     assert "at most 200 are trained on" in left_out[3].detail
 
 
+def test_prompts_have_their_images_where_the_selection_had_them(
+    tiny_vlm: Callable[[str], Path], pool: Path
+) -> None:
+    processor = processor_of(tiny_vlm("qwen2_5_vl"))
+    rows = [
+        json.dumps(sharegpt_row("0.png", text, "Yes")) for text in ("Is it 0?\n<image>", "<image>\nIs it 0?")
+    ]
+
+    def texts(*place: Any) -> list[str]:
+        return [prompt.text for prompt in prompts_of(Rows(rows, processor, str(pool), {}, *place))]
+
+    late, early = texts("as_written")
+    assert late != early
+    assert texts("first") == [early, early]
+    assert texts() == [late, early]
+
+
 def test_a_limit_below_a_row_refuses_it_and_never_cuts_its_image(demo_vlm: Path, pool: Path) -> None:
     processor = processor_of(demo_vlm)
     rows = rows_of(ROWS, processor, pool)

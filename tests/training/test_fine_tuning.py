@@ -313,6 +313,17 @@ def test_other_families_are_trained_by_the_same_code(
         assert result.trained_parameters["visual"] < result.frozen_parameters["visual"]
 
 
+def test_images_have_the_size_that_the_selection_asked_for(
+    outputs: Outputs, fresh: Path, tiny_vlm: Callable[[str], Path]
+) -> None:
+    tokens = []
+    for size in ({}, {"max_pixels": 28 * 28}):
+        model = {**outputs.manifest["model"], "model": str(tiny_vlm("qwen2_5_vl")), "image_size": size}
+        outputs.write(ROWS[:2], model=model)
+        tokens.append(train(outputs, fresh / str(len(size)), max_steps=1, other_model=True).tokens)
+    assert tokens[1] < tokens[0]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

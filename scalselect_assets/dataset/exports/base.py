@@ -8,7 +8,7 @@ import enum
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -21,7 +21,6 @@ from scalselect_assets.method.representation.conversation import Role
 from scalselect_assets.resources.folders import HashedStream, NewFolder
 from scalselect_assets.resources.row_images import IMAGE_MARK
 from scalselect_assets.resources.shard_reader import ShardFormatError, iter_rows
-from scalselect_assets.resources.trained_fields import GROUNDING_MARKS
 
 HF_CHUNK_BYTES = 10 << 20
 """What the JSON reader of Hugging Face ``datasets`` takes the columns' types from: its first 10 MiB
@@ -204,36 +203,8 @@ class Export(Protocol):
 
 # Refusals
 
-_OTHER_MEDIA = ("<video>", "<audio>")
+OTHER_MEDIA = ("<video>", "<audio>")
 _GROUNDING = ("<bbox>", "<ref-object>")
-
-
-def refuse_uncarried(row: ExportRow, carries: Set[Carried]) -> Refusal | None:
-    """For every format: rows whose meaning its trainer would lose, and placeholders that nothing fills."""
-    fields = row.trained
-    texts = [text for _, text in row.turns]
-    bare = next((mark[0] for text in texts if (mark := GROUNDING_MARKS.search(text))), None)
-    if (fields.objects or bare) and Carried.OBJECTS not in carries:
-        has = "it has `objects`" if fields.objects else f"its text holds {bare!r}"
-        detail = f"{has}, which the trainer does not read: it would teach the bare placeholder"
-        return Refusal(RefusalReason.OBJECTS_UNREAD, detail)
-    if fields.tools and Carried.TOOLS not in carries:
-        detail = "it has `tools`, which the trainer does not read: the model would call what it cannot see"
-        return Refusal(RefusalReason.TOOLS_UNREAD, detail)
-    if fields.weighs_turns and Carried.TURN_WEIGHTS not in carries:
-        detail = "it says how much each answer is to be learnt, and the trainer would learn all of them"
-        return Refusal(RefusalReason.TURN_WEIGHT_UNREAD, detail)
-    return refuse_reserved(texts, _OTHER_MEDIA)
-
-
-def carried_fields(row: ExportRow) -> Iterator[Carried]:
-    """The fields of a row that have to be found again in the written file."""
-    if row.trained.objects:
-        yield Carried.OBJECTS
-    if row.trained.tools:
-        yield Carried.TOOLS
-    if row.trained.weighs_turns:
-        yield Carried.TURN_WEIGHTS
 
 
 def refuse_turn_order(turns: Sequence[tuple[Role, str]]) -> Refusal | None:
@@ -443,7 +414,7 @@ def require_marks(texts: Iterable[str], n_images: int, where: str, verdict: Pref
 def require_filled(texts: Iterable[str], where: str, verdict: Preflight) -> None:
     """No placeholder that nothing fills, and no mark of other media."""
     for text in texts:
-        bare = next((mark for mark in (*_GROUNDING, *_OTHER_MEDIA) if mark in text), None)
+        bare = next((mark for mark in (*_GROUNDING, *OTHER_MEDIA) if mark in text), None)
         verdict.require(bare is None, f"{where}: a bare {bare} in its text")
 
 

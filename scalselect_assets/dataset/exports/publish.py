@@ -9,15 +9,12 @@ copied, linked or embedded; in memory some tens of bytes a row, a few hundred fo
 the files, and one row.
 """
 
-import errno
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from upath import UPath
 
@@ -25,29 +22,29 @@ from scalselect_assets.dataset.exports.axolotl import Axolotl
 from scalselect_assets.dataset.exports.base import (
     Carried,
     Export,
-    PlacedImage,
     PlacedRow,
     Preflight,
     Refusal,
-    RefusalReason,
     Setting,
-    carried_fields,
-    refuse_uncarried,
-    safe_suffix,
     write_line,
 )
+from scalselect_assets.dataset.exports.carried import carried_fields, refuse_uncarried
 from scalselect_assets.dataset.exports.internvl import InternVl
 from scalselect_assets.dataset.exports.llama_factory import LlamaFactory
 from scalselect_assets.dataset.exports.llava import Llava
 from scalselect_assets.dataset.exports.llava_next import LlavaNext
 from scalselect_assets.dataset.exports.ms_swift import MsSwift
+from scalselect_assets.dataset.exports.placed_images import (
+    IMAGE_FOLDER,
+    Images,
+    images_for,
+    require_links,
+)
 from scalselect_assets.dataset.exports.qwen_vl import QwenVl
 from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
 from scalselect_assets.dataset.exports.trl_parquet import TrlParquet
 from scalselect_assets.dataset.exports.web_dataset import WebDataset
 from scalselect_assets.declaration.export_specs import ExportSpec
-from scalselect_assets.method.representation.rejection import Rejection
-from scalselect_assets.resources.files import is_local
 from scalselect_assets.resources.folders import (
     HashedStream,
     NewFolder,
@@ -56,15 +53,13 @@ from scalselect_assets.resources.folders import (
     remove_folder,
     replaced_folder,
 )
-from scalselect_assets.resources.forms.embedded import address_of, image_suffix
 from scalselect_assets.resources.identity import digest
 from scalselect_assets.resources.sample_source import SampleSource
 
 FOLDER = "exports"
 CODE_VERSION = "2"
 """Of all formats: another one writes declared exports again."""
-SELECTED, REJECTED, IMAGES = "selected_ids.jsonl", "rejected.jsonl", "images.jsonl"
-_IMAGE_FOLDER = "images"
+SELECTED, REJECTED = "selected_ids.jsonl", "rejected.jsonl"
 
 _EXPORTS: tuple[Export, ...] = (
     LlamaFactory(),
@@ -79,10 +74,6 @@ _EXPORTS: tuple[Export, ...] = (
 )
 EXPORTS: dict[str, Export] = {export.name: export for export in _EXPORTS}
 """Every format by its name."""
-
-
-class ExportError(RuntimeError):
-    """An export cannot be made as declared; the message says what to change."""
 
 
 def write_exports(
@@ -129,21 +120,7 @@ def require_possible(specs: Sequence[ExportSpec], source: SampleSource, folder: 
     images = source.images_folder()
     for spec in specs:
         if spec.images == "hardlinked" and not EXPORTS[spec.format].embeds_images:
-            _require_links(images, folder / spec.format)
-
-
-def _require_links(images: UPath, target: UPath) -> None:
-    remedy = "declare `images: copied`, or put pool and store on one file system"
-    if not (is_local(images) and is_local(target)):
-        raise ExportError(
-            f"images of {images} cannot be hard-linked into {target}: both have to be on a local disk; "
-            f"{remedy}"
-        )
-    there = next(folder for folder in (Path(target.path), *Path(target.path).parents) if folder.exists())
-    if Path(images.path).exists() and there.stat().st_dev != Path(images.path).stat().st_dev:
-        raise ExportError(
-            f"images of {images} cannot be hard-linked into {target}: they are on two file systems; {remedy}"
-        )
+            require_links(images, folder / spec.format)
 
 
 def remove_others(folder: UPath, kept: Sequence[str]) -> None:
@@ -224,7 +201,7 @@ def _fill(
     if spool.has_embedded and spec.images == "referenced" and not export.embeds_images:
         # No trainer opens an image inside a shard of the pool.
         spec = spec.model_copy(update={"images": "copied"})
-    images = _images(export, spec, source, folder)
+    images = images_for(spec, source, folder, embedded=export.embeds_images)
     setting = Setting(spec, name, images.base, images.is_there)
     writing = _Writing(export, spec, spool, images)
     with ExitStack() as streams:
@@ -244,7 +221,7 @@ def _fill(
         n = writing.carried[field]
         verdict.require(verdict.carried[field] == n, f"{verdict.carried[field]} rows have {field}, not {n}")
     verdict.require(expected, "no row is left to train on")
-    beside = [file for path, file in folder.files.items() if path.startswith(f"{_IMAGE_FOLDER}/")]
+    beside = [file for path, file in folder.files.items() if path.startswith(f"{IMAGE_FOLDER}/")]
     return Report(
         spec,
         str(folder.target),
@@ -253,7 +230,7 @@ def _fill(
         dict(sorted(writing.refused.items())),
         writing.leading,
         verdict,
-        {path: file for path, file in folder.files.items() if not path.startswith(f"{_IMAGE_FOLDER}/")},
+        {path: file for path, file in folder.files.items() if not path.startswith(f"{IMAGE_FOLDER}/")},
         len(beside),
         sum(file.bytes for file in beside),
     )
@@ -262,7 +239,7 @@ def _fill(
 class _Writing:
     """The rows of one export in its order, each written or refused, and told as one or the other."""
 
-    def __init__(self, export: Export, spec: ExportSpec, spool: RowSpool, images: "_Images") -> None:
+    def __init__(self, export: Export, spec: ExportSpec, spool: RowSpool, images: Images) -> None:
         self._export, self._spool, self._images = export, spool, images
         self._order = spool.order(spec.order, spec.seed)
         self.refused = Counter[str]()
@@ -319,153 +296,6 @@ class _Writing:
             return refusal
         images = self._images.place(row)
         return images if isinstance(images, Refusal) else PlacedRow(row, images)
-
-
-class _Images:
-    """Images that stay where they lie."""
-
-    def __init__(self, source: SampleSource) -> None:
-        self._folder = source.images_folder()
-        self._root = source.image_files()
-        self.base = str(self._folder)
-
-    def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        """The row's images, or why the row cannot have them."""
-        for path in row.images:
-            if isinstance(rejection := self._root.state(path), Rejection):
-                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {rejection.detail}")
-        return tuple(
-            PlacedImage(path, sha256) for path, sha256 in zip(row.images, row.image_sha256, strict=True)
-        )
-
-    def is_there(self, reference: str) -> bool:
-        """Whether a reference leads to an image."""
-        return not isinstance(self._root.state(reference), Rejection)
-
-    def write_list(self, folder: NewFolder) -> None:
-        """Tell which images lie beside the files, if any do."""
-
-    def _read(self, row: ExportRow) -> list[bytes] | Refusal:
-        """The images' bytes, known to be those that were embedded."""
-        contents = []
-        for path, sha256 in zip(row.images, row.image_sha256, strict=True):
-            try:
-                contents.append(self._root.read(path))
-            except (FileNotFoundError, PermissionError) as error:
-                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
-            if changed := _changed(row, path, contents[-1], sha256):
-                return changed
-        return contents
-
-
-class _EmbeddedImages(_Images):
-    """Images whose bytes go into the format's own files."""
-
-    def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        contents = self._read(row)
-        if isinstance(contents, Refusal):
-            return contents
-        return tuple(
-            PlacedImage(path, sha256, data)
-            for path, sha256, data in zip(row.images, row.image_sha256, contents, strict=True)
-        )
-
-
-class _ImagesBeside(_Images):
-    """Images copied or linked beside the files, by content: one file for equal ones, whatever their names."""
-
-    def __init__(self, source: SampleSource, folder: NewFolder, *, linked: bool) -> None:
-        super().__init__(source)
-        self._new, self._linked = folder, linked
-        self._placed: dict[tuple[str, str], str] = {}
-        self.base = str(folder.target)
-        if linked:
-            _require_links(self._folder, folder.target)
-
-    def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        named = list(zip(row.images, row.image_sha256, strict=True))
-        if not all(image in self._placed for image in named):
-            refusal = self._link(row) if self._linked else self._copy(row)
-            if refusal is not None:
-                return refusal
-        return tuple(PlacedImage(self._placed[image], image[1]) for image in named)
-
-    def is_there(self, reference: str) -> bool:
-        return reference in self._new.files and self._new.path(reference).exists()
-
-    def write_list(self, folder: NewFolder) -> None:
-        with folder.stream(IMAGES) as file:
-            file.rows = 0
-            for (path, sha256), name in sorted(self._placed.items()):
-                size = folder.files[name].bytes
-                write_line(file, {"image": path, "file": name, "sha256": sha256, "bytes": size})
-
-    def _copy(self, row: ExportRow) -> Refusal | None:
-        contents = self._read(row)
-        if isinstance(contents, Refusal):
-            return contents
-        for path, sha256, data in zip(row.images, row.image_sha256, contents, strict=True):
-            name = _name_beside(path, sha256, data)
-            if name not in self._new.files:
-                self._new.write(name, data)
-            self._placed.setdefault((path, sha256), name)
-        return None
-
-    def _link(self, row: ExportRow) -> Refusal | None:
-        """Link the files whose bytes were read: each is read and linked while it is open."""
-        for path, sha256 in zip(row.images, row.image_sha256, strict=True):
-            if address_of(path) is not None:
-                return self._copy(row)  # what lies inside a shard has no file of its own
-            try:
-                file = self._root.open(path)
-            except (FileNotFoundError, PermissionError) as error:
-                return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {error}")
-            with file:
-                data = file.read()
-                name = _name_beside(path, sha256, data)
-                if changed := _changed(row, path, data, sha256):
-                    return changed
-                if name not in self._new.files:
-                    self._hard_link(name, path, file, WrittenFile(sha256, len(data)))
-            self._placed.setdefault((path, sha256), name)
-        return None
-
-    def _hard_link(self, name: str, path: str, file: BinaryIO, known: WrittenFile) -> None:
-        try:
-            self._new.hard_link(name, file, known)
-        except OSError as error:
-            # ENOENT: the file has no name any more, or the system has no /proc to find an open file by.
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOENT):
-                raise
-            raise ExportError(
-                f"image {path!r} cannot be hard-linked into {self._new.target} ({error.strerror}); declare "
-                "`images: copied`, or put pool and store on one file system"
-            ) from error
-
-
-def _name_beside(path: str, sha256: str, data: bytes) -> str:
-    """The name of an image beside an export's files: by content, with the suffix of its file or its bytes."""
-    suffix = safe_suffix(path) if address_of(path) is None else image_suffix(data)
-    return f"{_IMAGE_FOLDER}/{sha256[:2]}/{sha256}{suffix}"
-
-
-def _changed(row: ExportRow, path: str, data: bytes, sha256: str) -> Refusal | None:
-    """Why an image is not the one that was embedded, where it is another one."""
-    if (found := hashlib.sha256(data).hexdigest()) == sha256:
-        return None
-    detail = (
-        f"{row.where()}: image {path!r} has changed since the row was embedded (SHA-256 {found[:12]}..., "
-        f"then {sha256[:12]}...); run the refresh again"
-    )
-    return Refusal(RefusalReason.IMAGE_CHANGED, detail)
-
-
-def _images(export: Export, spec: ExportSpec, source: SampleSource, folder: NewFolder) -> _Images:
-    if export.embeds_images:
-        return _EmbeddedImages(source)
-    if spec.images == "referenced":
-        return _Images(source)
-    return _ImagesBeside(source, folder, linked=spec.images == "hardlinked")
 
 
 def pool_record(shard: str, rejected: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class _Greedy:
         self._cells, self._tally = cells.of_row, Tally(terms)
         self._largest = np.zeros(cells.n_cells)
         self.gained: list[float] = []
-        for row in np.flatnonzero(terms.held):
+        for row in np.flatnonzero(terms.held).tolist():
             self._cover(row)
         # No row adds more than its leverage, so rows come in this order until they have been looked at.
         self._fresh = candidates.by(self._leverage, terms.eligible_rows)

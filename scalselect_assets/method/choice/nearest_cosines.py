@@ -44,7 +44,7 @@ class NearestCosines:
             return LEAST_SUGGESTED
         scale = 10**_SUGGESTED_DECIMALS
         reached = float(np.quantile(self.innocent, 1 - INNOCENT_SHARE, method="higher"))
-        return min(1.0, max(LEAST_SUGGESTED, math.ceil(round(reached * scale, 2)) / scale))
+        return float(min(1.0, max(LEAST_SUGGESTED, math.ceil(round(reached * scale, 2)) / scale)))
 
 
 def nearest_cosines(
@@ -69,11 +69,14 @@ def nearest_cosines(
         cosines = np.concatenate([cosines, values], axis=1)
         positions = np.concatenate([positions, np.broadcast_to(batch, values.shape)], axis=1)
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :_NEIGHBOURS]
-        cosines, positions = (np.take_along_axis(kept, best, axis=1) for kept in (cosines, positions))
+        cosines = np.take_along_axis(cosines, best, axis=1)
+        positions = np.take_along_axis(positions, best, axis=1)
     there = np.isfinite(cosines)
     if not there.any():
         return NearestCosines(np.empty(0), np.empty(0))
-    rounded = np.clip(np.round(cosines.astype(np.float64), COSINE_DECIMALS), -1.0, 1.0)
+    rounded: NDArray[np.float64] = np.clip(
+        np.round(cosines.astype(np.float64), COSINE_DECIMALS), -1.0, 1.0
+    ).astype(np.float64)
     first, second = np.repeat(rows, cosines.shape[1]), positions.reshape(-1)
     alike = (contents.pictures[first] == contents.pictures[second]) | (
         contents.likeness(first, second) >= contents.least_likeness

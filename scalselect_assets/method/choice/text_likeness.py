@@ -61,7 +61,8 @@ class Shingles:
         frequency = np.bincount(hashes % _BUCKETS, minlength=int(_BUCKETS))
         weight = np.log((n + 1) / np.clip(frequency, 1, max(1, n)))
         owner = np.repeat(np.arange(n), np.diff(start))
-        return cls(start, hashes, weight, np.bincount(owner, weight[hashes % _BUCKETS], n))
+        total = np.bincount(owner, weight[hashes % _BUCKETS], n).astype(np.float64)
+        return cls(start, hashes, weight, total)
 
     def likeness(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of each pair of texts, (m,) in [0, 1]; 1 where both are empty."""
@@ -73,7 +74,7 @@ class Shingles:
         longer = np.maximum(self.total[first], self.total[second])
         likeness = np.ones(len(first))
         np.divide(shared, np.maximum(shorter, SHORTEST * longer), out=likeness, where=longer > 0)
-        return np.round(np.minimum(likeness, 1.0), LIKENESS_DECIMALS)
+        return np.asarray(np.round(np.minimum(likeness, 1.0), LIKENESS_DECIMALS), np.float64)
 
     def _shared(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float64]:
         """The weight that the texts of each pair share."""
@@ -82,7 +83,8 @@ class Shingles:
         key = pair.astype(np.uint64) << np.uint64(32) | self.hashes[place]
         other = other_pair.astype(np.uint64) << np.uint64(32) | self.hashes[other_place]
         both = np.isin(key, other, assume_unique=True)
-        return np.bincount(pair[both], self.weight[self.hashes[place[both]] % _BUCKETS], len(first))
+        weights = self.weight[self.hashes[place[both]] % _BUCKETS]
+        return np.bincount(pair[both], weights, len(first)).astype(np.float64)
 
     def _places(self, texts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For every hash of some texts, the number of its text among them and its place in ``hashes``."""

@@ -18,7 +18,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from scalselect_assets.method.representation.families import UnsupportedModelError
-from scalselect_assets.method.representation.transfers import Transfers, rectangle
+from scalselect_assets.method.representation.packing import rectangle
+from scalselect_assets.method.transfers import Transfers
 
 ROWS_ATTENTION = "scalselect_rows"
 """The name under which the attention and mask functions are registered with Transformers."""

@@ -34,7 +34,8 @@ def check_folder(model: str) -> None:
                 f"{path} is a Git LFS pointer: the repository was cloned without its large files. Run "
                 "`git lfs pull` in it"
             )
-    if (folder / "adapter_config.json").exists():
+    # An adapter beside whole weights is refused where the files of a model are looked at.
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         _refuse_adapter(folder)
     config = _settings(folder / "config.json")
     kind = str(config.get("model_type", ""))

@@ -287,8 +287,13 @@ class VlmEncoder:
     ) -> Generator[None, None, list[FirstLayerState]]:
         """The states of a batch, in the steps of ``FirstLayer.steps``; the first one has the tower, too."""
         inputs = [item.model_input for item in batch]
-        features = self._features([item.images for item in inputs], cache, budget)
-        return (yield from self._first_layer.steps(inputs, features, self.card.attention_mass))
+        return (
+            yield from self._first_layer.steps(
+                inputs,
+                self._features([item.images for item in inputs], cache, budget),
+                self.card.attention_mass,
+            )
+        )
 
     def _features(
         self, images: Sequence[tuple[VisionInput, ...]], cache: FeatureCache, budget: int

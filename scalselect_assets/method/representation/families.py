@@ -6,7 +6,10 @@ the self-check at load finds that the mechanism does not hold for it.
 """
 
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import torch
 
 TESTED_FAMILIES: Final = MappingProxyType(
     {
@@ -23,6 +26,10 @@ TESTED_FAMILIES: Final = MappingProxyType(
     }
 )
 """What people call a family, by the ``model_type`` of its Transformers configuration."""
+
+
+_TOWERS_IN_A_ROW: Final = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
+"""Families whose tower takes the patches of all images in a row and asks in each layer where one ends."""
 
 
 class UnsupportedModelError(ValueError):
@@ -62,3 +69,22 @@ def keep_what_the_first_layer_reads(config: Any) -> None:
         config.vision_feature_layer = -1
     if getattr(tower, "deepstack_visual_indexes", None):
         tower.deepstack_visual_indexes = []
+
+
+def known_on_the_host(config: Any, inputs: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """Inputs of the vision tower that the model would otherwise read back from a GPU, waiting in each layer.
+
+    Args:
+        config: Of the model.
+        inputs: What the processor made of images, on the host.
+
+    Returns:
+        Further inputs of ``get_image_features``, which stay on the host.
+    """
+    if config.model_type not in _TOWERS_IN_A_ROW:
+        return {}
+    import torch  # the rest of this module is read where there is none
+
+    grids = inputs["image_grid_thw"]
+    n_patches = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
+    return {"image_cu_seqlens": torch.nn.functional.pad(n_patches.cumsum(0, dtype=torch.int32), (1, 0))}

@@ -31,10 +31,15 @@ from scalselect_assets.method.representation.attention import (
     instruction_attention,
 )
 from scalselect_assets.method.representation.dominance import dominant
-from scalselect_assets.method.representation.families import UnsupportedModelError
+from scalselect_assets.method.representation.families import (
+    UnsupportedModelError,
+    known_on_the_host,
+)
 from scalselect_assets.method.representation.kernels import without_costs_per_shape
 from scalselect_assets.method.representation.layer_tail import AfterAttention
-from scalselect_assets.method.representation.transfers import Transfers, rectangle
+from scalselect_assets.method.representation.packing import Packing, rectangle
+from scalselect_assets.method.representation.pixel_scale import PixelScale
+from scalselect_assets.method.transfers import Transfers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,11 +50,13 @@ class VisionInput:
         key: Equal for equal images that are processed equally.
         inputs: What the processor made of it, by the names that the model's ``get_image_features`` takes.
         n_tokens: Vision tokens that it fills.
+        scale: What makes the model's values of its pixels, where these are bytes.
     """
 
     key: str
     inputs: dict[str, torch.Tensor]
     n_tokens: int
+    scale: PixelScale | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,10 +167,10 @@ class FirstLayer:
             FeatureCountError: The model makes another number of features of an image than the processor has
                 put tokens into the prompt for.
         """
+        joined = self._joined(images, images[0].inputs)
         output = self.model.get_image_features(
-            **{
-                name: self._to_device(value) for name, value in self._joined(images, images[0].inputs).items()
-            },
+            **{name: self._to_device(value, images[0].scale) for name, value in joined.items()},
+            **known_on_the_host(self.model.config, joined),
             return_dict=True,
         )
         pooled = output.pooler_output
@@ -209,6 +216,7 @@ class FirstLayer:
             One state per sample; one that is not finite has NaN in its vector.
         """
         begun = self._begin(samples, features, attention_mass)
+        del features
         yield
         found = self._finish(begun)
         del begun  # whose queries, keys and values are most of the memory
@@ -234,7 +242,7 @@ class FirstLayer:
         hidden, layer_inputs = self._layer_inputs(samples, features)
         mask: RowMask = layer_inputs["attention_mask"]
         lengths = [len(sample) for sample in samples]
-        packing = _Packing(lengths, self._transfers)
+        packing = Packing(lengths, self._transfers)
         layer_inputs = {name: packing.packed(value) for name, value in layer_inputs.items()}
         tokens = packing.packed(hidden)
         heads = Heads.of(self._run_to_attention(tokens, layer_inputs), lengths, self._transfers)
@@ -335,9 +343,11 @@ class FirstLayer:
             f"{type(self._layer).__name__} does not use Transformers' attention interface"
         )
 
-    def _to_device(self, value: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, value: torch.Tensor, scale: PixelScale | None = None) -> torch.Tensor:
         there = self._transfers.to_device(value)
-        return there.to(self.dtype) if value.is_floating_point() else there
+        if scale is not None and there.dtype == torch.uint8:
+            there = scale.applied(there)
+        return there.to(self.dtype) if there.is_floating_point() else there
 
     def _joined(self, images: Sequence[VisionInput], names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Inputs of several images one after the other, filled up with zeros where they differ in shape."""
@@ -345,6 +355,12 @@ class FirstLayer:
         for name in names:
             values = [image.inputs[name] for image in images]
             shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+            if any(list(value.shape[1:]) != shape for value in values):
+                # Zeros fill up the model's values, not the bytes.
+                values = [
+                    image.scale.applied(value) if image.scale and value.dtype == torch.uint8 else value
+                    for image, value in zip(images, values, strict=True)
+                ]
             buffer = self._transfers.empty(sum(map(len, values)), *shape, dtype=values[0].dtype)
             if all(list(value.shape[1:]) == shape for value in values):
                 torch.cat(values, out=buffer)
@@ -411,26 +427,3 @@ class _Begun:
     places: torch.Tensor
     n_kept: torch.Tensor
     counts: Callable[[], list[torch.Tensor]]
-
-
-class _Packing:
-    """Takes tensors by token from samples padded on the right to samples end to end."""
-
-    def __init__(self, lengths: Sequence[int], transfers: Transfers) -> None:
-        self._n_samples, self._length = len(lengths), max(lengths)
-        real = np.arange(self._length) < np.asarray(lengths)[:, None]
-        self._places = transfers.to_device(torch.from_numpy(np.flatnonzero(real)))
-
-    def packed(self, value: Any) -> Any:
-        """Tensors of (..., B or 1, S, ·) as (..., 1, T, ·); anything else as it is."""
-        if isinstance(value, tuple):
-            return tuple(self.packed(item) for item in value)
-        if (
-            not isinstance(value, torch.Tensor)
-            or value.ndim < 3
-            or value.shape[-2] != self._length
-            or value.shape[-3] not in (1, self._n_samples)
-        ):
-            return value
-        batch = value.expand(*value.shape[:-3], self._n_samples, -1, -1).flatten(-3, -2)
-        return batch.index_select(-2, self._places).unsqueeze(-3)

@@ -7,8 +7,6 @@ processor knows other bounds; one that it does not know is refused. Importing th
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scalselect_assets.method.representation.families import UnsupportedModelError
-
 
 @dataclass(frozen=True, slots=True)
 class ImageSize:
@@ -53,6 +51,8 @@ def ask_for(image_processor: Any, wanted: ImageSize) -> None:
         UnsupportedModelError: The processor does not know one of the bounds, or its own lower bound is above
             the wanted upper one, or the other way round.
     """
+    from scalselect_assets.method.representation.families import UnsupportedModelError  # imports torch
+
     known = _known(image_processor)
     if unknown := sorted(set(wanted.asked()) - known):
         raise UnsupportedModelError(

@@ -1,15 +1,17 @@
 """From a conversation and its images to what a model reads, with the role of every token.
 
 An instruction token is every token that is neither vision nor content of an assistant turn: questions, system
-text, role words, separators, BOS and the tokens around and between images all count, as in the published
-method. Everything here is plain data and runs as well in a worker process.
+text, role words, separators, BOS and the tokens around and between images all count. The published code does
+the same but for the tokens around Qwen's images (docs/representation.md has all differences). Everything here
+is plain data and runs as well in a worker process.
 """
 
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,10 +28,18 @@ from scalselect_assets.method.representation.images import (
     UndecodableImageError,
     decode_image,
 )
+from scalselect_assets.method.representation.pixel_scale import (
+    LEFT_OUT,
+    PixelScale,
+    as_bytes,
+    pixel_scale,
+)
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 
 _CHARACTERS_PER_TOKEN = 64
 """No prose or code comes near so many; a longer text is refused before work is done on it."""
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +80,7 @@ class Preparer:
         self.pad_token_id: int = processor.tokenizer.pad_token_id or 0
         self._processor = processor
         self._image_processor = processor.image_processor
+        self._pixel_scale = pixel_scale(processor.image_processor)
         self._processor.image_processor = _OncePerGroup(processor.image_processor)
         self.max_pixels = max_pixels
         self._image_place = image_place
@@ -175,7 +186,7 @@ class Preparer:
         except ChatTemplateError as error:
             return Rejection(RejectionReason.TEMPLATE_REFUSED, str(error))
         try:
-            inputs = self.model_inputs(chat, images)
+            inputs = self.model_inputs(chat, images, LEFT_OUT if self._pixel_scale else {})
         # The tokenizer's own complaint about a lone surrogate is a TypeError.
         except (ValueError, TypeError) as error:
             return Rejection(RejectionReason.PROCESSOR_REFUSED, f"the model's processor refuses it: {error}")
@@ -185,21 +196,31 @@ class Preparer:
                 f"its {len(images)} image(s) do not fit the memory while they are processed; use fewer or "
                 "smaller ones",
             )
+        if self._pixel_scale:
+            inputs["pixel_values"] = as_bytes(inputs["pixel_values"])
         return self._with_roles(chat, inputs, digests, shared)
 
     def _rendered(self, conversation: Conversation) -> RenderedChat:
         """The prompt of a sample, with its images where they are to stand."""
         return render_chat(self._processor, placed(conversation, self._image_place))
 
-    def model_inputs(self, chat: RenderedChat, images: list[Image.Image]) -> dict[str, Any]:
-        """The processor's outputs for one sample as tensors, with the character offsets of every token."""
+    def model_inputs(
+        self, chat: RenderedChat, images: list[Image.Image], about_images: Mapping[str, Any] = _NOTHING
+    ) -> dict[str, Any]:
+        """The processor's outputs for one sample as tensors, with the character offsets of every token.
+
+        Args:
+            chat: The prompt.
+            images: What its image marks stand for.
+            about_images: Further options of the image processor.
+        """
         bos = self._processor.tokenizer.bos_token
         outputs = dict(
             self._processor(
                 text=[chat.text],
                 images=[images],
                 # Not for the text: converting its lists would take longer than everything else.
-                images_kwargs={"return_tensors": "pt"},
+                images_kwargs={"return_tensors": "pt", **about_images},
                 # A template that writes the BOS token itself must not get a second one.
                 add_special_tokens=not (bos and chat.text.startswith(bos)),
                 return_offsets_mapping=True,
@@ -287,7 +308,7 @@ class Preparer:
             token_inputs={name: inputs[name][0] for name in inputs if name.endswith("token_type_ids")},
             vision=vision.nonzero().squeeze(1),
             instruction=(~vision & ~answer).nonzero().squeeze(1),
-            images=shared or _by_image(self._vision_inputs(inputs), digests, n_tokens),
+            images=shared or _by_image(self._vision_inputs(inputs), digests, n_tokens, self._pixel_scale),
         )
         return Prepared(model_input, digests)
 
@@ -301,6 +322,7 @@ class _OncePerGroup:
     def __init__(self, image_processor: Any) -> None:
         self._image_processor = image_processor
         self._images: list[Any] = []
+        self._options: dict[str, Any] = {}
         self._processed: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -309,7 +331,12 @@ class _OncePerGroup:
         return getattr(self._image_processor, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_image_processor": self._image_processor, "_images": [], "_processed": None}
+        return {
+            "_image_processor": self._image_processor,
+            "_images": [],
+            "_options": {},
+            "_processed": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -318,9 +345,10 @@ class _OncePerGroup:
         from transformers.image_utils import make_flat_list_of_images
 
         flat = make_flat_list_of_images(images)
-        if len(flat) != len(self._images) or any(a is not b for a, b in zip(flat, self._images, strict=True)):
+        same = len(flat) == len(self._images) and all(a is b for a, b in zip(flat, self._images, strict=True))
+        if not same or options != self._options:
             self._processed = self._image_processor(images, **options)
-            self._images = flat
+            self._images, self._options = flat, options
         # A copy of the container: some processors take out what they have used.
         return copy.copy(self._processed)
 
@@ -338,7 +366,10 @@ def _expanded_spans(
 
 
 def _by_image(
-    inputs: dict[str, torch.Tensor], digests: tuple[str, ...], n_tokens: Sequence[int]
+    inputs: dict[str, torch.Tensor],
+    digests: tuple[str, ...],
+    n_tokens: Sequence[int],
+    scale: PixelScale | None,
 ) -> tuple[VisionInput, ...]:
     """Take the processor's vision inputs of one sample apart by image, where that can be done.
 
@@ -354,10 +385,10 @@ def _by_image(
         elif all(len(value) * count % sum(n_tokens) == 0 for count in n_tokens):
             sizes[name] = [len(value) * count // sum(n_tokens) for count in n_tokens]
         else:
-            return (VisionInput("|".join(digests), inputs, sum(n_tokens)),)
+            return (VisionInput("|".join(digests), inputs, sum(n_tokens), scale),)
     pieces = {name: value.split_with_sizes(sizes[name]) for name, value in inputs.items()}
     return tuple(
-        VisionInput(digest, {name: pieces[name][place] for name in inputs}, count)
+        VisionInput(digest, {name: pieces[name][place] for name in inputs}, count, scale)
         for place, (digest, count) in enumerate(zip(digests, n_tokens, strict=True))
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, util
+from multiprocessing import forkserver, get_context, util
 from typing import TypeAlias
 
 import torch
@@ -20,6 +20,16 @@ ImageReader: TypeAlias = Callable[[str], bytes]
 Submit: TypeAlias = Callable[
     [Sequence[str], Sequence[Conversation], ImageReader], Future[list[Prepared | Rejection]]
 ]
+
+
+def start_server() -> None:
+    """Begin to start what worker processes are forked from, which imports for seconds; returns at once.
+
+    Called before a model is loaded, it is ready when the model is.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers.models.auto.processing_auto"])
+    forkserver.ensure_running()
 
 
 class Preparation:

@@ -16,6 +16,7 @@ from scalselect_assets.method.subspace.moments import finite_rows, matrix_width,
 # No row of a fitted pool exceeds 1; rounding does by far less than this.
 _ROUNDING = 1e-4
 
+_DEVICE_ROWS = 8192  # that cross to a device at a time
 _BLOCK_ROWS = 512  # rows of one product, the task of one core
 
 
@@ -121,17 +122,21 @@ class LeverageScorer:
     def _on_device(self, x: NDArray[Any]) -> NDArray[np.float64]:
         import torch
 
+        from scalselect_assets.method.transfers import Transfers
+
         if self._on_torch is None:
-            self._on_torch = tuple(
-                torch.from_numpy(array).to(self._device) for array in (self._whitening, self._subspace.mean)
-            )
-        whitening, mean = self._on_torch
-        scores = np.empty(len(x))
-        for start in range(0, len(x), _BLOCK_ROWS):
-            rows = torch.from_numpy(np.ascontiguousarray(x[start : start + _BLOCK_ROWS])).to(self._device)
+            transfers = Transfers(torch.device(self._device))
+            arrays = (self._whitening, self._subspace.mean)
+            self._on_torch = (transfers, *(transfers.to_device(torch.from_numpy(one)) for one in arrays))
+        transfers, whitening, mean = self._on_torch
+        # Rows that are narrower than float64 cross to the device as float32, in which they are exact.
+        kind = np.float32 if x.dtype in (np.float16, np.float32) else np.float64
+        found = []
+        for start in range(0, len(x), _DEVICE_ROWS):
+            rows = transfers.to_device(transfers.copied(x[start : start + _DEVICE_ROWS], kind))
             projected = ((rows.double() - mean).to(whitening.dtype) @ whitening).double()
-            scores[start : start + len(rows)] = projected.square().sum(dim=1).cpu().numpy()
-        return scores
+            found.append(projected.square().sum(dim=1))
+        return np.array(torch.cat(found).cpu().numpy()) if found else np.empty(0)
 
 
 def ranked(scores: NDArray[np.float64]) -> NDArray[np.float64]:

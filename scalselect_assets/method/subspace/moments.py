@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from scalselect_assets.method.interrupts import deferred
+from scalselect_assets.method.subspace.device_sums import DeviceSums
 
 # Rows are gathered up to this many bytes before they are multiplied: long products run near the processor's
 # limit, short ones at the memory's.
@@ -154,13 +155,16 @@ class MomentsAccumulator:
             device: ``cpu``, or a torch device (``cuda``) that multiplies in float64.
         """
         self._empty = Moments.empty(d)
+        self._n = 0
+        self._on_device = None if device == "cpu" else DeviceSums(d, device)
+        if self._on_device is not None:
+            return
         rows = max(1, min(_BUFFER_ROWS, _BUFFER_BYTES // (8 * d)))
         self._buffer = np.empty((rows, d + _PADDING))[:, :d]
         self._filled = 0
-        self._n = 0
         self._shift = np.zeros(d)
         self._sum = np.zeros(d)
-        self._gram: _Gram = _CpuGram(d) if device == "cpu" else _TorchGram(d, device)
+        self._gram = _CpuGram(d)
 
     def add(self, x: NDArray[Any], *, names: Sequence[str] | None = None) -> None:
         """Add a batch.
@@ -175,6 +179,11 @@ class MomentsAccumulator:
         """
         d = self._empty.d
         matrix_width(x, expected=d)
+        if self._on_device is not None:
+            if not self._on_device.add(x):
+                finite_rows(x, first_row=self._n, names=names)
+            self._n += len(x)
+            return
         start = 0
         while start < len(x):
             taken = x[start : start + len(self._buffer) - self._filled]
@@ -194,10 +203,13 @@ class MomentsAccumulator:
         """The moments of all rows so far."""
         if self._n == 0:
             return self._empty
-        self._flush()
-        scatter = self._gram.upper()
-        add_outer(scatter, self._sum, -1 / self._n)
-        return Moments(self._n, self._shift + self._sum / self._n, scatter)
+        if self._on_device is not None:
+            shift, total, scatter = self._on_device.on_host()
+        else:
+            self._flush()
+            shift, total, scatter = self._shift, self._sum, self._gram.upper()
+        add_outer(scatter, total, -1 / self._n)
+        return Moments(self._n, shift + total / self._n, scatter)
 
     def _fill(self, rows: NDArray[Any]) -> NDArray[np.float64]:
         """Append shifted rows to the buffer; returns their sum, (d,)."""
@@ -233,19 +245,12 @@ class MomentsAccumulator:
         self._filled = 0
 
 
-class _Gram(Protocol):
-    """Σ rowsᵀ rows, (d, d), of which the upper triangle counts."""
-
-    def add(self, rows: NDArray[np.float64]) -> None: ...
-
-    def upper(self) -> NDArray[np.float64]: ...
-
-
 class _CpuGram:
-    """Each core multiplies whole tiles with BLAS on one thread.
+    """Σ rowsᵀ rows, (d, d), of which the upper triangle counts.
 
-    That is faster than the symmetric product on the threads of NumPy's own BLAS: on 2 virtual AMD EPYC cores,
-    2048 rows of 1024 are multiplied at 67 GFLOP/s in these tiles, at 57 to 62 without them.
+    Each core multiplies whole tiles with BLAS on one thread. That is faster than the symmetric product on the
+    threads of NumPy's own BLAS: on 2 virtual AMD EPYC cores, 2048 rows of 1024 are multiplied at 67 GFLOP/s
+    in these tiles, at 57 to 62 without them.
     """
 
     def __init__(self, d: int) -> None:
@@ -266,27 +271,6 @@ class _CpuGram:
         packed = np.empty(d * (d + 1) // 2)
         for i, row in enumerate(packed_rows(packed, d)):
             row[:] = self._sum[i, i:]
-        return packed
-
-
-class _TorchGram:
-    """The same on a torch device, in strips of rows of the triangle."""
-
-    def __init__(self, d: int, device: str) -> None:
-        import torch
-
-        self._torch, self._device = torch, device
-        self._sum = torch.zeros((d, d), dtype=torch.float64, device=device)
-
-    def add(self, rows: NDArray[np.float64]) -> None:
-        block = self._torch.from_numpy(rows).to(self._device)
-        for i in range(0, len(self._sum), _TILE):
-            self._sum[i : i + _TILE, i:].addmm_(block[:, i : i + _TILE].T, block[:, i:])
-
-    def upper(self) -> NDArray[np.float64]:
-        d = len(self._sum)
-        index = self._torch.triu_indices(d, d, device=self._device)
-        packed: NDArray[np.float64] = self._sum[index[0], index[1]].cpu().numpy()
         return packed
 
 

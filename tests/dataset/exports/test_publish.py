@@ -10,7 +10,8 @@ import pytest
 from upath import UPath
 
 from scalselect_assets.dataset.exports import publish
-from scalselect_assets.dataset.exports.publish import EXPORTS, ExportError, write_exports
+from scalselect_assets.dataset.exports.placed_images import IMAGES, ExportError
+from scalselect_assets.dataset.exports.publish import EXPORTS, write_exports
 from scalselect_assets.dataset.exports.rows import ExportRow, RowSpool
 from scalselect_assets.declaration.export_specs import FORMAT_NAMES, ExportSpec, parse_exports
 from scalselect_assets.resources.folders import NewFolder, WrittenFile
@@ -113,7 +114,7 @@ def test_images_are_copied_once_and_by_content(bench: MakeBench, name: str) -> N
     (made.folder / "upper.JPEG").write_bytes((made.folder / "plain.png").read_bytes())
     made = bench(HOSTILE[:3])
     report, folder = made.write(name, images="copied")
-    listed = made.lines(folder / publish.IMAGES)
+    listed = made.lines(folder / IMAGES)
     for image in listed:
         data = (folder / image["file"]).read_bytes()
         assert data == (made.folder / image["image"]).read_bytes()
@@ -127,7 +128,7 @@ def test_images_are_copied_once_and_by_content(bench: MakeBench, name: str) -> N
 def test_linked_images_are_the_pools_own_files(bench: MakeBench, name: str) -> None:
     made = bench()
     _, folder = made.write(name, images="hardlinked")
-    for image in made.lines(folder / publish.IMAGES):
+    for image in made.lines(folder / IMAGES):
         assert (folder / image["file"]).stat().st_ino == (made.folder / image["image"]).stat().st_ino
 
 
@@ -146,7 +147,7 @@ def test_an_image_that_becomes_a_link_after_it_was_read_is_linked_as_it_was_read
 
     monkeypatch.setattr(NewFolder, "hard_link", swapped_first)
     _, folder = made.write("llava", images="hardlinked")
-    listed = made.lines(folder / publish.IMAGES)
+    listed = made.lines(folder / IMAGES)
     assert listed
     for image in listed:
         data = (folder / image["file"]).read_bytes()

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from upath import UPath
 
-from scalselect_assets.resources.sample_source import PoolRow, SampleSource
+from scalselect_assets.resources.judged_rows import PoolRow
+from scalselect_assets.resources.sample_source import SampleSource
 from scalselect_assets.resources.trained_fields import trained_fields
 from tests.dataset.exports.conftest import HOSTILE, MakeBench, said
 

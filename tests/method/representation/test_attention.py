@@ -32,7 +32,7 @@ from scalselect_assets.method.representation.attention import (
     register_rows_attention,
 )
 from scalselect_assets.method.representation.families import UnsupportedModelError
-from scalselect_assets.method.representation.transfers import Transfers
+from scalselect_assets.method.transfers import Transfers
 from tests.method.memory import LargestTensor
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

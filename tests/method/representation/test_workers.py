@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 from scalselect_assets.method.representation.preparation import Prepared, Preparer
-from scalselect_assets.method.representation.workers import Preparation
+from scalselect_assets.method.representation.workers import Preparation, start_server
 from tests.method.samples import question, read_image, read_image_or_fail
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -60,3 +60,12 @@ def test_after_the_death_of_a_process_the_next_call_starts_new_ones(preparation:
     with pytest.raises(BrokenProcessPool):
         prepare(preparation, 1, read_and_die)
     assert isinstance(prepare(preparation, 1), Prepared)
+
+
+def test_a_server_that_was_started_before_serves_as_well(tiny_preparer: Callable[..., Preparer]) -> None:
+    start_server()
+    preparation = Preparation(tiny_preparer("llava"))
+    try:
+        assert isinstance(prepare(preparation, 1), Prepared)
+    finally:
+        preparation.close()

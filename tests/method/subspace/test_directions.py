@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from scalselect_assets.method.subspace.basis import Subspace, fit_subspace
-from scalselect_assets.method.subspace.directions import centred_cosines, coordinates, strongest_directions
+from scalselect_assets.method.subspace.directions import (
+    centred_cosines,
+    coordinates,
+    strongest_directions,
+    variance_between,
+)
 from scalselect_assets.method.subspace.leverage import leverage_scores
 from scalselect_assets.method.subspace.moments import accumulate
 from scalselect_assets.method.subspace.rank import FixedRank
@@ -29,6 +34,24 @@ def test_coordinates_are_the_rows_of_u(x: np.ndarray) -> None:
     np.testing.assert_array_equal(
         coordinates(subspace, x, np.array([2, 0])), coordinates(subspace, x)[:, [2, 0]]
     )
+
+
+@pytest.mark.parametrize("n_marked", [1, 300, 2499])
+def test_the_variance_between_marked_rows_and_others_is_that_of_their_means(
+    n_marked: int, x: np.ndarray
+) -> None:
+    u = coordinates(fitted(x, 4), x)
+    marked, others = u[:n_marked], u[n_marked:]
+    between = n_marked * marked.mean(0) ** 2 + len(others) * others.mean(0) ** 2
+    for side in (marked, others):
+        found = variance_between(side.sum(0), n_marked, len(u))
+        np.testing.assert_allclose(found, between / np.square(u).sum(0), rtol=1e-5)
+
+
+def test_a_direction_that_only_tells_the_marked_rows_apart_is_all_of_their_difference() -> None:
+    x = np.array([[1.0]] * 30 + [[-2.0]] * 15)
+    u = coordinates(fitted(x, 1), x)
+    assert variance_between(u[:30].sum(0), 30, 45) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("standardise", [False, True])

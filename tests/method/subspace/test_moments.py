@@ -131,13 +131,36 @@ def test_any_number_of_cores_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(*got)
 
 
-def test_a_torch_device_gives_the_same_moments():
-    x = rows(700, 300)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("n_batches", [1, 3, 700])
+def test_a_torch_device_gives_the_same_moments(dtype, n_batches):
+    x = (100 * rows(700, 300)).astype(dtype)
     accumulator = MomentsAccumulator(300, device="cpu")
     on_torch = MomentsAccumulator(300, device="cpu:0")  # any name but cpu is torch's
     for one in (accumulator, on_torch):
-        one.add(x)
+        assert one.moments().n == 0
+        for batch in np.array_split(x, n_batches):
+            one.add(batch)
     assert_same(on_torch.moments(), accumulator.moments(), rtol=1e-12)
+
+
+def test_equal_rows_have_exactly_no_scatter_on_a_torch_device():
+    accumulator = MomentsAccumulator(5, device="cpu:0")
+    accumulator.add(np.tile(np.float32([1e4, 0.1, -3, 7e-5, 0]), (50, 1)))
+    assert not accumulator.moments().scatter_upper.any()
+
+
+def test_a_torch_device_refuses_what_is_not_finite_by_its_name_and_its_number():
+    accumulator = MomentsAccumulator(3, device="cpu:0")
+    accumulator.add(rows(5, 3))
+    x = rows(4, 3)
+    x[2, 0] = np.nan
+    with pytest.raises(NonFiniteError, match="nan in sample the-third, column 0"):
+        accumulator.add(x, names=["a", "b", "the-third", "d"])
+    accumulator = MomentsAccumulator(3, device="cpu:0")
+    accumulator.add(rows(5, 3))
+    with pytest.raises(NonFiniteError, match="row 7"):
+        accumulator.add(x)
 
 
 def test_moments_can_be_asked_for_midway():

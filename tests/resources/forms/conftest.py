@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from upath import UPath
 
-from scalselect_assets.resources.sample_source import PoolRow, SampleSource
+from scalselect_assets.resources.judged_rows import PoolRow
+from scalselect_assets.resources.sample_source import SampleSource
 from tests.conftest import png_bytes
 
 TURNS = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A dog."}]

@@ -137,6 +137,13 @@ def test_a_wrong_address_is_a_missing_image(pool: Path) -> None:
         source.open_image("/etc/passwd.jsonl#0/0")
 
 
+def test_an_image_in_a_damaged_shard_is_missing(pool: Path) -> None:
+    (pool / "s.jsonl.gz").write_bytes(gzip.compress(lines(PLACES["images"](data_uri(1))))[:60])
+
+    with pytest.raises(FileNotFoundError, match="cut off"):
+        source_at(pool).open_image("s.jsonl.gz#0/0")
+
+
 def test_a_replaced_shard_gives_its_own_images(pool: Path) -> None:
     path = pool / "s.jsonl"
     for number in (1, 2):

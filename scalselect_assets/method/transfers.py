@@ -5,11 +5,16 @@ before. From and to page-locked memory, and on a stream of its own, a copy runs 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+_COPIERS: Final = 4  # threads
+_COPIED_BY_ONE: Final = 1 << 20  # bytes that one thread copies as fast
 
 
 class Transfers:
@@ -29,6 +34,21 @@ class Transfers:
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the host to fill, page-locked where it is to go to a CUDA device."""
         return torch.empty(*shape, dtype=dtype, pin_memory=self._stream is not None)
+
+    def copied(self, x: NDArray[Any], dtype: DTypeLike) -> torch.Tensor:
+        """A copy of an array in such memory, by several threads: one does not reach the memory's rate."""
+        buffer = self.empty(*x.shape, dtype=torch.from_numpy(np.empty(0, dtype=dtype)).dtype)
+        target = buffer.numpy()
+        if x.nbytes <= _COPIED_BY_ONE:
+            target[...] = x
+            return buffer
+        step = -(-len(x) // _COPIERS)
+
+        def copy(start: int) -> None:
+            target[start : start + step] = x[start : start + step]
+
+        list(_copiers().map(copy, range(0, len(x), step)))
+        return buffer
 
     def to_device(self, value: torch.Tensor) -> torch.Tensor:
         """The value of the host on the device, usable by what the device is asked for from here on."""
@@ -60,9 +80,6 @@ class Transfers:
         return wait
 
 
-def rectangle(rows: Sequence[NDArray[Any]], fill: int = 0) -> torch.Tensor:
-    """Rows of different lengths as (B, longest) on the host, filled up at the end."""
-    filled = np.full((len(rows), max(map(len, rows))), fill, dtype=rows[0].dtype)
-    for target, row in zip(filled, rows, strict=True):
-        target[: len(row)] = row
-    return torch.from_numpy(filled)
+@cache
+def _copiers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy")
