@@ -203,5 +203,6 @@ def test_a_changed_byte_leads_to_the_right_result_or_to_a_message(
     outcome = children.run(try_flips, pool, tmp_path / "store", wanted, timeout=900).value
     for kind, counts in outcome.items():
         record_property(kind, dict(counts))
-    assert sum(sum(counts.values()) for counts in outcome.values()) >= 8
-    assert any(counts["a message"] for counts in outcome.values())
+    assert sum(counts.total() for counts in outcome.values()) >= 6
+    # Rows of a damaged table that are embedded anyway are embedded without a message.
+    assert wanted is tables_only or any(counts["a message"] for counts in outcome.values())
