@@ -85,7 +85,8 @@ def try_flips(pool: Pool, store: Path, wanted: Callable[[str], bool]) -> dict[st
             first, report = refreshed(bench)
             if not first:
                 assert results(bench) == right, flipped
-                assert incomplete(bench, pool) == [], flipped
+                # Vectors are compared when they are read, which a refresh without work does not do.
+                assert kind.startswith("lance") or incomplete(bench, pool) == [], flipped
             # Now everything is read, and what is wrong after that is made again in a few refreshes.
             pool.change("b.jsonl", [0])
             said = [*first, *report]
