@@ -62,7 +62,7 @@ def test_a_sample_that_the_evaluation_set_holds_removes_no_duplicate_of_itself(
     bench = Bench(tmp_path / "pool", tmp_path / "store", demo_vlm)
     bench.options |= {
         "budget": 6,
-        "near_duplicates": {"cosine": 0.7},
+        "near_duplicates": {"cosine": 0.7, "text_likeness": 0},
         "decontamination": {"texts": str(tmp_path / "texts.txt")},
     }
     bench.refresh()
