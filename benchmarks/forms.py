@@ -96,7 +96,7 @@ def write_pools(folder: Path, n_bytes: int) -> int:
 
 def measure(folder: Path, form: str, step: str) -> dict[str, float]:
     """Seconds and peak MiB of one step on one form, in this process."""
-    # The images of the gzip pool lie behind a link, which the image root has to be told.
+    # The images of the gzip pool lie behind a link, which the image root must name.
     root = UPath(folder / "files") if form == "gzip" else None
     source = SampleSource(UPath(folder / form), root)
     (key,) = source.shard_keys()
@@ -141,11 +141,11 @@ def main() -> None:
                 *("--measure", form, step),
             ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
-            told = json.loads(done.stdout)
-            speed = arguments.megabytes / told["seconds"]
+            result = json.loads(done.stdout)
+            speed = arguments.megabytes / result["seconds"]
             print(
-                f"| {form} | {step} | {told['seconds']:.2f} | {speed:.0f} | {told['peak_mib']:.0f} | "
-                f"{told['before_mib']:.0f} |"
+                f"| {form} | {step} | {result['seconds']:.2f} | {speed:.0f} | {result['peak_mib']:.0f} | "
+                f"{result['before_mib']:.0f} |"
             )
 
 

@@ -154,11 +154,11 @@ def _of_model_alone(
     for number, batch_tokens in enumerate(options.batch_tokens):
         fresh = items[n + number * step : n + (number + 1) * step]
         found = measures.passes(encoder, fresh, images, batch_tokens)
-        told = f"model alone, batches of {batch_tokens:,} tokens"
-        yield f"{told}: first pass / again, samples/s", f"{found.first:,.0f} / {found.again:,.0f}"
-        yield f"{told}: of the limit", f"{found.first / limit:.0%}"
+        label = f"model alone, batches of {batch_tokens:,} tokens"
+        yield f"{label}: first pass / again, samples/s", f"{found.first:,.0f} / {found.again:,.0f}"
+        yield f"{label}: of the limit", f"{found.first / limit:.0%}"
         if found.peak_bytes is not None:
-            yield f"{told}: peak beside the weights, GiB", f"{found.peak_bytes / GIB:.2f}"
+            yield f"{label}: peak beside the weights, GiB", f"{found.peak_bytes / GIB:.2f}"
 
 
 def _limit(

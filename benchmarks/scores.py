@@ -563,7 +563,7 @@ def print_comparison(data: Data, task: Task, reference: Reference, lines: Sequen
         print(f"| {line.name} | " + " | ".join(cells) + " |")
     print(
         "\n× double SVD: how many times faster, best against best. Before: resident, with libraries and the "
-        "matrix. Own: peak less that. Told k: cannot find k from a share of the energy, so it was given the "
+        "matrix. Own: peak less that. Given k: cannot find k from a share of the energy, so it was given the "
         "reference's. Where a competitor that finds k itself has another one, its errors show that."
     )
 

@@ -222,7 +222,7 @@ def comparison_metadata(compared: pl.DataFrame) -> dict[str, Any]:
     columns = [dg.TableColumn("seeds", "Int64"), *column_schema(comparison.SUBSET_COMPARISON).columns]
     names = set(rows[0].data)
     return {
-        **{f"choice_{name}": value for name, value in comparison.told(compared).items()},
+        **{f"choice_{name}": value for name, value in comparison.choice_numbers(compared).items()},
         "comparison": dg.MetadataValue.table(
             rows, schema=dg.TableSchema([column for column in columns if column.name in names])
         ),

@@ -122,7 +122,7 @@ def compare(
         projections: Of all rows on it.
         last: Rows of the last choice that are still there; ``None`` where there was none.
         settings: What near is.
-        source_label: The label whose coverage is told.
+        source_label: The label whose coverage is measured.
         unit_rows: Whether vectors are scaled to length 1.
 
     Returns:
@@ -226,7 +226,7 @@ def means(comparison: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def told(comparison: pl.DataFrame) -> Mapping[str, float]:
+def choice_numbers(comparison: pl.DataFrame) -> Mapping[str, float]:
     """The choice's own measures as plain numbers, for the UI to plot over time."""
     choice = comparison.row(0, named=True)
     return {

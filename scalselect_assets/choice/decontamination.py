@@ -144,12 +144,12 @@ class Looked:
 
     Attributes:
         frame: Of `DECONTAMINATION` with the shard, by shard and row.
-        told: What of the evaluation set was looked for, and what it took.
+        numbers: What of the evaluation set was looked for, and the work that it took.
         whole_shards: Shards of which every sample is contaminated.
     """
 
     frame: pl.DataFrame
-    told: Mapping[str, str | int]
+    numbers: Mapping[str, str | int]
     whole_shards: tuple[str, ...]
 
 
@@ -191,8 +191,8 @@ def look(
         if n_candidates and frame.height == n_candidates:
             whole.append(shard)
         frames.append(frame.select(pl.lit(shard).alias("shard"), *polars_schema(DECONTAMINATION).names()))
-    told = {"shards_looked_through": n_shards, "images_decoded": n_decoded, **_told(evaluation)}
-    return Looked(pl.concat(frames), told, tuple(whole))
+    numbers = {"shards_looked_through": n_shards, "images_decoded": n_decoded, **_numbers(evaluation)}
+    return Looked(pl.concat(frames), numbers, tuple(whole))
 
 
 def _known(artifacts: ArtifactStore, shard: str, made_from: str) -> tuple[pl.DataFrame, int] | None:
@@ -328,17 +328,19 @@ def version_of(storage: StorageResource, selection: Selection) -> str:
         raise dg.Failure(str(error), allow_retries=False) from error
 
 
-def _told(evaluation: EvaluationSet) -> dict[str, str | int]:
+def _numbers(evaluation: EvaluationSet) -> dict[str, str | int]:
     """What of the evaluation set was looked for, and what could not be."""
-    told: dict[str, str | int] = {"evaluation_set": evaluation.version}
+    numbers: dict[str, str | int] = {"evaluation_set": evaluation.version}
     if evaluation.images is not None:
-        told["evaluation_images"] = len(evaluation.images.names)
-        told["evaluation_images_by_bytes_only"] = len(evaluation.images.names) - len(evaluation.images.hashed)
+        numbers["evaluation_images"] = len(evaluation.images.names)
+        numbers["evaluation_images_by_bytes_only"] = len(evaluation.images.names) - len(
+            evaluation.images.hashed
+        )
     if evaluation.texts is not None:
-        told["evaluation_texts"] = evaluation.texts.n_texts
-        told["evaluation_texts_too_short"] = evaluation.texts.n_too_short
-        told["evaluation_texts_common"] = evaluation.texts.n_common
-    return told
+        numbers["evaluation_texts"] = evaluation.texts.n_texts
+        numbers["evaluation_texts_too_short"] = evaluation.texts.n_too_short
+        numbers["evaluation_texts_common"] = evaluation.texts.n_common
+    return numbers
 
 
 def list_files(storage: StorageResource, selection: Selection) -> None:

@@ -179,7 +179,7 @@ def find(
             "searched": vectors.n,
             "recall": _recall(vectors, order[removals.kept[order]], cosine) if vectors.indexed else 1.0,
             "cosine": cosine,
-            **_told_of_nearest(nearest),
+            **_numbers_of_nearest(nearest),
         }
     frame = _frame(ranked, ranks, removals, contents)
     groups = (
@@ -211,7 +211,7 @@ def _compared(rows: pl.DataFrame, least_likeness: float) -> "Contents":
     return Contents(pictures, TextLikeness(*texts), least_likeness)
 
 
-def _told_of_nearest(nearest: "NearestCosines") -> dict[str, float]:
+def _numbers_of_nearest(nearest: "NearestCosines") -> dict[str, float]:
     """The suggestion and what it is made of; only the suggestion where the pool has no two rows."""
     quantiles = {
         f"{name}_cosine_{percent}": float(np.quantile(values, percent / 100))

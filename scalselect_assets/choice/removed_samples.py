@@ -156,7 +156,7 @@ def find_removed(selection: Selection, storage: StorageResource) -> Output:
     subspace, basis = subspace_basis.read_basis(artifacts)
     evaluation = decontamination.evaluation_of(storage, selection)
     looked = decontamination.look(storage, selection, evaluation, sorted(basis.shards))
-    numbers: dict[str, Any] = dict(looked.told)
+    numbers: dict[str, Any] = dict(looked.numbers)
     contentless = pl.DataFrame(schema=polars_schema(contentless_pictures.CONTENTLESS))
     if selection.contentless_pictures == "remove":
         source = storage.samples(selection.source, selection.image_root, selection.store)

@@ -152,10 +152,10 @@ class DatasetWriter:
             self.n_selected += rows.height
             text_only = self.text_only_rows(shard)
             self.n_text_only += text_only.height
-            for row, text, images, *told in pl.concat([rows, text_only]).sort("row").iter_rows():
+            for row, text, images, *columns in pl.concat([rows, text_only]).sort("row").iter_rows():
                 self.n_rows += 1
                 if self._spool is not None:
-                    values = dict(zip(_EXPORT_ROWS.names()[len(_ROWS) :], told, strict=True))
+                    values = dict(zip(_EXPORT_ROWS.names()[len(_ROWS) :], columns, strict=True))
                     self._spool.add(ExportRow(shard=shard, row=row, text=text, images=images, **values))
                 row_format = "llava" if "conversations" in json.loads(text) else "sharegpt"
                 self.row_formats[row_format] = self.row_formats.get(row_format, 0) + 1
@@ -193,9 +193,9 @@ class DatasetWriter:
         if self._spool is not None:
             for record in rejected.join(kept, on="row", how="anti").sort("row").iter_rows(named=True):
                 self._spool.add_rejection(publish.pool_record(shard, record))
-        told = {
+        columns = {
             name: pl.lit([] if isinstance(dtype, pl.List) else None, dtype)
             for name, dtype in self._schema.items()
             if name not in kept.columns
         }
-        return kept.with_columns(**told).select(self._schema.names()).cast(self._schema)
+        return kept.with_columns(**columns).select(self._schema.names()).cast(self._schema)

@@ -193,14 +193,14 @@ class Explanation:
             ):
                 for place, other in enumerate(exemplars):
                     itself = (other.shard, other.row) == (self.sample.shard, self.sample.row)
-                    told = _named(other.shard, other.row, other.sample_key, other.selected_rank)
-                    told = "this sample" if itself else told
-                    yield "" if place else f"  {label}", f"{other.coordinate:+.4f}  {told}"
+                    name = _named(other.shard, other.row, other.sample_key, other.selected_rank)
+                    name = "this sample" if itself else name
+                    yield "" if place else f"  {label}", f"{other.coordinate:+.4f}  {name}"
         if self.similar:
             yield "", ""
         for place, near in enumerate(self.similar):
-            told = _named(near.shard, near.row, near.sample_key, near.selected_rank)
-            yield "" if place else "most like it (cosine)", f"{near.cosine:+.4f}  {told}"
+            name = _named(near.shard, near.row, near.sample_key, near.selected_rank)
+            yield "" if place else "most like it (cosine)", f"{near.cosine:+.4f}  {name}"
         if self.tokens is not None:
             yield "", ""
             yield "tokens", f"{self.tokens.n_tokens:,}, of which {self.tokens.n_vision_tokens:,} vision"

@@ -50,7 +50,7 @@ class Step:
     Attributes:
         asset: Its name.
         data_version: As its own output states; none where there is no output that can be read.
-        facts: What is to be told of it, by name.
+        facts: What the lineage says of it, by name.
         made_by: The run that recorded this version, if the instance knows one.
         ui: Path of the asset's page, at the shard's partition.
     """
@@ -101,17 +101,17 @@ class SampleLineage:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Label and value of each line to print; facts of a step stand indented below its version."""
-        yield from _told(self.sample)
+        yield from _lines_of(self.sample)
         yield "", ""
         yield "shard file", str(self.shard_file["path"])
-        yield from _told({"sha256": self.shard_file["sha256"], "shown_at": self.shard_file["ui"]}, "  ")
+        yield from _lines_of({"sha256": self.shard_file["sha256"], "shown_at": self.shard_file["ui"]}, "  ")
         for image in self.images:
             yield "image", str(image["path"])
-            yield from _told({"sha256": image["sha256"]}, "  ")
+            yield from _lines_of({"sha256": image["sha256"]}, "  ")
         for step in self.steps:
             yield "", ""
             yield step.asset, step.data_version or "-"
-            yield from _told(step.facts, "  ")
+            yield from _lines_of(step.facts, "  ")
             if step.made_by is None:
                 yield "  made by", "no run recorded"
             else:
@@ -121,7 +121,7 @@ class SampleLineage:
             yield "  shown at", step.ui
 
 
-def _told(facts: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+def _lines_of(facts: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
     for name, value in facts.items():
         yield f"{indent}{name.replace('_', ' ')}", "-" if value is None else str(value)
 
@@ -230,7 +230,7 @@ class _Trace:
     def _embedding(self, place: SamplePlace, raw: Mapping[str, str]) -> dict[str, Any] | None:
         """The sample's row in its shard's table, if it has one."""
         name = f"{receipts.NAME}[{place.shard}]"
-        with self._told():
+        with self._problems_reported():
             table, header = receipts.recorded_table(self._artifacts, place.shard)
             self._compare(name, raw_samples.NAME, header["raw_samples"], raw["data_version"])
             facts = {
@@ -260,7 +260,7 @@ class _Trace:
         """Why the sample was rejected, on reading or by the model; none if it was not."""
         fate = {"state": "rejected", "reason": raw["reason"], "detail": raw["detail"]}
         if raw["reason"] is None:
-            with self._told():
+            with self._problems_reported():
                 rejected, _ = self._artifacts.read_frame(receipts.REJECTED, place.shard)
                 found = rejected.filter(pl.col("sample_key") == place.sample_key)
                 if found.height:
@@ -287,7 +287,7 @@ class _Trace:
 
     def _moments(self, shard: str) -> Mapping[str, str]:
         header = self._header(embedding_moments.NAME, shard, suffix=ARRAYS)
-        with self._told():
+        with self._problems_reported():
             _, embedded = receipts.recorded_table(self._artifacts, shard)
             self._compare(
                 f"{embedding_moments.NAME}[{shard}]",
@@ -299,7 +299,7 @@ class _Trace:
         return header
 
     def _basis(self, shard: str, moments: Mapping[str, str]) -> Mapping[str, str]:
-        with self._told():
+        with self._problems_reported():
             subspace, header = subspace_basis.read_basis(self._artifacts)
             held = header.shards.get(shard)
             if held is None:
@@ -327,7 +327,7 @@ class _Trace:
 
     def _scores(self, place: SamplePlace, basis: Mapping[str, str]) -> bool:
         """Whether the sample has a score."""
-        with self._told():
+        with self._problems_reported():
             scores, header = self._artifacts.read_frame(importance_scores.NAME, place.shard)
             if basis:
                 self._compare(
@@ -347,7 +347,7 @@ class _Trace:
 
     def _subset(self, place: SamplePlace, basis: Mapping[str, str]) -> int | None:
         """The sample's rank among the selected."""
-        with self._told():
+        with self._problems_reported():
             subset, header = self._artifacts.read_frame(selected_subset.NAME)
             self._compare(
                 selected_subset.NAME,
@@ -372,7 +372,7 @@ class _Trace:
         return None
 
     def _dataset(self, basis: Mapping[str, str]) -> None:
-        with self._told():
+        with self._problems_reported():
             manifest = training_manifest.read_manifest(self._artifacts)
             file = manifest["training_file"]
             self._compare(
@@ -421,13 +421,13 @@ class _Trace:
             )
 
     def _header(self, asset: str, shard: str | None = None, *, suffix: str) -> Mapping[str, str]:
-        with self._told():
+        with self._problems_reported():
             return self._artifacts.read_header(asset, shard, suffix=suffix)
         return {}
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What is not there, or cannot be read, is a problem to be told, and not the end of the way."""
+    def _problems_reported(self) -> Iterator[None]:
+        """Report what is missing or cannot be read as a problem, and go on."""
         try:
             yield
         except (ArtifactMissingError, ArtifactCorruptError) as error:

@@ -147,7 +147,7 @@ class _Scored:
         self._problems: list[str] = []
 
     def explanation(self, n_similar: int, n_directions: int, n_exemplars: int) -> Explanation:
-        """All that is told of the sample."""
+        """Everything that the explanation says of the sample."""
         from scalselect_assets.method.subspace.directions import coordinates, strongest_directions
 
         place = self._place

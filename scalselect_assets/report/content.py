@@ -10,7 +10,7 @@ from scalselect_assets.charts.chart_data import Churn, EnergyCurve, LeverageProf
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One named value that is told as it stands."""
+    """One named value, shown as it is."""
 
     name: str
     value: str

@@ -36,10 +36,10 @@ def render(content: ReportContent) -> str:
         energy_svg=_energy_svg(content.energy),
         leverage_svg=_leverage_svg(content),
         rank_svg=_rank_svg(content),
-        energy_told=captions.energy(content.energy),
-        leverage_told=captions.leverage(content.leverage, content.counts.selected),
-        rank_told=captions.ranks(content.leverage),
-        churn_told=None if content.churn is None else captions.churn(content.churn),
+        energy_caption=captions.energy(content.energy),
+        leverage_caption=captions.leverage(content.leverage, content.counts.selected),
+        rank_caption=captions.ranks(content.leverage),
+        churn_caption=None if content.churn is None else captions.churn(content.churn),
     )
 
 

@@ -148,8 +148,8 @@ class ArtifactStore:
             try:
                 return TypeAdapter(shape).validate_json(_json(value))
             except ValidationError as error:
-                told = (": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
-                raise ValueError("; ".join(told)) from error
+                messages = (": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
+                raise ValueError("; ".join(messages)) from error
 
     def check_file(self, path: UPath) -> None:
         """Read a file of any kind that carries its own hash, and compare it.

@@ -2,8 +2,8 @@
 
 Why not one table: replacing a shard in a shared table either needs memory in proportion to the whole table
 or takes two commits, and disjoint shards conflict. With a table each, memory is bounded by the shard, shards
-never meet, and a crash leaves the old version or the new one. Whoever reads names the version that it was
-told of, so that nothing changes under a reader. There must be one writer per shard; the refresh holds a lock.
+never meet, and a crash leaves the old version or the new one. A reader names the version that a receipt
+gives, so that nothing changes under it. There must be one writer per shard; the refresh holds a lock.
 Rows carry hashes (`resources.row_hashes`), and what is read is compared with them; a table from an earlier
 release has none and is read as it is.
 """

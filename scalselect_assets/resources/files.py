@@ -1,4 +1,4 @@
-"""What can be told of a file without reading it, locally and in an object store."""
+"""The properties of a file that need no reading, locally and in an object store."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _STORE_VERSION_FIELDS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastMod
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What can be told of a file without reading it."""
+    """The properties of a file that need no reading."""
 
     size: int
     version: str

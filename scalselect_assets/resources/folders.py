@@ -27,7 +27,7 @@ _REPLACED = ".replaced-"
 
 @dataclass(slots=True)
 class WrittenFile:
-    """What was written: told by whoever wrote it, not read back."""
+    """What was written, as the writer reports it; it is not read back."""
 
     sha256: str
     bytes: int
@@ -91,7 +91,7 @@ class NewFolder:
 
     @contextmanager
     def stream(self, name: str) -> Iterator[HashedStream]:
-        """Write the file ``name``, in constant memory; it is told in ``files`` once it is complete.
+        """Write the file ``name``, in constant memory; ``files`` names it once it is complete.
 
         Raises:
             ValueError: The name leads out of the folder, or there is such a file already.

@@ -36,7 +36,7 @@ class PoolRow:
 
 
 def judge(row: RowText, images: ImageRoot) -> tuple[PoolRow, str | None]:
-    """The row as far as it can be told on its own, its key being the base, and what repeats of it share."""
+    """The row as it is judged by itself. Its key is the base key, which its repeats share."""
 
     def judged(
         base: str,

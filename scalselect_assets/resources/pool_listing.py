@@ -189,7 +189,7 @@ def is_ignored(name: str, path: str, ignore: tuple[str, ...]) -> bool:
 
 
 def entries_of(folder: UPath) -> Iterator[Entry]:
-    """Everything in a folder; links to folders are told from folders, and neither is followed.
+    """Everything in a folder; links to folders are distinguished from folders, and neither is followed.
 
     Raises:
         OSError: The folder cannot be listed.

@@ -1,6 +1,6 @@
 """The layout of a row: which turns it has, who speaks them, and which image stands where.
 
-Two layouts are read, told apart by the key that holds the turns: ``messages`` with ``role`` and ``content``
+The key that holds the turns decides the layout: ``messages`` with ``role`` and ``content``
 (ShareGPT as LLaMA-Factory and most trainers write it) and ``conversations`` with ``from`` and ``value``
 (LLaVA). A turn's content is a text with marks, or a list of parts as OpenAI, TRL, Axolotl and Hugging Face
 chat templates have it; either becomes one text with a mark for each image.
@@ -84,7 +84,7 @@ def lay_out(row: Mapping[str, object]) -> LaidOutRow:
     """Read a decoded row.
 
     Raises:
-        RowError: It is malformed, has media that are not read, or its images cannot be told apart.
+        RowError: It is malformed, has media that are not read, or its images cannot be distinguished.
     """
     turns, row_format = _turns(row)
     require_no_other_media(row, "row")

@@ -59,7 +59,7 @@ class ShardIndex:
     images: tuple[str, ...]
     """The distinct images that it names, relative to the image root, sorted; missing ones included."""
     source: str
-    """The sample source and the image root that ``images`` were told against."""
+    """The sample source and the image root that ``images`` belong to."""
     image_root: str | None
 
     def to_json(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class SearchTable:
         Raises:
             OSError: The system does not let them be read.
         """
-        with _told(self.place):
+        with _system_errors(self.place):
             rows = self.table.take_offsets(positions.tolist()).select(["position", "vector"]).to_arrow()
         found = rows["position"].to_numpy()
         matrix = self._matrix(rows["vector"].combine_chunks())
@@ -65,7 +65,7 @@ class SearchTable:
 
     def scan(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """All (m,) positions and (m, d) vectors, in batches; raises as ``take``."""
-        with _told(self.place):
+        with _system_errors(self.place):
             query = self.table.search().select(["position", "vector"]).limit(None)
             for batch in query.to_batches(_SCAN_ROWS):
                 yield batch.column("position").to_numpy(), self._matrix(batch.column("vector"))
@@ -102,7 +102,7 @@ class SearchTable:
         self, queries: NDArray[np.float32], cosine: float, limit: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Number of the query and position of what the index finds."""
-        with _told(self.place):
+        with _system_errors(self.place):
             rows = (
                 self.table.search(list(queries), vector_column_name="vector")
                 .distance_type("dot")
@@ -145,7 +145,7 @@ def search_table(
     schema = pa.schema([("position", pa.int64()), ("vector", pa.list_(pa.float32(), dimension))])
     place = store.folder / f"{SEARCH_TABLE}.lance"
     connection = lancedb.connect(str(store.folder), storage_options=_options(store.storage_options))
-    with _told(place):
+    with _system_errors(place):
         connection.drop_table(SEARCH_TABLE, ignore_missing=True)
         try:
             reader = pa.RecordBatchReader.from_batches(schema, _records(schema, batches))
@@ -176,11 +176,11 @@ def _records(schema: pa.Schema, batches: Iterable[NDArray[np.float32]]) -> Itera
 
 
 @contextmanager
-def _told(place: UPath) -> Iterator[None]:
+def _system_errors(place: UPath) -> Iterator[None]:
     """Turn what the operating system said, which LanceDB gives as text, into its own error again."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if told := system_error(error, place):
-            raise told from error
+        if named_error := system_error(error, place):
+            raise named_error from error
         raise

@@ -117,7 +117,7 @@ def test_a_budget_of_tokens_is_not_exceeded(bench: Bench) -> None:
     assert half["n_text_tokens"].sum() > 0
 
 
-def test_lists_are_followed_by_id_key_and_image_and_what_they_do_not_find_is_told(
+def test_lists_are_followed_by_id_key_and_image_and_what_they_do_not_find_is_reported(
     bench: Bench, tmp_path: Path
 ) -> None:
     scores = all_scores(bench).sort("normalised_leverage")
@@ -201,7 +201,7 @@ def test_what_a_strategy_knows_of_a_row_is_recorded(bench: Bench) -> None:
     assert spanning["inclusion_probability"].is_null().all()
 
 
-def test_an_earlier_choice_is_kept_within_bounds_and_its_cost_is_told(bench: Bench) -> None:
+def test_an_earlier_choice_is_kept_within_bounds_and_its_cost_is_reported(bench: Bench) -> None:
     before = chosen(bench, budget=8, strategy="random", seed=1)
     top = chosen(bench, budget=8, strategy="top_leverage", keep_earlier=None)
     bench.options.update(strategy="random")
@@ -275,7 +275,7 @@ def test_a_comparison_that_is_declared_otherwise_is_made_without_another_choice(
 # Removed samples
 
 
-def test_duplicates_and_contaminated_samples_are_not_chosen_and_each_is_told(
+def test_duplicates_and_contaminated_samples_are_not_chosen_and_each_is_reported(
     tmp_path: Path, demo_vlm: Path, make_pool: Callable[..., Path]
 ) -> None:
     pool = make_pool({"a.jsonl": 6, "b.jsonl": 4})

@@ -315,7 +315,7 @@ def test_a_benchmarks_prompt_does_not_count_and_its_questions_do(tmp_path: Path)
     assert texts_found(tmp_path, *evaluation, common_ngrams=4)["row"].to_list() == [0, 1]
 
 
-def test_the_overlap_that_counts_is_a_setting_and_the_greatest_is_told(tmp_path: Path) -> None:
+def test_the_overlap_that_counts_is_a_setting_and_the_greatest_is_reported(tmp_path: Path) -> None:
     pool_of_texts(tmp_path, " ".join(LONG.split()[:15]))
     beginning = " ".join(LONG.split()[:14])
     found = texts_found(tmp_path, LONG, beginning)
@@ -340,7 +340,7 @@ def test_answers_and_system_texts_count_and_so_do_rows_without_an_image(tmp_path
     assert texts_found(tmp_path, LONG)["row"].to_list() == [0, 1, 2, 3]
 
 
-def test_an_image_is_the_reason_where_both_match_and_the_text_is_told(tmp_path: Path) -> None:
+def test_an_image_is_the_reason_where_both_match_and_the_text_is_reported(tmp_path: Path) -> None:
     evaluation = write_images(tmp_path / "evaluation", {"1.png": png_bytes(1)})
     pool_of_texts(tmp_path, LONG)
     write_lines(tmp_path / "benchmark.txt", [LONG])
@@ -479,11 +479,11 @@ def test_every_removal_is_recorded_and_no_row_is_lost(tmp_path: Path) -> None:
     assert first.frame["source_id"].to_list() == ["5.jpg"]
     assert first.frame["reason"].to_list() == ["evaluation_image"]
     assert first.frame["shard"].to_list() == [SHARD]
-    assert (first.told["shards_looked_through"], first.told["images_decoded"]) == (1, 8)
-    assert (again.told["shards_looked_through"], again.told["images_decoded"]) == (0, 0)
+    assert (first.numbers["shards_looked_through"], first.numbers["images_decoded"]) == (1, 8)
+    assert (again.numbers["shards_looked_through"], again.numbers["images_decoded"]) == (0, 0)
     assert again.frame.equals(first.frame)
     assert by_bytes.frame.is_empty()
-    assert (by_bytes.told["shards_looked_through"], by_bytes.told["images_decoded"]) == (1, 0)
+    assert (by_bytes.numbers["shards_looked_through"], by_bytes.numbers["images_decoded"]) == (1, 0)
     raw, _ = StorageResource().artifacts(str(tmp_path / "store")).read_frame(raw_samples.NAME, SHARD)
     kept = raw.join(first.frame, on=["row", "sample_key"], how="anti")
     assert kept.height + first.frame.height == raw.height
@@ -501,11 +501,11 @@ def test_a_damaged_list_of_a_shard_is_made_again(tmp_path: Path) -> None:
     )
     path.write_bytes(path.read_bytes()[:-9])
     again = looked_through(tmp_path, settings)
-    assert again.told["shards_looked_through"] == 1
+    assert again.numbers["shards_looked_through"] == 1
     assert again.frame.equals(first.frame)
 
 
-def test_a_shard_that_is_a_copy_of_the_evaluation_set_is_told(tmp_path: Path) -> None:
+def test_a_shard_that_is_a_copy_of_the_evaluation_set_is_reported(tmp_path: Path) -> None:
     evaluation = write_images(tmp_path / "evaluation", {"1.png": png_bytes(1)})
     pool_of_images(tmp_path, {"x.png": png_bytes(1)})
     assert looked_through(tmp_path, Decontamination(images=str(evaluation))).whole_shards == (SHARD,)

@@ -52,7 +52,7 @@ class Deployment:
 
     def refresh(self, expected: dg.DagsterRunStatus = dg.DagsterRunStatus.SUCCESS) -> None:
         run_id = self.dev.launch("refreshed_refresh")
-        assert self.dev.finish(run_id) is expected, self.dev.told(run_id)
+        assert self.dev.finish(run_id) is expected, self.dev.numbers(run_id)
 
     def phase(self, name: str) -> dict[str, Counts]:
         """Wait until nothing more happens, and tell what each selection has materialized since the last."""
@@ -206,7 +206,7 @@ def _a_terminated_refresh_goes_on_next_time(deployment: Deployment) -> None:
 
     dev.wait("the first new shard", lambda: bool(embedded()))
     dev.terminate(run_id)
-    assert dev.finish(run_id) is dg.DagsterRunStatus.CANCELED, dev.told(run_id)
+    assert dev.finish(run_id) is dg.DagsterRunStatus.CANCELED, dev.numbers(run_id)
     dev.wait_for_quiet()
     assert 0 < len(embedded()) < 4
     assert not any(asset in AFTER for asset, _ in dev.materializations(deployment.refreshed) - before)

@@ -35,7 +35,7 @@ def assert_shard_is_complete(bench: FaultBench, pool: Pool) -> None:
 
 def told(folder: Path, name: str) -> Path:
     """A file by which processes tell each other where they are."""
-    return folder / f"{name}.told"
+    return folder / f"{name}.numbers"
 
 
 def wait_for(path: Path) -> None:

@@ -83,7 +83,7 @@ def test_floors_of_sources_that_are_there_are_met(bench: Bench) -> None:
     assert summary(bench.artifacts)["selected"] == 3
 
 
-def test_lists_are_matched_and_what_names_nothing_is_told(bench: Bench, tmp_path: Path) -> None:
+def test_lists_are_matched_and_what_names_nothing_is_reported(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("\ufeffid\n0\nnobody\n", encoding="utf-8")
     bench.options["include"] = str(tmp_path / "in.csv")
     bench.refresh()

@@ -469,7 +469,7 @@ def test_rows_for_one_file_of_the_whole_pool_are_verbatim_unless_their_images_wo
     assert declared.export_text("sub/s.jsonl", odd, ["a.png"]) == odd
 
 
-def test_the_container_of_a_shard_is_told(pool):
+def test_the_container_of_a_shard_is_reported(pool):
     write(pool / "s.jsonl", row())
     (pool / "t.json").write_text("[]", encoding="utf-8")
 

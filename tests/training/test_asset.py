@@ -144,7 +144,7 @@ def test_it_records_exactly_what_it_trained_on(
 
 
 @trains
-def test_a_model_that_the_subset_has_left_behind_is_told(
+def test_a_model_that_the_subset_has_left_behind_is_reported(
     outputs: Outputs, tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
     materialize(outputs, tmp_path / "runs", instance, max_steps=1)

@@ -212,7 +212,7 @@ def test_lora_trains_adapters_alone_and_leaves_a_merged_model(
     assert all("vision_tower" not in name and "embed" not in name and "norm" not in name for name in changed)
 
 
-def test_rows_that_cannot_be_trained_on_are_counted_and_told(outputs: Outputs, fresh: Path) -> None:
+def test_rows_that_cannot_be_trained_on_are_counted_and_reported(outputs: Outputs, fresh: Path) -> None:
     outputs.write([*ROWS, sharegpt_row("gone.png", id="lost")])
     result = train(outputs, fresh, max_steps=1)
     assert (result.rows, result.left_out) == (len(ROWS), {"missing_image": 1})

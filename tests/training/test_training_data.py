@@ -86,7 +86,7 @@ def test_a_missing_file_says_what_makes_it(outputs: Outputs, file: str, message:
         outputs.read()
 
 
-def test_a_manifest_cut_short_is_told(outputs: Outputs) -> None:
+def test_a_manifest_cut_short_is_reported(outputs: Outputs) -> None:
     path = outputs.folder / "manifest.json"
     path.write_text(path.read_text()[:100])
     with pytest.raises(TrainingDataError, match="not readable"):

@@ -1,5 +1,6 @@
 """The selected rows as trainers read them, one module a format; `publish` writes them, `spec` declares them.
 
-Part of `training_dataset`. What a format refuses is told with a typed reason; nothing is dropped silently.
+Part of `training_dataset`. A row that a format refuses is listed with a
+typed reason; nothing is dropped silently.
 This package imports nothing by itself.
 """

@@ -41,7 +41,7 @@ class Axolotl:
     carries = frozenset[Carried]()
     image_row_first = True
 
-    def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be told
+    def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be written
         """Nothing: which roles may follow each other is the model's chat template's to say."""
         return None
 

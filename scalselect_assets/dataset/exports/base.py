@@ -27,7 +27,7 @@ HF_CHUNK_BYTES = 10 << 20
 (``JsonConfig.chunksize``). A type that only later rows show is an error to it, so a row with an image has to
 begin before."""
 
-_PROBLEMS_TOLD = 20
+_PROBLEMS_LISTED = 20
 
 
 class RefusalReason(enum.StrEnum):
@@ -149,7 +149,7 @@ class Preflight:
     def problem(self, text: str) -> None:
         """Count a broken rule."""
         self.n_problems += 1
-        if len(self.problems) < _PROBLEMS_TOLD:
+        if len(self.problems) < _PROBLEMS_LISTED:
             self.problems.append(text)
 
     def require(self, holds: object, text: str) -> bool:
@@ -368,7 +368,7 @@ def require_soon(
     Args:
         path: The file.
         features: What a row may have that another one lacks, such as an image, and how to see it.
-        verdict: Is told where one comes too late.
+        verdict: Is given a refusal that comes too late.
     """
     if not verdict.passed:
         return

@@ -237,7 +237,7 @@ def _fill(
 
 
 class _Writing:
-    """The rows of one export in its order, each written or refused, and told as one or the other."""
+    """The rows of one export in its order, each written or refused, and counted as one or the other."""
 
     def __init__(self, export: Export, spec: ExportSpec, spool: RowSpool, images: Images) -> None:
         self._export, self._spool, self._images = export, spool, images
@@ -332,12 +332,12 @@ def failed(reports: Mapping[str, Report]) -> dict[str, str]:
 
 def metadata(reports: Mapping[str, Report]) -> dict[str, Any]:
     """For the UI: rows written and refused, and the folder, by format."""
-    told: dict[str, Any] = {}
+    metadata_of: dict[str, Any] = {}
     for format_name, report in reports.items():
-        told[f"export_{format_name}"] = report.folder
-        told[f"export_{format_name}_rows"] = report.written
-        told[f"export_{format_name}_refused"] = sum(report.refused.values())
-    return told
+        metadata_of[f"export_{format_name}"] = report.folder
+        metadata_of[f"export_{format_name}_rows"] = report.written
+        metadata_of[f"export_{format_name}_refused"] = sum(report.refused.values())
+    return metadata_of
 
 
 def provenance(specs: Sequence[ExportSpec]) -> str:

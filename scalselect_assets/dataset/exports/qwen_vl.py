@@ -66,9 +66,10 @@ class QwenVl:
         """What `_build_messages` would turn into something else or fail at."""
         verdict = Preflight()
         entry = folder.path(ENTRY).read_text(encoding="ascii")
-        told = ast.literal_eval(entry.removeprefix("data_dict.update(").removesuffix(")\n"))
+        written = ast.literal_eval(entry.removeprefix("data_dict.update(").removesuffix(")\n"))
         verdict.require(
-            told == {setting.name: {"annotation_path": folder.place(FILE), "data_path": setting.images_base}},
+            written
+            == {setting.name: {"annotation_path": folder.place(FILE), "data_path": setting.images_base}},
             f"{ENTRY} does not name {FILE} and the images",
         )
         require_ascii(folder.path(FILE), verdict)

@@ -77,8 +77,8 @@ class TrlParquet:
     carries = frozenset[Carried]()
     image_row_first = False
 
-    def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be told
-        """Nothing: roles, places of images and their number are all told."""
+    def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be written
+        """None: the format holds all roles, all places of images and any number of them."""
         return None
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:

@@ -59,7 +59,7 @@ class WebDataset:
     carries = frozenset(Carried)
     image_row_first = False
 
-    def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be told
+    def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be written
         """Nothing: a sample may have any number of fields."""
         return None
 

@@ -227,8 +227,8 @@ def _energy_contained(gram: NDArray[np.float64], singular_values: NDArray[np.flo
     """tr(P diag(s²)) / Σ s², P the projection on the range of diag(s) G diag(s)."""
     k = len(singular_values)
     energies = np.square(singular_values)
-    # The range of diag(s) G diag(s) is that of diag(s) times any basis of G's range, whose vectors are told
-    # from rounding more safely in G itself.
+    # The range of diag(s) G diag(s) is that of diag(s) times any basis of G's range, and G itself
+    # separates the vectors of its range from rounding more safely.
     eigenvalues, vectors = np.linalg.eigh(gram)
     kept = eigenvalues > eigenvalues[-1] * k * np.finfo(np.float64).eps
     basis, _ = np.linalg.qr(singular_values[:, None] * vectors[:, kept])

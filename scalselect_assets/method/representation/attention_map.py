@@ -328,8 +328,8 @@ def _strip(grid: GridAttention, largest: float, width: int) -> Image.Image:
 
 def _sentence(width: int) -> Image.Image:
     line = Image.new("RGB", (width, _TEXT_HEIGHT), (0, 0, 0))
-    told = "Tokens in order; where they lie in the image is not known."
-    ImageDraw.Draw(line).text((2, 1), told, fill=_KEPT, font=ImageFont.load_default_imagefont())
+    caption = "Tokens in order; where they lie in the image is not known."
+    ImageDraw.Draw(line).text((2, 1), caption, fill=_KEPT, font=ImageFont.load_default_imagefont())
     return line
 
 

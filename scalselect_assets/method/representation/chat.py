@@ -78,7 +78,7 @@ def _answer_spans(text: str, fixed: list[str], answers: list[str]) -> tuple[tupl
         else:
             raise ChatTemplateError(
                 f"the chat template alters the text of answer {index + 1} beyond trimming it, so its tokens "
-                "cannot be told from the instruction's"
+                "cannot be distinguished from the instruction's"
             )
     if position != len(text):
         raise ChatTemplateError("the chat template's text after the last answer depends on the answer")

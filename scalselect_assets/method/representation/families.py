@@ -46,7 +46,7 @@ def image_token_id(config: Any) -> int:
     if token is None:
         raise UnsupportedModelError(
             f"models of type {config.model_type!r} name no image token in their configuration, so that their "
-            f"vision tokens cannot be told apart; tested families: {', '.join(TESTED_FAMILIES.values())}"
+            f"vision tokens cannot be distinguished; tested families: {', '.join(TESTED_FAMILIES.values())}"
         )
     return int(token)
 

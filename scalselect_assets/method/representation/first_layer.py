@@ -44,7 +44,7 @@ from scalselect_assets.method.transfers import Transfers
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VisionInput:
-    """One image, or the images of one sample where their processing cannot be told apart.
+    """One image, or the images of one sample where they cannot be processed separately.
 
     Attributes:
         key: Equal for equal images that are processed equally.

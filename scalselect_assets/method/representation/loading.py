@@ -358,7 +358,7 @@ class _SelfCheck:
         if texts != [chat.text]:
             raise UnsupportedModelError(
                 "its processor rewrites the prompt after its chat template, so that the answers cannot be "
-                "told from the instruction"
+                "distinguished from the instruction"
             )
         (prepared,) = preparer.prepare(["pattern"], [conversation], lambda _: _png(picture))
         if not isinstance(prepared, Prepared):

@@ -131,15 +131,15 @@ class _Sample:
 
 def _note(grids: Sequence[Grid]) -> str:
     lost = sum(grid.box is None for grid in grids)
-    told = f"{len(grids)} grids of tokens" if len(grids) > 1 else "One grid of tokens"
+    sentence = f"{len(grids)} grids of tokens" if len(grids) > 1 else "One grid of tokens"
     if ends := sum(len(grid.line_ends) for grid in grids):
         tokens = (
             "1 token at the end of it, which shows" if ends == 1 else f"{ends} at ends of lines, which show"
         )
-        told += f", and {tokens} no part of the image"
+        sentence += f", and {tokens} no part of the image"
     if lost:
-        told += f"; where {lost} of the grids lie in the image could not be measured"
-    return f"{told}."
+        sentence += f"; where {lost} of the grids lie in the image could not be measured"
+    return f"{sentence}."
 
 
 def _strip(count: int) -> Grid:

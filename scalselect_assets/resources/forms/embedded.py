@@ -100,7 +100,7 @@ def from_data_uri(reference: str) -> bytes | None:
 
 
 def to_data_uri(data: bytes) -> str:
-    """Inverse of ``from_data_uri``; the type is told from the image's first bytes."""
+    """Inverse of ``from_data_uri``; the type follows from the image's first bytes."""
     return f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
 
 

@@ -78,7 +78,7 @@ class TextForm:
                 raise
 
     def container(self, file: ShardFile) -> Container:
-        """Told by the first character."""
+        """The container, by the first character."""
         with file.open() as stream:
             return recognise(self._unpacked(read_chunks(stream), file), file.path)[0]
 

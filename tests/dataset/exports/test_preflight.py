@@ -114,7 +114,9 @@ TAMPERED = [
 
 
 @pytest.mark.parametrize(("name", "file", "old", "new", "told"), TAMPERED)
-def test_a_broken_rule_is_told(bench: MakeBench, name: str, file: str, old: str, new: str, told: str) -> None:
+def test_a_broken_rule_is_reported(
+    bench: MakeBench, name: str, file: str, old: str, new: str, told: str
+) -> None:
     if (name, new) == ("webdataset", "train-000001.tar"):
 
         def tamper(folder: NewFolder) -> None:
@@ -139,7 +141,7 @@ def test_a_broken_rule_is_told(bench: MakeBench, name: str, file: str, old: str,
         (lambda row: row["images"][0].update(bytes=b"no image"), "cannot be opened"),
     ],
 )
-def test_a_broken_parquet_row_is_told(
+def test_a_broken_parquet_row_is_reported(
     bench: MakeBench, change: Callable[[dict[str, Any]], object], told: str
 ) -> None:
     def tamper(folder: NewFolder) -> None:
@@ -152,7 +154,7 @@ def test_a_broken_parquet_row_is_told(
     assert any(told in problem for problem in problems), problems
 
 
-def test_parquet_that_does_not_tell_its_images_is_told(bench: MakeBench) -> None:
+def test_parquet_that_does_not_tell_its_images_is_reported(bench: MakeBench) -> None:
     def tamper(folder: NewFolder) -> None:
         path = folder.path("data/train-00000.parquet").path
         pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
@@ -171,7 +173,7 @@ def test_parquet_that_does_not_tell_its_images_is_told(bench: MakeBench) -> None
         (lambda members: [members[0], (members[1][0], b"no image"), *members[2:]], "cannot be opened"),
     ],
 )
-def test_a_broken_shard_is_told(
+def test_a_broken_shard_is_reported(
     bench: MakeBench, change: Callable[[list[tuple[str, bytes]]], list[tuple[str, bytes]]], told: str
 ) -> None:
     def tamper(folder: NewFolder) -> None:
@@ -189,7 +191,7 @@ def test_a_broken_shard_is_told(
 
 
 @pytest.mark.parametrize("name", ["llama_factory", "ms_swift", "axolotl"])
-def test_a_first_image_beyond_the_chunk_that_gives_the_types_is_told(bench: MakeBench, name: str) -> None:
+def test_a_first_image_beyond_the_chunk_that_gives_the_types_is_reported(bench: MakeBench, name: str) -> None:
     def tamper(folder: NewFolder) -> None:
         path = Path(folder.path("train.jsonl").path)
         *others, text_only = path.read_text().splitlines(keepends=True)

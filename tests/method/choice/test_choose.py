@@ -150,7 +150,7 @@ def test_with_tokens_earlier_rows_come_first_until_few_enough_are_new():
     assert sorted(got.rows.tolist()) == [0, 3, 4, 5]
 
 
-def test_the_cost_of_keeping_is_told():
+def test_the_cost_of_keeping_is_reported():
     pool = candidates([5.0, 4.0, 3.0, 2.5, 1.0])
     terms = agree(pool, Budget(3))
     kept = choose(pool, TopLeverage(), terms, earlier=[3, 4], keep=KeepEarlier(slack=0.2)).kept
