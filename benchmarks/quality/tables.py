@@ -42,7 +42,7 @@ def accuracy_table(runs: Sequence[Run], share: float) -> str:
     """Every strategy beside random, in Markdown."""
     at_share = [run for run in runs if run.share in {0.0, 1.0, share}]
     random = [run for run in at_share if run.name == "random"]
-    full = _mean([run.mean for run in runs if run.name == FULL])
+    full = _mean([run.mean for run in runs if run.name == FULL]) or math.nan
     curve = _curve(runs)
     lines = [
         "| trained on | seeds | accuracy, % | of everything's, % | minus random, points | "

@@ -59,8 +59,8 @@ def explain_rejections(
         f"  {reason} ({n_rows:,} rows), for example: {examples[reason]}"
         for reason, n_rows in counts.most_common()
     ]
-    where = artifacts.path(receipts.REJECTED, suffix=FRAME)
-    lines.append(f"The rejected rows with their reasons are in {where.parent / receipts.REJECTED}.")
+    folder = artifacts.path(receipts.REJECTED, suffix=FRAME).parent
+    lines.append(f"The rejected rows with their reasons are in {folder}.")
     if (found := find_images(selection, storage, texts)) is not None:
         lines.append(
             f"{found.found} of {found.wanted} images that were looked for are below {found.root}: run again "

@@ -151,7 +151,7 @@ def materialize_shards(
     if len(shards) == 1:
         return outputs[shards[0]].result()
     for shard, output in outputs.items():
-        context.add_asset_metadata(output.recorded(), asset_key=context.asset_key, partition_key=shard)
+        records.add_metadata(context.asset_key, shard, output.recorded())
     versions = {shard: output.data_version for shard, output in outputs.items()}
     return dg.MaterializeResult(
         data_version=dg.DataVersion(digest(versions)), check_results=_merged_checks(outputs)

@@ -323,6 +323,15 @@ class RunRecords(Records):
         with self._uninterrupted():
             return self._context.partition_keys
 
+    def add_metadata(self, asset: dg.AssetKey, shard: str, metadata: Mapping[str, Any]) -> None:
+        """Give one shard its own metadata in this run; Dagster looks up whether it knows the shard."""
+        if not isinstance(self._context, dg.AssetExecutionContext):
+            raise TypeError(
+                f"got a {type(self._context).__name__}; only the run of an asset has its metadata"
+            )
+        with self._uninterrupted():
+            self._context.add_asset_metadata(metadata, asset_key=asset, partition_key=shard)
+
     def log_event(
         self, event: dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation
     ) -> None:

@@ -99,7 +99,7 @@ def test_an_image_that_is_replaced_under_its_name_is_embedded_again(
     assert len(bench.vectors()) == 6
 
 
-def test_an_image_that_is_gone_is_rejected_and_nothing_else_is_embedded(
+def test_an_image_that_is_gone_for_good_is_rejected_and_nothing_else_is_embedded(
     bench: Bench, embedded: list[int]
 ) -> None:
     bench.refresh()

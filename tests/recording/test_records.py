@@ -208,13 +208,17 @@ def test_an_instance_is_opened_to_the_end(tmp_path: Path) -> None:
             lambda context: context.log_event(dg.AssetObservation(KEY)),
             lambda context: RunRecords(context).log_event(dg.AssetObservation(KEY)),
         ),
+        (
+            lambda context: context.add_asset_metadata({"n": 1}, asset_key=KEY, partition_key="a"),
+            lambda context: RunRecords(context).add_metadata(KEY, "a", {"n": 1}),
+        ),
         (lambda context: context.partition_keys, lambda context: RunRecords(context).shards()),
         (
             lambda context: context.instance.get_dynamic_partitions("s_shards"),
             lambda context: RunRecords(context).known_shards("s"),
         ),
     ],
-    ids=["info", "error", "log", "event", "shards", "instance"],
+    ids=["info", "error", "log", "event", "metadata", "shards", "instance"],
 )
 def test_what_an_asset_says_and_asks_is_noticed_where_it_bypasses_the_door(
     instance: dg.DagsterInstance,
@@ -252,7 +256,7 @@ def test_a_line_of_the_log_arrives_as_it_was_written(instance: dg.DagsterInstanc
 
 _IN_MEMORY = {
     *("asset_key", "instance", "repository_def", "retry_number", "run_id"),
-    *("add_asset_metadata", "cursor", "update_cursor", "set_forkserver_preload"),
+    *("cursor", "update_cursor", "set_forkserver_preload"),
 }
 """What modules may use of a context: its instance, to pass it on, and what Dagster holds in memory."""
 
@@ -287,6 +291,7 @@ def rounds(source: str) -> list[str]:
         "say = context.log",
         "self._context.log_event(observation)",
         "shards = context.partition_keys",
+        "context.add_asset_metadata(metadata, partition_key=shard)",
         "dg.DagsterInstance.get()",
         "job.execute_in_process(instance=instance)",
     ],

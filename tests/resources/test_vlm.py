@@ -54,8 +54,15 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return SimpleNamespace(card=SimpleNamespace(to_json=lambda: card, **card))
 
     monkeypatch.setattr(loading, "load_encoder", load)
-    monkeypatch.setattr(workers_module, "start_server", lambda: calls.append({"server": "started"}))
     return calls
+
+
+@pytest.fixture(autouse=True)
+def servers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes what workers are forked from instead of starting it."""
+    started: list[str] = []
+    monkeypatch.setattr(workers_module, "start_server", lambda: started.append("server"))
+    return started
 
 
 @pytest.mark.parametrize(
@@ -68,12 +75,21 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     ],
     ids=["a thread", "processes", "a thread on a GPU", "processes on a GPU"],
 )
-def test_what_workers_are_forked_from_starts_while_the_model_is_loaded(
-    resource: VlmResource, starts: bool, artifacts: ArtifactStore, loads: list[dict[str, Any]]
+def test_what_workers_are_forked_from_starts_once_and_before_the_model_is_loaded(
+    resource: VlmResource,
+    starts: bool,
+    artifacts: ArtifactStore,
+    loads: list[dict[str, Any]],
+    servers: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    resource.encoder(artifacts, **target("org/name"))
-    resource.encoder(artifacts, **target("org/name"))
-    assert ["server" in call for call in loads] == ([True, False] if starts else [False])
+    monkeypatch.setattr(
+        workers_module, "start_server", lambda: servers.append(f"before load {len(loads) + 1}")
+    )
+    for _ in range(2):
+        resource.encoder(artifacts, **target("org/name"))
+    assert len(loads) == 1
+    assert servers == (["before load 1"] if starts else [])
 
 
 def target(model: str | Path, **changes: Any) -> dict[str, Any]:

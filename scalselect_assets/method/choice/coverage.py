@@ -4,18 +4,20 @@ Objective: F(S) = Σ over cells of the largest leverage of a chosen row in that 
 of `method.choice.cells`: facility location with "shares a cell" for the similarity. A row adds its leverage
 for each of its cells that no chosen row of higher leverage lies in: leverage times novelty.
 
-Guarantee: F is monotone and submodular, and the greedy choice is exact (lazy evaluation, Minoux 1978), so
-for a budget of rows F is at least 1 - 1/e of the best possible (Nemhauser, Wolsey & Fisher 1978), and at
-least 1/2 of it with ceilings on one label. What it promises is coverage of the subspace; no accuracy follows
-from that.
+Guarantee: F is monotone and submodular. Rows are taken greedily, each with at least 1 - ε of the gain of
+the best one (ε = `SLACK`), so for a budget of rows F is at least 1 - 1/e - ε of the best possible
+(Nemhauser, Wolsey & Fisher 1978; lazy evaluation, Minoux 1978). Ceilings on one label lower that to about
+one half. The guarantee is about coverage of the subspace; no accuracy follows from it.
 
 Costs, for n rows and N picks: one pass over the projections, O(n·k) with the constants of `cells_of`; then
-O(n log n) for the order of leverage and O(N log N) for the heap, as each row is looked at again a few
-times; some 130 bytes of memory for every row.
+O(n log n) for the order of leverage. A row that is looked at again has lost at least ε of its gain since,
+so each is looked at O(log(range of gains)/ε) times, in practice a few; some 130 bytes of memory for every
+row.
 """
 
 import heapq
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,9 @@ from scalselect_assets.method.choice.candidates import Blocks, Candidates
 from scalselect_assets.method.choice.cells import N_TABLES, Cells, cells_of
 from scalselect_assets.method.choice.tally import Tally
 from scalselect_assets.method.choice.terms import Terms
+
+SLACK: Final = 0.05
+"""ε: a row is taken where it adds this much less, relatively, than the best one might."""
 
 _Entry = tuple[float, float, int, int]  # minus the gain, minus the leverage, the tie order, the row
 
@@ -47,7 +52,9 @@ class Covered:
     novelty: float
 
 
-def coverage_order(candidates: Candidates, terms: Terms, projections: Blocks) -> Covered:
+def coverage_order(
+    candidates: Candidates, terms: Terms, projections: Blocks, *, slack: float = SLACK
+) -> Covered:
     """Rows by what they add to the coverage of the others; ties by leverage, then by tie order.
 
     Held rows cover their cells from the start. Quotas are kept to while picking, as `Tally` does.
@@ -56,12 +63,15 @@ def coverage_order(candidates: Candidates, terms: Terms, projections: Blocks) ->
         candidates: Leverages and tie order.
         terms: How many rows to pick, which are held, and quotas.
         projections: The rows of U_k in the order of the candidates.
+        slack: ε, from 0 (exactly greedy, and slow where a pool repeats itself) to below 1.
 
     Raises:
-        ValueError: The blocks are not n rows of one width of finite values.
+        ValueError: ``slack`` is out of range, or the blocks are not n rows of one width of finite values.
     """
+    if not 0 <= slack < 1:
+        raise ValueError(f"Got slack {slack}; allowed is 0 to below 1. {SLACK} does well.")
     cells = cells_of(projections, candidates.n, terms.expected_size)
-    greedy = _Greedy(candidates, terms, cells)
+    greedy = _Greedy(candidates, terms, cells, slack)
     picked = greedy.pick()
     gain = np.zeros(candidates.n)
     gain[picked] = greedy.gained
@@ -85,7 +95,8 @@ class _Greedy:
         gained: What F gained by each picked row, for each table.
     """
 
-    def __init__(self, candidates: Candidates, terms: Terms, cells: Cells) -> None:
+    def __init__(self, candidates: Candidates, terms: Terms, cells: Cells, slack: float) -> None:
+        self._slack = slack
         self._leverage, self._tie_order = candidates.normalised_leverage, candidates.tie_order
         self._cells, self._tally = cells.of_row, Tally(terms)
         self._largest = np.zeros(cells.n_cells)
@@ -101,21 +112,17 @@ class _Greedy:
         looked_at: list[_Entry] = []
         n_fresh = 0
         while not self._tally.is_full and (looked_at or n_fresh < len(self._fresh)):
-            row = -1
-            if n_fresh < len(self._fresh):
-                row = int(self._fresh[n_fresh])
-            if row >= 0 and (not looked_at or self._bound(row) < looked_at[0]):
+            # What a row added when it was last looked at, at most its leverage, bounds what it adds now.
+            bound = self._bound(int(self._fresh[n_fresh])) if n_fresh < len(self._fresh) else None
+            if bound is not None and (not looked_at or bound < looked_at[0]):
                 n_fresh += 1
             else:
-                row = heapq.heappop(looked_at)[-1]
+                bound = heapq.heappop(looked_at)
+            row = bound[-1]
             if not self._tally.admits(np.array([row]))[0]:
                 continue
             entry = self._entry(row)
-            best_other = looked_at[0] if looked_at else None
-            if n_fresh < len(self._fresh):
-                bound = self._bound(int(self._fresh[n_fresh]))
-                best_other = bound if best_other is None else min(best_other, bound)
-            if best_other is not None and best_other < entry:
+            if entry[0] > bound[0] * (1 - self._slack):
                 heapq.heappush(looked_at, entry)
                 continue
             picked.append(row)

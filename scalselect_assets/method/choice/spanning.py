@@ -89,7 +89,7 @@ def spanning_order(
 
     Quotas are kept to while picking, as `Tally` does; rows are exchanged only for others of the same
     combination of labels. With a budget of tokens, for as many others, so that the choice may be some rows
-    longer or shorter than it need be once `Terms.take` has gone through the order.
+    longer or shorter than it need be once `taking.take` has gone through the order.
 
     Costs, for n rows of width k and N picks in blocks of b rows: at most ``passes`` readings, O(n·k²) time
     each (as much as the projections themselves cost where d = k), O(b·k + k²) for each pick and exchange;

@@ -1,6 +1,6 @@
 """Orders of preference over a pool: the paper's top leverage, and what it is to be compared with.
 
-A strategy ranks every row that may be chosen; `quotas.Terms.take` then goes down that order. The strategies
+A strategy ranks every row that may be chosen; `taking.take` then goes down that order. The strategies
 know the terms, so that what they compute for a given number of rows (inclusion probabilities, sizes by label,
 rows that span together) is computed for the rows that will be chosen.
 """
