@@ -68,4 +68,4 @@ def test_a_sample_that_the_evaluation_set_holds_removes_no_duplicate_of_itself(
     bench.refresh()
     assert trained_ids(bench) == {f"own {index}" for index in range(6)}
     removed, _ = bench.artifacts.read_frame("removed_samples")
-    assert set(removed["source_id"]) == {f"held {index}" for index in range(6)}
+    assert set(removed["row"]) == {row for row in range(12) if rows[row]["id"].startswith("held")}
