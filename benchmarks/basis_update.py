@@ -80,7 +80,7 @@ class Difference:
     score_change: float
 
 
-class Pool:
+class BasisPool:
     """Shards with moments in a store, which come, change and go."""
 
     def __init__(self, artifacts: ArtifactStore, d: int, rows: int, seed: int) -> None:
@@ -143,7 +143,7 @@ class Pool:
         self.versions[shard] = version
 
 
-def new_basis(pool: Pool, kind: str, *, cold: bool) -> tuple[Timing, Subspace, Moments]:
+def new_basis(pool: BasisPool, kind: str, *, cold: bool) -> tuple[Timing, Subspace, Moments]:
     """Bring the totals up to date, or rebuild them, and fit the basis.
 
     Raises:
@@ -170,14 +170,14 @@ def difference(updates: int, updated: Subspace, rebuilt: Subspace, moments: Mome
     return Difference(updates, apart, basis_drift(updated, rebuilt, moments).score_change)
 
 
-def happen(pool: Pool, kind: str, n_shards: int) -> None:
+def happen(pool: BasisPool, kind: str, n_shards: int) -> None:
     """Something happens to some shards."""
     act = {"changed": pool.change, "added": pool.add, "removed": pool.remove}[kind]
     for _ in range(n_shards):
         act()
 
 
-def compare(pool: Pool, options: argparse.Namespace) -> Iterator[tuple[Timing, Timing, Difference]]:
+def compare(pool: BasisPool, options: argparse.Namespace) -> Iterator[tuple[Timing, Timing, Difference]]:
     """In turns: something happens, the totals are updated, and the same pool is rebuilt."""
     for _ in range(options.rounds):
         for kind in KINDS:
@@ -187,7 +187,7 @@ def compare(pool: Pool, options: argparse.Namespace) -> Iterator[tuple[Timing, T
             yield timing, rebuilding, difference(1, updated, rebuilt, moments)
 
 
-def drift_of_many(pool: Pool, options: argparse.Namespace) -> Difference:
+def drift_of_many(pool: BasisPool, options: argparse.Namespace) -> Difference:
     """Many updates in succession, without a rebuild between them."""
     for kind in islice(cycle(KINDS), options.updates):
         happen(pool, kind, options.changed)
@@ -241,7 +241,7 @@ def print_differences(differences: Sequence[Difference]) -> None:
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Generate, compare, print; returns the numbers."""
     header = machine.fresh_process(machine.describe)
-    pool = Pool(StorageResource().artifacts(str(folder)), options.dim, options.rows, options.seed)
+    pool = BasisPool(StorageResource().artifacts(str(folder)), options.dim, options.rows, options.seed)
     start = time.perf_counter()
     for _ in range(options.shards):
         pool.add()

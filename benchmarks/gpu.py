@@ -24,7 +24,7 @@ from benchmarks import gpu_measures as measures
 from benchmarks.machine import GIB
 from benchmarks.representation import leverage_scores
 from benchmarks.representation_model import PRESETS, Generated, write_checkpoint
-from benchmarks.representation_pool import ImageFolder, Pool, make_pools
+from benchmarks.representation_pool import ImageFolder, PicturePool, make_pools
 from benchmarks.representation_print import describe, print_table
 from benchmarks.representation_work import work_per_sample
 from benchmarks.two_ways import Straightforward
@@ -95,7 +95,7 @@ def _say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def _generate(options: argparse.Namespace, folder: Path) -> list[Pool]:
+def _generate(options: argparse.Namespace, folder: Path) -> list[PicturePool]:
     """Write checkpoints and images, and make the samples of each model: five rounds."""
     _say("generating checkpoints and images")
     for model in options.models:
@@ -107,7 +107,7 @@ def _generate(options: argparse.Namespace, folder: Path) -> list[Pool]:
 
 
 def _of_model(
-    options: argparse.Namespace, folder: Path, model: str, pool: Pool, device: torch.device
+    options: argparse.Namespace, folder: Path, model: str, pool: PicturePool, device: torch.device
 ) -> Iterator[tuple[str, str]]:
     """Every measure of one model, by name."""
     images, batch_tokens = ImageFolder(folder.parent / "images"), options.batch_tokens[0]

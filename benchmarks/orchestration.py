@@ -76,30 +76,30 @@ _OURS, _LANCEDB, _REST = "our assets", "LanceDB", "Dagster: the rest"
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class ShardCost:
     """What a piece of work took: wall time, and processor time of this process and of its children."""
 
     seconds: float
     cpu: float
     cpu_children: float
 
-    def per(self, n: int) -> "Cost":
+    def per(self, n: int) -> "ShardCost":
         """Of one of ``n`` equal parts."""
-        return Cost(self.seconds / n, self.cpu / n, self.cpu_children / n)
+        return ShardCost(self.seconds / n, self.cpu / n, self.cpu_children / n)
 
 
 @contextmanager
-def measured(into: list[Cost]) -> Iterator[None]:
+def measured(into: list[ShardCost]) -> Iterator[None]:
     """Append what the block costs."""
     start, before = time.perf_counter(), _cpu()
     yield
     now = _cpu()
-    into.append(Cost(time.perf_counter() - start, now[0] - before[0], now[1] - before[1]))
+    into.append(ShardCost(time.perf_counter() - start, now[0] - before[0], now[1] - before[1]))
 
 
-def cost_of(work: Callable[[], object]) -> Cost:
+def cost_of(work: Callable[[], object]) -> ShardCost:
     """Of one call."""
-    costs: list[Cost] = []
+    costs: list[ShardCost] = []
     with measured(costs):
         work()
     return costs[0]
@@ -362,7 +362,7 @@ def empty_assets(partitions: dg.DynamicPartitionsDefinition, n_checks: int) -> d
 
 def per_shard(folder: Path, n_shards: int, rounds: int) -> dict[str, Any]:
     """Costs per shard by what is done, one for each round, and the split of the refresh's processor time."""
-    costs: dict[str, list[Cost]] = {}
+    costs: dict[str, list[ShardCost]] = {}
     parts: Counter[str] = Counter()
     for number in range(-1, rounds):  # the first round does not count: it imports
         found, split = _round(folder / f"round-{number}", n_shards if number >= 0 else 2)
@@ -377,7 +377,7 @@ def per_shard(folder: Path, n_shards: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _round(folder: Path, n_shards: int) -> tuple[dict[str, Cost], Counter[str]]:
+def _round(folder: Path, n_shards: int) -> tuple[dict[str, ShardCost], Counter[str]]:
     write_tiny_pool(folder / "pool", n_shards)
     ours = Deployment(folder, StandInVlm(device="cpu"), compare=None, report=False)
     checks = ours.job.asset_layer.asset_graph.asset_check_keys
@@ -385,7 +385,7 @@ def _round(folder: Path, n_shards: int) -> tuple[dict[str, Cost], Counter[str]]:
     empty = empty_assets(ours.selection.partitions, n_checks)
     jobs = {name: empty.resolve_job_def(name) for name in ("empty_job", "empty_assets")}
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-    costs: dict[str, Cost] = {}
+    costs: dict[str, ShardCost] = {}
     with open_instance(ours.selection) as instance:
         report_discovery(ours.selection, instance, discover(ours.source, ours.artifacts))
         shards = instance.get_dynamic_partitions(shards_name(ours.selection.name))
@@ -455,7 +455,7 @@ def night(folder: Path, model: Path, what: str, options: Mapping[str, Any]) -> d
     )
 
     importing = time.perf_counter() - start
-    loads: list[Cost] = []
+    loads: list[ShardCost] = []
     original = loading.load_encoder
 
     def counted(*arguments: Any, **more: Any) -> Any:
@@ -510,7 +510,7 @@ def discovery(folder: Path, n_shards: int) -> dict[str, Any]:
     """
     write_tiny_pool(folder / "pool", n_shards)
     ours = Deployment(folder, StandInVlm(device="cpu"))
-    costs: dict[str, list[Cost]] = {"discover": [], "report": []}
+    costs: dict[str, list[ShardCost]] = {"discover": [], "report": []}
     read: list[str] = []
     original = SampleSource.index_shard
     found = []

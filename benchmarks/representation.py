@@ -55,9 +55,9 @@ from benchmarks.representation_model import (
     layers_that_fit,
     write_checkpoint,
 )
-from benchmarks.representation_pool import ImageFolder, Pool, make_pools
+from benchmarks.representation_pool import ImageFolder, PicturePool, make_pools
 from benchmarks.representation_print import describe, print_agreement, print_comparison, print_load_memory
-from benchmarks.representation_results import Agreement, Breakdown, Comparison, Memory, Speed
+from benchmarks.representation_results import Agreement, Breakdown, MeasuredSpeed, Memory, SpeedComparison
 from benchmarks.representation_work import matmul_workloads, work_per_sample
 from benchmarks.two_ways import OURS, STRAIGHTFORWARD, How, Matrix, Straightforward
 from scalselect_assets.method.representation.encoder import ChatSample, Representation, VlmEncoder
@@ -103,7 +103,9 @@ def memory_run(way: str, how: How, samples: Sequence[ChatSample]) -> Memory:
     )
 
 
-def comparison_run(how: How, pools: Sequence[Pool], of_parts: Pool, ways: Sequence[str]) -> Comparison:
+def comparison_run(
+    how: How, pools: Sequence[PicturePool], of_parts: PicturePool, ways: Sequence[str]
+) -> SpeedComparison:
     """Load both ways and clock them in turns with the machine's products."""
     config = transformers.AutoConfig.from_pretrained(how.folder)
     few = [samples[: how.baseline_samples] for samples in pools[0].rounds]
@@ -126,12 +128,12 @@ def comparison_run(how: How, pools: Sequence[Pool], of_parts: Pool, ways: Sequen
         workloads.append(
             remember(STRAIGHTFORWARD, lambda: baseline.represent(next(turns), how.images))  # type: ignore[union-attr]
         )
-    parts: _Parts | None = None
+    parts: _MeasuredParts | None = None
     if encoder:
         workloads += [
             remember(f"{OURS} {pool.reuse:g}", _each_round_once(how, encoder, pool)) for pool in pools
         ]
-        parts = _Parts(how, encoder, of_parts)
+        parts = _MeasuredParts(how, encoder, of_parts)
         workloads += [
             remember("preparation alone", parts.prepare),
             remember("model alone", parts.run_model),
@@ -144,7 +146,7 @@ def comparison_run(how: How, pools: Sequence[Pool], of_parts: Pool, ways: Sequen
         representations = found[f"{OURS} {pool.reuse:g}"]
         mean_tokens = float(np.mean([one.n_tokens for one in representations]))
         speeds.append(
-            Speed(
+            MeasuredSpeed(
                 OURS,
                 pool.reuse,
                 len(pool.rounds[-1]),
@@ -167,11 +169,11 @@ def comparison_run(how: How, pools: Sequence[Pool], of_parts: Pool, ways: Sequen
             else math.nan
         )
         seconds = rates[STRAIGHTFORWARD].seconds
-        speeds.insert(0, Speed(STRAIGHTFORWARD, pools[0].reuse, len(few[-1]), mean_tokens, seconds))
+        speeds.insert(0, MeasuredSpeed(STRAIGHTFORWARD, pools[0].reuse, len(few[-1]), mean_tokens, seconds))
     if encoder and baseline:
         ours = np.stack([one.vector for one in representations[: len(few[-1])]])
         difference = float(relative_differences(ours, found[STRAIGHTFORWARD]).max())
-    return Comparison(
+    return SpeedComparison(
         tuple(speeds),
         work,
         {name: rates[name].best for name in products},
@@ -181,7 +183,7 @@ def comparison_run(how: How, pools: Sequence[Pool], of_parts: Pool, ways: Sequen
     )
 
 
-def _each_round_once(how: How, encoder: VlmEncoder, pool: Pool) -> Callable[[], list[Representation]]:
+def _each_round_once(how: How, encoder: VlmEncoder, pool: PicturePool) -> Callable[[], list[Representation]]:
     rounds = iter(pool.rounds)
     return lambda: how.encode(encoder, next(rounds))
 
@@ -192,10 +194,10 @@ def relative_differences(found: Matrix, expected: Matrix) -> Matrix:
     return largest
 
 
-class _Parts:
+class _MeasuredParts:
     """Runs the preparation alone, and the model alone on what was prepared, which it has not seen before."""
 
-    def __init__(self, how: How, encoder: VlmEncoder, pool: Pool) -> None:
+    def __init__(self, how: How, encoder: VlmEncoder, pool: PicturePool) -> None:
         self._how, self._encoder, self._rounds = how, encoder, iter(pool.rounds)
         self._n, self._samples = len(pool.rounds[0]), pool.rounds[0]
         self._prepared: list[Any] = []
@@ -260,12 +262,12 @@ class _ClockedFirstLayer:
             seconds.append(time.perf_counter() - start)
 
 
-def vectors_run(how: How, pool: Pool) -> Matrix:
+def vectors_run(how: How, pool: PicturePool) -> Matrix:
     """(n, d)."""
     return np.stack([one.vector for one in how.encode(how.encoder(), pool.rounds[0])])
 
 
-def agreement(how: How, pool: Pool) -> Agreement:
+def agreement(how: How, pool: PicturePool) -> Agreement:
     """Represent a pool in both dtypes and compare what is selected."""
     exact, rounded = (
         machine.fresh_process(vectors_run, replace(how, dtype=dtype), pool)

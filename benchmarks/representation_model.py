@@ -27,7 +27,7 @@ from scalselect_assets.method.representation.dtypes import DtypeName
 
 
 @dataclass(frozen=True, slots=True)
-class Preset:
+class ModelPreset:
     """A model to generate.
 
     Attributes:
@@ -45,7 +45,7 @@ class Preset:
 
 def _llava(
     layers: int, width: int, mlp: int, heads: int, vocabulary: int, tower: Mapping[str, int], dtype: DtypeName
-) -> Preset:
+) -> ModelPreset:
     text = {
         "model_type": "llama",
         "vocab_size": vocabulary,
@@ -56,7 +56,7 @@ def _llava(
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     }
-    return Preset("llava", text, {"model_type": "clip_vision_model", "patch_size": 14, **tower}, dtype)
+    return ModelPreset("llava", text, {"model_type": "clip_vision_model", "patch_size": 14, **tower}, dtype)
 
 
 def _clip(layers: int, width: int, mlp: int, heads: int, side: int) -> dict[str, int]:
@@ -78,7 +78,7 @@ def _qwen3_vl(
     vocabulary: int,
     mrope: tuple[int, int, int],
     vision: Mapping[str, Any],
-) -> Preset:
+) -> ModelPreset:
     text = {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -95,7 +95,7 @@ def _qwen3_vl(
             "mrope_interleaved": True,
         },
     }
-    return Preset("qwen3_vl", text, {"out_hidden_size": width, **vision}, "bfloat16")
+    return ModelPreset("qwen3_vl", text, {"out_hidden_size": width, **vision}, "bfloat16")
 
 
 def _qwen3_vision(depth: int, width: int, mlp: int, heads: int, deepstack: tuple[int, ...]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _qwen3_vision(depth: int, width: int, mlp: int, heads: int, deepstack: tuple
     }
 
 
-PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
+PRESETS: Final[Mapping[str, ModelPreset]] = MappingProxyType(
     {
         "tiny": _llava(3, 64, 128, 4, 8192, _clip(3, 32, 64, 2, 56), "float32"),
         "mid": _llava(24, 1024, 2816, 16, 32064, _clip(12, 192, 768, 3, 224), "float32"),
@@ -189,7 +189,7 @@ PROMPTS: Final[Mapping[str, Prompt]] = MappingProxyType(
 )
 
 
-def configuration(preset: Preset, tokenizer: Any) -> Any:
+def configuration(preset: ModelPreset, tokenizer: Any) -> Any:
     """The Transformers configuration of a preset."""
     token = tokenizer.convert_tokens_to_ids
     text = {
@@ -301,7 +301,7 @@ def layers_that_fit(name: str, folder: Path) -> int:
     return int(fitting)
 
 
-def _with_layers(preset: Preset, layers: int) -> Preset:
+def _with_layers(preset: ModelPreset, layers: int) -> ModelPreset:
     return replace(preset, text={**preset.text, "num_hidden_layers": layers})
 
 
@@ -381,7 +381,7 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, gain / math.sqrt(math.prod(shape[1:]))
 
 
-def write_processor(preset: Preset, folder: Path) -> Any:
+def write_processor(preset: ModelPreset, folder: Path) -> Any:
     """Write tokenizer, processor and chat template; returns the tokenizer."""
     prompt = PROMPTS[preset.family]
     bpe = Tokenizer(models.BPE())
@@ -411,7 +411,7 @@ def write_processor(preset: Preset, folder: Path) -> Any:
     return tokenizer
 
 
-def _processor_settings(preset: Preset) -> dict[str, Any]:
+def _processor_settings(preset: ModelPreset) -> dict[str, Any]:
     """``processor_config.json``, its classes named as the hub does: the machine decides on the backend."""
     if preset.family == "llava":
         side = preset.vision["image_size"]

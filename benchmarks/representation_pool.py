@@ -32,7 +32,7 @@ class ImageFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class PicturePool:
     """Samples for several rounds, no two of which have a sample in common.
 
     Attributes:
@@ -44,7 +44,7 @@ class Pool:
     rounds: tuple[tuple[ChatSample, ...], ...]
 
 
-def make_pools(folder: Path, n: int, reuses: Sequence[float], seed: int, rounds: int) -> list[Pool]:
+def make_pools(folder: Path, n: int, reuses: Sequence[float], seed: int, rounds: int) -> list[PicturePool]:
     """Write the images and make a pool for each reuse, with a conversation of its own for every sample.
 
     A repeated sample has a shape that was seen before, which no sample of a real pool has. Images are read
@@ -54,7 +54,7 @@ def make_pools(folder: Path, n: int, reuses: Sequence[float], seed: int, rounds:
     counts = [math.ceil(n / reuse) for reuse in reuses]
     write_images(folder, max(counts), seed)
     return [
-        Pool(
+        PicturePool(
             reuse,
             tuple(
                 tuple(

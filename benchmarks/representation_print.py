@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from benchmarks.machine import GIB, MIB
-from benchmarks.representation_results import Agreement, Breakdown, Comparison, Memory
+from benchmarks.representation_results import Agreement, Breakdown, Memory, SpeedComparison
 from benchmarks.two_ways import OURS, STRAIGHTFORWARD, How
 from scalselect_assets.method.representation.loading import DeviceName, resolve_device
 
@@ -41,7 +41,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
-def print_comparison(comparison: Comparison, memories: Mapping[str, Memory], how: How) -> None:
+def print_comparison(comparison: SpeedComparison, memories: Mapping[str, Memory], how: How) -> None:
     """Throughput, limit and breakdown."""
     _print_speeds(comparison, memories)
     if comparison.difference is not None:
@@ -62,7 +62,7 @@ def print_comparison(comparison: Comparison, memories: Mapping[str, Memory], how
         _print_breakdown(comparison, comparison.breakdown, how)
 
 
-def _print_speeds(comparison: Comparison, memories: Mapping[str, Memory]) -> None:
+def _print_speeds(comparison: SpeedComparison, memories: Mapping[str, Memory]) -> None:
     slow = next((speed for speed in comparison.speeds if speed.way == STRAIGHTFORWARD), None)
     rows = []
     for speed in comparison.speeds:
@@ -99,7 +99,7 @@ def _print_speeds(comparison: Comparison, memories: Mapping[str, Memory]) -> Non
     )
 
 
-def _print_limit(comparison: Comparison, how: How) -> None:
+def _print_limit(comparison: SpeedComparison, how: How) -> None:
     rate = max(comparison.matmuls.values())
     name = max(comparison.matmuls, key=comparison.matmuls.__getitem__)
     best = {speed.reuse: speed.best for speed in comparison.speeds if speed.way == OURS}
@@ -120,7 +120,7 @@ def _print_limit(comparison: Comparison, how: How) -> None:
     )
 
 
-def _print_breakdown(comparison: Comparison, parts: Breakdown, how: How) -> None:
+def _print_breakdown(comparison: SpeedComparison, parts: Breakdown, how: How) -> None:
     rate = max(comparison.matmuls.values()) * 1e9
     first = next(speed for speed in comparison.speeds if speed.way == OURS)
     work = comparison.work[first.reuse]

@@ -47,7 +47,7 @@ class Breakdown:
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class MeasuredSpeed:
     """One way on one pool.
 
     Attributes:
@@ -76,7 +76,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class SpeedComparison:
     """Everything that one process measured, in turns.
 
     Attributes:
@@ -88,7 +88,7 @@ class Comparison:
         difference: Of the two ways' vectors, largest over all samples, of a vector's largest component.
     """
 
-    speeds: tuple[Speed, ...]
+    speeds: tuple[MeasuredSpeed, ...]
     work: dict[float, Work]
     matmuls: dict[str, float]
     breakdown: Breakdown | None

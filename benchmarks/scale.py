@@ -70,7 +70,7 @@ _ROUNDS = 3  # of the loops that are taken apart; the best counts
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class ScalePool:
     """A synthetic pool and where it lies."""
 
     folder: Path
@@ -144,7 +144,7 @@ class Measurement:
 # --- Data ---------------------------------------------------------------------------------------------------
 
 
-class Vectors:
+class MadeUpVectors:
     """Rows of a power-law spectrum with outlier columns, at a few operations per value.
 
     The strong directions are drawn for each row, the weak ones taken from a fixed block of rows, since
@@ -182,14 +182,14 @@ class Vectors:
         return x
 
 
-def generate(pool: Pool, shards: Sequence[str], generation: int) -> float:
+def generate(pool: ScalePool, shards: Sequence[str], generation: int) -> float:
     """Write what `attention_embeddings` leaves of these shards, and tell Dagster; returns the seconds.
 
     One shard is in memory at a time.
     """
     os.environ.setdefault("LANCEDB_LOG", "error")  # Lance warns of each table that is new
     start = time.perf_counter()
-    selection, artifacts, vectors = pool.selection, pool.artifacts, Vectors(pool.dim, pool.seed)
+    selection, artifacts, vectors = pool.selection, pool.artifacts, MadeUpVectors(pool.dim, pool.seed)
     store = StorageResource().embeddings(selection.store)
     # What the later assets ask of the model is its card's fingerprint, and they ask the store first.
     card = {"fingerprint": FINGERPRINT, "dimension": pool.dim}
@@ -266,7 +266,7 @@ def flops(asset: str, n: int, d: int, k: int) -> float:
 class Job:
     """The selection's asset job, run in this process as the refresh runs it."""
 
-    def __init__(self, pool: Pool, instance: dg.DagsterInstance) -> None:
+    def __init__(self, pool: ScalePool, instance: dg.DagsterInstance) -> None:
         """Build the graph and import what it needs."""
         import lancedb  # noqa: F401 - seconds that are not the first asset's
         import scipy.linalg  # noqa: F401
@@ -335,14 +335,14 @@ class Job:
         )
 
 
-def measure_path(pool: Pool, changed: Sequence[str]) -> list[Measurement]:
+def measure_path(pool: ScalePool, changed: Sequence[str]) -> list[Measurement]:
     """The assets after `attention_embeddings`, the first of them for the changed shards only."""
     with open_instance(pool.selection) as instance:
         job = Job(pool, instance)
         return [job.measure(asset, changed if asset == MEASURED[0] else ()) for asset in MEASURED]
 
 
-def measure_selection(pool: Pool) -> Measurement:
+def measure_selection(pool: ScalePool) -> Measurement:
     """`selected_subset` alone, on made-up scores, for its memory at sizes whose vectors would not fit."""
     selection, artifacts = pool.selection, pool.artifacts
     basis_version = digest("basis", pool.seed)
@@ -376,7 +376,7 @@ def measure_selection(pool: Pool) -> Measurement:
     return machine.fresh_process(_selection_alone, pool)
 
 
-def measure_raw(pool: Pool) -> Measurement:
+def measure_raw(pool: ScalePool) -> Measurement:
     """`raw_samples` of one generated shard file, whose rows are as long as those of LLaVA-665K."""
     selection = pool.selection
     images = Path(selection.source) / "images"
@@ -397,12 +397,12 @@ def measure_raw(pool: Pool) -> Measurement:
     return machine.fresh_process(_raw_alone, pool)
 
 
-def _raw_alone(pool: Pool) -> Measurement:
+def _raw_alone(pool: ScalePool) -> Measurement:
     with open_instance(pool.selection) as instance:
         return Job(pool, instance).measure(raw_samples.NAME, list(pool.sizes))
 
 
-def _selection_alone(pool: Pool) -> Measurement:
+def _selection_alone(pool: ScalePool) -> Measurement:
     with open_instance(pool.selection) as instance:
         return Job(pool, instance).measure(selected_subset.NAME)
 
@@ -417,7 +417,7 @@ def _io_bytes() -> tuple[int, int, int]:
 # --- The loops, taken apart ---------------------------------------------------------------------------------
 
 
-def measure_parts(pool: Pool) -> dict[str, float]:
+def measure_parts(pool: ScalePool) -> dict[str, float]:
     """The rates of what the assets do, on the first shards; files are in the page cache after a first round.
 
     Rates are per second; what is said of a shard is its cost beside its rows.
@@ -502,7 +502,7 @@ def _best(work: Callable[[], object]) -> float:
 # --- Is it right? -------------------------------------------------------------------------------------------
 
 
-def evidence(pool: Pool) -> dict[str, float]:
+def evidence(pool: ScalePool) -> dict[str, float]:
     """What the store holds, against what it should: the scores' sum, the choice, and single rows in float64.
 
     Rows are scored again from their vectors and the stored basis. Small pools are compared with an SVD, which
@@ -537,7 +537,7 @@ def evidence(pool: Pool) -> dict[str, float]:
     return found
 
 
-def _spot_check(pool: Pool, subspace: Subspace, scores: Mapping[str, pl.DataFrame]) -> dict[str, float]:
+def _spot_check(pool: ScalePool, subspace: Subspace, scores: Mapping[str, pl.DataFrame]) -> dict[str, float]:
     generator = np.random.default_rng(pool.seed)
     shards = generator.permutation(np.array(list(scores), dtype=object))[:_SPOT_SHARDS]
     errors = []
@@ -551,7 +551,7 @@ def _spot_check(pool: Pool, subspace: Subspace, scores: Mapping[str, pl.DataFram
     return {"spot_rows": len(found), "spot_shards": len(shards), "spot_error": float(found.max())}
 
 
-def _against_svd(pool: Pool, leverage: NDArray[np.float64]) -> dict[str, float]:
+def _against_svd(pool: ScalePool, leverage: NDArray[np.float64]) -> dict[str, float]:
     x = np.concatenate([_vectors(pool, shard) for shard in pool.sizes]).astype(np.float64)
     u, s, _ = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
     energy = np.cumsum(s**2) / np.square(s).sum()
@@ -560,7 +560,7 @@ def _against_svd(pool: Pool, leverage: NDArray[np.float64]) -> dict[str, float]:
     return {"svd_k": k, "svd_error": float(np.abs(leverage / expected - 1).max())}
 
 
-def _vectors(pool: Pool, shard: str) -> NDArray[np.float32]:
+def _vectors(pool: ScalePool, shard: str) -> NDArray[np.float32]:
     """All vectors of a shard, in row order."""
     table: EmbeddingTable = receipts.recorded_table(pool.artifacts, shard)[0]
     x = np.empty((table.n_rows, table.dimension), np.float32)
@@ -581,7 +581,7 @@ def disk_bytes(folder: Path) -> dict[str, int]:
 # --- Report -------------------------------------------------------------------------------------------------
 
 
-def print_measurements(title: str, measurements: Sequence[Measurement], pool: Pool) -> None:
+def print_measurements(title: str, measurements: Sequence[Measurement], pool: ScalePool) -> None:
     """One stage of the path."""
     print(f"\n## {title}\n")
     print(
@@ -639,7 +639,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All that the options ask for, printed; returns the numbers."""
-    pool = Pool(folder / "path", options.rows, options.dim, options.shard_rows, options.seed, options.device)
+    pool = ScalePool(
+        folder / "path", options.rows, options.dim, options.shard_rows, options.seed, options.device
+    )
     shards = list(pool.sizes)
     header = machine.fresh_process(machine.describe)
     header["storage"] = ", ".join(f"{name} {version(name)}" for name in ("dagster", "lancedb", "polars"))
@@ -662,12 +664,12 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print_numbers("Is it right?", found)
     disk = disk_bytes(Path(pool.selection.store))
     print_numbers("Bytes on disk", disk)
-    alone = Pool(folder / "raw", pool.shard_rows, pool.dim, pool.shard_rows, options.seed, "cpu")
+    alone = ScalePool(folder / "raw", pool.shard_rows, pool.dim, pool.shard_rows, options.seed, "cpu")
     raw = measure_raw(alone)
     print_measurements("Reading raw rows alone", [raw], alone)
     selection = None
     if options.selection_rows:
-        alone = Pool(folder / "selection", options.selection_rows, 1, 200_000, options.seed, "cpu")
+        alone = ScalePool(folder / "selection", options.selection_rows, 1, 200_000, options.seed, "cpu")
         selection = measure_selection(alone)
         print_measurements(f"Selection alone, of {alone.rows} made-up scores", [selection], alone)
     return {

@@ -96,7 +96,7 @@ class Competitor:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ScoresRun:
     """One timed process; memory in bytes."""
 
     seconds: float
@@ -116,7 +116,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class ScoresReference:
     """The scores taken as true, in float64.
 
     Attributes:
@@ -311,7 +311,7 @@ def whitened_scores(projected: NDArray[Any], n: int | None = None) -> NDArray[An
 # --- One process each ---------------------------------------------------------------------------------------
 
 
-def timed_run(competitor: Competitor, data: Path, task: Task, scores: Path) -> Run:
+def timed_run(competitor: Competitor, data: Path, task: Task, scores: Path) -> ScoresRun:
     """Load, warm up, and run once on the clock; the scores and the choice go to ``scores``."""
     warm_up(competitor, task)
     x = np.load(data)
@@ -323,7 +323,7 @@ def timed_run(competitor: Competitor, data: Path, task: Task, scores: Path) -> R
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     peak = machine.peak_bytes()
     np.savez(scores, scores=outcome.scores, chosen=outcome.chosen)
-    return Run(seconds, cpu_seconds, outcome.k, resident, peak)
+    return ScoresRun(seconds, cpu_seconds, outcome.k, resident, peak)
 
 
 def warm_up(competitor: Competitor, task: Task) -> None:
@@ -332,13 +332,13 @@ def warm_up(competitor: Competitor, task: Task) -> None:
     competitor.run(tiny, Task(task.share_of_energy, 8, 4, task.batch_rows))
 
 
-def reference_run(data: Path, task: Task, use_svd: bool, scores: Path) -> Reference:
+def reference_run(data: Path, task: Task, use_svd: bool, scores: Path) -> ScoresReference:
     """Compute the scores that count as true, in float64, without any of our code."""
     x = np.load(data)
     by_gram, k = _scores_by_gram(x, task.share_of_energy)
     if not use_svd:
         np.savez(scores, scores=by_gram, chosen=largest(by_gram, task.n_chosen))
-        return Reference("Gram", k, None, None)
+        return ScoresReference("Gram", k, None, None)
     start = time.perf_counter()
     centred = x.astype(np.float64)
     centred -= centred.mean(axis=0)
@@ -347,7 +347,7 @@ def reference_run(data: Path, task: Task, use_svd: bool, scores: Path) -> Refere
     by_svd = np.square(u[:, :k]).sum(axis=1)
     seconds = time.perf_counter() - start
     np.savez(scores, scores=by_svd, chosen=largest(by_svd, task.n_chosen))
-    return Reference("SVD", k, seconds, float(np.abs(by_gram / by_svd - 1).max()))
+    return ScoresReference("SVD", k, seconds, float(np.abs(by_gram / by_svd - 1).max()))
 
 
 def _scores_by_gram(x: Matrix, share: float) -> tuple[NDArray[np.float64], int]:
@@ -397,7 +397,7 @@ MOMENTS_LOOP = "our moments"
 PROJECTION_LOOP = "our projection"
 
 
-def linearity_run(data: Data, task: Task) -> Run:
+def linearity_run(data: Data, task: Task) -> ScoresRun:
     """Ours on a stream of ``data.n`` rows that are never in memory together; making them is not counted."""
     rows_of_base = _LINEARITY_BLOCKS * task.batch_rows
     base = np.concatenate(list(generate(replace(data, n=rows_of_base))))
@@ -422,7 +422,7 @@ def linearity_run(data: Data, task: Task) -> Run:
     start, cpu_start = time.perf_counter(), time.process_time()
     outcome = ours_streamed(blocks, data.n, data.d, task)
     seconds = time.perf_counter() - start - generating
-    return Run(seconds, time.process_time() - cpu_start, outcome.k, resident, machine.peak_bytes())
+    return ScoresRun(seconds, time.process_time() - cpu_start, outcome.k, resident, machine.peak_bytes())
 
 
 # --- Report -------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ class Line:
     """A row of the table of one size; ``skipped`` says why there are no runs."""
 
     name: str
-    runs: tuple[Run, ...] = ()
+    runs: tuple[ScoresRun, ...] = ()
     accuracy: Accuracy | None = None
     skipped: str = ""
 
@@ -487,7 +487,7 @@ def run_in_turns(
     true_scores: Path,
 ) -> list[Line]:
     """Each competitor once per repetition, so that all see the same good and bad moments of the machine."""
-    runs: dict[str, list[Run]] = {competitor.name: [] for competitor in competitors}
+    runs: dict[str, list[ScoresRun]] = {competitor.name: [] for competitor in competitors}
     accuracy: dict[str, Accuracy] = {}
     skipped: dict[str, str] = {}
     for repetition in range(options.repetitions):
@@ -522,7 +522,7 @@ def compare_scores(scores: Path, true_scores: Path) -> Accuracy:
         )
 
 
-def print_comparison(data: Data, task: Task, reference: Reference, lines: Sequence[Line]) -> None:
+def print_comparison(data: Data, task: Task, reference: ScoresReference, lines: Sequence[Line]) -> None:
     """The table of one size."""
     print(f"\n## {data.n} × {data.d}\n")
     print(
@@ -610,7 +610,7 @@ def print_cuda_limits(rates: dict[str, machine.Rate]) -> None:
 
 def measure_linearity(options: argparse.Namespace) -> dict[str, Any]:
     """Ours over the number of rows; prints the table and the fit, draws the plot."""
-    runs: dict[int, list[Run]] = {n: [] for n in options.linearity_rows}
+    runs: dict[int, list[ScoresRun]] = {n: [] for n in options.linearity_rows}
     for repetition in range(options.repetitions):
         for n, of_size in runs.items():
             print(f"linearity, round {repetition + 1}: {n}", file=sys.stderr, flush=True)
@@ -646,7 +646,11 @@ def measure_linearity(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw_linearity(
-    runs: dict[int, list[Run]], slope: float, intercept: float, r_squared: float, options: argparse.Namespace
+    runs: dict[int, list[ScoresRun]],
+    slope: float,
+    intercept: float,
+    r_squared: float,
+    options: argparse.Namespace,
 ) -> None:
     """All runs, the best of each size, and the fit, as a PNG."""
     import matplotlib as mpl

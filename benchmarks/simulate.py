@@ -120,7 +120,7 @@ class Constants:
                 selected_row_memory=(alone["peak"] - alone["resident_before"]) / selected,
             )
         # What the loops, taken apart, leave unexplained of these three is counted by shard.
-        pool_of_run = Pool.of(results)
+        pool_of_run = SimulatedPool.of(results)
         model = {cost.asset: cost.seconds() for cost in everything(pool_of_run, constants.without_rest())}
         left = {
             asset: max(path[asset]["asset_seconds"] - model[asset], 0.0) / shards
@@ -157,7 +157,7 @@ class Constants:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class SimulatedPool:
     """The pool that is computed, or the part of it that is new."""
 
     n: int
@@ -166,7 +166,7 @@ class Pool:
     shard_rows: int
 
     @classmethod
-    def of(cls, results: Mapping[str, Any]) -> "Pool":
+    def of(cls, results: Mapping[str, Any]) -> "SimulatedPool":
         """The one that ``benchmarks.scale`` ran."""
         pool = results["pool"]
         return cls(pool["rows"], pool["dim"], int(results["parts"]["directions"]), pool["shard_rows"])
@@ -183,7 +183,7 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class SimulatedCost:
     """Of one asset.
 
     Attributes:
@@ -222,7 +222,7 @@ def embedding_flops(tokens: float) -> float:
     return vision + projector + layer
 
 
-def costs(whole: Pool, new: Pool, c: Constants, *, rebuild: bool) -> list[Cost]:
+def costs(whole: SimulatedPool, new: SimulatedPool, c: Constants, *, rebuild: bool) -> list[SimulatedCost]:
     """What a refresh costs in which ``new`` is the part of the ``whole`` pool that has to be embedded.
 
     The basis moves with any new sample, so all scores are made again.
@@ -234,8 +234,8 @@ def costs(whole: Pool, new: Pool, c: Constants, *, rebuild: bool) -> list[Cost]:
     added = whole.shards if rebuild else new.shards
     totals_bytes = 2.0 * whole.packed_bytes  # kept as sums of two numbers
     return [
-        Cost("raw_samples", n * c.text_bytes, n * c.text_bytes, 0, n * c.raw_seconds_per_row),
-        Cost(
+        SimulatedCost("raw_samples", n * c.text_bytes, n * c.text_bytes, 0, n * c.raw_seconds_per_row),
+        SimulatedCost(
             "attention_embeddings",
             vectors + n * (c.vector_row_overhead_bytes + c.text_bytes),
             n * (c.image_bytes + c.text_bytes),
@@ -244,7 +244,7 @@ def costs(whole: Pool, new: Pool, c: Constants, *, rebuild: bool) -> list[Cost]:
             + vectors / c.hash_bytes_per_second
             + vectors / c.write_bytes_per_second,
         ),
-        Cost(
+        SimulatedCost(
             "embedding_moments",
             moments,
             vectors,
@@ -256,7 +256,7 @@ def costs(whole: Pool, new: Pool, c: Constants, *, rebuild: bool) -> list[Cost]:
             + moments / c.hash_bytes_per_second
             + moments / c.write_bytes_per_second,
         ),
-        Cost(
+        SimulatedCost(
             "subspace_basis",
             totals_bytes + 8.0 * d * k,
             float(added * new.packed_bytes),
@@ -267,7 +267,7 @@ def costs(whole: Pool, new: Pool, c: Constants, *, rebuild: bool) -> list[Cost]:
             + c.eigen_seconds_per_d3 * d**3
             + (c.basis_rest_seconds if rebuild else c.update_rest_seconds),
         ),
-        Cost(
+        SimulatedCost(
             "importance_scores",
             whole.n * c.score_row_bytes,
             4.0 * whole.n * d,
@@ -277,7 +277,7 @@ def costs(whole: Pool, new: Pool, c: Constants, *, rebuild: bool) -> list[Cost]:
             + whole.n * c.scores_write_seconds_per_row
             + whole.shards * (c.open_seconds_per_shard + c.scores_rest_seconds_per_shard),
         ),
-        Cost(
+        SimulatedCost(
             "selected_subset",
             BUDGET * whole.n * c.score_row_bytes,
             3 * whole.n * c.score_row_bytes,  # files are read whole in each of three passes
@@ -285,8 +285,8 @@ def costs(whole: Pool, new: Pool, c: Constants, *, rebuild: bool) -> list[Cost]:
             0.0,
             whole.n * c.selection_seconds_per_row + whole.shards * c.selection_seconds_per_shard,
         ),
-        Cost("Dagster, runs by shard", 0, 0, 0, new.shards * c.run_seconds),
-        Cost("Dagster, the range of scores", 0, 0, 0, whole.shards * c.range_seconds_per_shard),
+        SimulatedCost("Dagster, runs by shard", 0, 0, 0, new.shards * c.run_seconds),
+        SimulatedCost("Dagster, the range of scores", 0, 0, 0, whole.shards * c.range_seconds_per_shard),
     ]
 
 
@@ -295,7 +295,7 @@ def _sample_seconds(image: float, forward: float, workers: float) -> float:
     return max(image / workers, forward)
 
 
-def everything(pool: Pool, c: Constants) -> list[Cost]:
+def everything(pool: SimulatedPool, c: Constants) -> list[SimulatedCost]:
     """The first refresh of a pool."""
     return costs(pool, pool, c, rebuild=True)
 
@@ -361,7 +361,7 @@ def print_check(results: Mapping[str, Any], c: Constants, *, own: bool) -> None:
         c = c.without_rest()
     else:
         print("\n### Another run, as the model predicts it")
-    pool, path = Pool.of(results), _by_asset(results["path"])
+    pool, path = SimulatedPool.of(results), _by_asset(results["path"])
     print(f"\n{pool.n} × {pool.d} in {pool.shards} shards, k = {pool.k}.")
     rows = [
         (
@@ -376,7 +376,7 @@ def print_check(results: Mapping[str, Any], c: Constants, *, own: bool) -> None:
     print_table(("asset", "model s", "measured s", "model / measured"), rows)
 
 
-def print_per_million(pool: Pool, c: Constants) -> None:
+def print_per_million(pool: SimulatedPool, c: Constants) -> None:
     """Each asset, of a million samples."""
     print(f"\n### A million samples (d = {pool.d}, k = {pool.k}, {pool.shards} shards of {pool.shard_rows})")
     rows = [
@@ -392,7 +392,7 @@ def print_per_million(pool: Pool, c: Constants) -> None:
     print_table(("asset", "stored", "read", "flops", "seconds"), rows)
 
 
-def print_totals(pools: Sequence[Pool], c: Constants, machines: int) -> None:
+def print_totals(pools: Sequence[SimulatedPool], c: Constants, machines: int) -> None:
     """The first refresh at each size, on one machine and on several."""
     print(f"\n### The first refresh, on 1 and on {machines} machines")
     per_pool = [everything(pool, c) for pool in pools]
@@ -438,7 +438,7 @@ def print_totals(pools: Sequence[Pool], c: Constants, machines: int) -> None:
     print_table(("", *(f"{pool.n:.0e}".replace("e+0", "e") for pool in pools)), about)
 
 
-def print_nightly(pools: Sequence[Pool], c: Constants, share: float, machines: int) -> None:
+def print_nightly(pools: Sequence[SimulatedPool], c: Constants, share: float, machines: int) -> None:
     """A refresh after the pool has grown by a share of itself."""
     print(f"\n### A refresh after the pool has grown by {share:.0%}, one machine (and {machines})")
     header = (
@@ -460,7 +460,7 @@ def print_nightly(pools: Sequence[Pool], c: Constants, share: float, machines: i
         again = {cost.asset: cost for cost in costs(pool, new, c, rebuild=True)}
         dagster = [cost for name, cost in update.items() if name.startswith("Dagster")]
 
-        def shown(chosen: Iterable[Cost]) -> str:
+        def shown(chosen: Iterable[SimulatedCost]) -> str:
             chosen = tuple(chosen)
             alone, together = (sum(cost.seconds(m) for cost in chosen) for m in (1, machines))
             return in_seconds(alone) + ("" if alone == together else f" ({in_seconds(together)})")
@@ -487,7 +487,7 @@ def print_shard_sizes(n: int, d: int, k: int, c: Constants, machines: int) -> No
     print(f"\n### Rows per shard, at {n:.0e} samples")
     rows = []
     for shard_rows in (5000, 10_000, 20_000, 50_000, 100_000):
-        pool = Pool(n, d, k, shard_rows)
+        pool = SimulatedPool(n, d, k, shard_rows)
         by_name = {cost.asset: cost for cost in everything(pool, c)}
         sample = by_name["attention_embeddings"].seconds() / n
         rows.append(
@@ -538,8 +538,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.check:
         print_check(json.loads(options.check.read_text()), constants, own=False)
     d, k = options.dim, options.directions
-    print_per_million(Pool(10**6, d, k, options.shard_rows), constants)
-    pools = [Pool(n, d, k, shard_rows_for(n, d, options.shard_rows)) for n in SIZES]
+    print_per_million(SimulatedPool(10**6, d, k, options.shard_rows), constants)
+    pools = [SimulatedPool(n, d, k, shard_rows_for(n, d, options.shard_rows)) for n in SIZES]
     print_totals(pools, constants, options.machines)
     print_nightly(pools, constants, options.growth, options.machines)
     print_shard_sizes(SIZES[-1], d, k, constants, options.machines)

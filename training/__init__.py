@@ -13,6 +13,7 @@ module           content
 `training_data`  the outputs of a selection, verified before they are used
 `examples`       from a row to the model's input, with loss on answers only
 `fine_tuning`    the model, LoRA, the Trainer, and resuming from a checkpoint
+`result`         the outcome of a training, and the file that holds it
 `plots`          the loss curve
 ===============  ===================================================================================
 

@@ -18,7 +18,7 @@ from training.recipe import Recipe
 from training.training_data import TrainingData, TrainingDataError, read_manifest, read_training_data
 
 if TYPE_CHECKING:
-    from training.fine_tuning import Result
+    from training.result import Result
 
 NAME = "training_run"
 CODE_VERSION = "1"

@@ -38,7 +38,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class TrainingPrompt:
     """One row, ready for the processor: its text, the spans of it that are learnt, and its decoded images."""
 
     text: str
@@ -56,7 +56,7 @@ class LeftOut:
     detail: str
 
 
-class Rows(Dataset[Prompt]):
+class TrainingRows(Dataset[TrainingPrompt]):
     """Rows of a training file as prompts, made on demand. Picklable, for worker processes."""
 
     def __init__(
@@ -85,7 +85,7 @@ class Rows(Dataset[Prompt]):
     def __len__(self) -> int:
         return len(self._texts)
 
-    def __getitem__(self, index: int) -> Prompt:
+    def __getitem__(self, index: int) -> TrainingPrompt:
         """The prompt of a row.
 
         Raises:
@@ -100,7 +100,7 @@ class Rows(Dataset[Prompt]):
         """The row's own id."""
         return parse_row(self._texts[index], keep_text_only=True).source_id
 
-    def prompt(self, index: int) -> Prompt | Rejection:
+    def prompt(self, index: int) -> TrainingPrompt | Rejection:
         """The prompt of a row, or the reason why it has none.
 
         Raises:
@@ -128,7 +128,7 @@ class Rows(Dataset[Prompt]):
             if turn.role == "assistant" and isinstance(part, str)
         )
         taught = (span for span, weight in zip(learnt, weights, strict=True) if weight)
-        return Prompt(text, tuple(taught), images)
+        return TrainingPrompt(text, tuple(taught), images)
 
     @functools.cached_property
     def _root(self) -> ImageRoot:
@@ -207,7 +207,7 @@ class Collator:
 
     processor: Any
 
-    def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def __call__(self, prompts: Sequence[TrainingPrompt]) -> dict[str, Any]:
         """The batch: the model's input, and ``labels``, (rows, tokens), `IGNORED` outside the spans.
 
         Raises:
@@ -270,7 +270,7 @@ def _tokens_of(
 class _Judged(Dataset[int | Rejection]):
     """The length in tokens of each row, or the reason why it cannot be trained on."""
 
-    def __init__(self, rows: Rows, collator: Collator, max_tokens: int) -> None:
+    def __init__(self, rows: TrainingRows, collator: Collator, max_tokens: int) -> None:
         self._rows, self._collator, self._max_tokens = rows, collator, max_tokens
 
     def __len__(self) -> int:
@@ -298,7 +298,7 @@ class _Judged(Dataset[int | Rejection]):
 
 
 def judge(
-    rows: Rows, collator: Collator, max_tokens: int, workers: int = 0
+    rows: TrainingRows, collator: Collator, max_tokens: int, workers: int = 0
 ) -> tuple[dict[int, int], list[LeftOut]]:
     """Prepare every row once, to find rows that cannot be trained on before the training starts.
 

@@ -17,15 +17,13 @@ weights.
 """
 
 import json
-import os
 import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,72 +47,20 @@ from scalselect_assets.method.representation.model_card import weights_sha256
 from scalselect_assets.method.representation.processors import load_processor
 from scalselect_assets.method.representation.quiet import quiet_transformers
 from scalselect_assets.resources.identity import digest
-from training.examples import Collator, LeftOut, Rows, judge
+from training.examples import Collator, LeftOut, TrainingRows, judge
 from training.recipe import Recipe
+from training.result import RESULT, Result, installed_packages, read_result, write_json
 from training.training_data import TrainingData
 
 CODE_VERSION = "1"
 """Raise it whenever the same rows and recipe give other weights."""
 
-_RESULT, _ROWS, _WHOLE = "result.json", "rows.json", "whole"
-_PACKAGES = (
-    *("torch", "transformers", "accelerate", "peft", "tokenizers", "pillow"),
-    *("dagster", "scalselect-dagster"),
-)
+_ROWS, _WHOLE = "rows.json", "whole"
 _POINTS = 200  # of the loss curve; in a long run a point is the mean of several steps
 
 
 class TrainingError(RuntimeError):
     """The training cannot run as configured; the message says what to change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The outcome of a training.
-
-    Attributes:
-        folder: Folder of the result.
-        data_version: SHA-256 over the tuned weights.
-        base_weights_sha256: SHA-256 over the weights that the training began with.
-        losses: Points of the loss curve: an optimizer step, and the mean loss per answer token since the
-            point before.
-        steps: Number of optimizer steps.
-        rows: Rows that were trained on.
-        tokens: Tokens of these rows, image tokens included.
-        left_out: Number of rows of the file that were left out, by reason.
-        trained_parameters: Number of trained parameters, by part of the model.
-        frozen_parameters: Number of frozen parameters, by part of the model.
-        packages: Versions of the packages at the end of the training.
-        resumed_from: Step of the checkpoint that this run resumed from; 0 if it started anew.
-        seconds: Duration of this run.
-        made_now: Whether this run made the result; False if it was there already.
-    """
-
-    folder: Path
-    data_version: str
-    base_weights_sha256: str
-    losses: tuple[tuple[int, float], ...]
-    steps: int
-    rows: int
-    tokens: int
-    left_out: dict[str, int]
-    trained_parameters: dict[str, int]
-    frozen_parameters: dict[str, int]
-    packages: dict[str, str]
-    resumed_from: int
-    seconds: float
-    made_now: bool = True
-
-    @property
-    def model_folder(self) -> Path:
-        """The tuned model with its processor."""
-        return self.folder / "model"
-
-    def fell(self) -> tuple[float, float]:
-        """Mean loss over the first and over the last fifth of the curve, each at least one point."""
-        n = max(1, len(self.losses) // 5)
-        values = [loss for _, loss in self.losses]
-        return sum(values[:n]) / n, sum(values[-n:]) / n
 
 
 def fine_tune(
@@ -155,10 +101,10 @@ def fine_tune(
         with _alone(folder):
             if recipe.train_again:
                 _empty(folder)
-            if (folder / _RESULT).exists():
+            if (folder / RESULT).exists():
                 log(f"{folder} holds the result of these rows and this recipe")
-                return _read_result(folder, time.monotonic() - start)
-            rows = Rows(
+                return read_result(folder, time.monotonic() - start)
+            rows = TrainingRows(
                 data.rows,
                 processor,
                 data.manifest["images_relative_to"],
@@ -196,11 +142,11 @@ def fine_tune(
                 left_out=dict(sorted(Counter(row.reason for row in left_out).items())),
                 trained_parameters=trained,
                 frozen_parameters=frozen,
-                packages=_packages(),
+                packages=installed_packages(),
                 resumed_from=resumed_from,
                 seconds=time.monotonic() - start,
             )
-            _write_json(folder / _RESULT, {**asdict(result), "folder": None})
+            write_json(folder / RESULT, {**asdict(result), "folder": None})
             return result
 
 
@@ -271,14 +217,14 @@ def _max_tokens(data: TrainingData, recipe: Recipe) -> int:
 
 
 def _judged(
-    folder: Path, rows: Rows, collator: Collator, max_tokens: int, recipe: Recipe
+    folder: Path, rows: TrainingRows, collator: Collator, max_tokens: int, recipe: Recipe
 ) -> tuple[dict[int, int], list[LeftOut]]:
     """The rows that can be trained on and those that cannot; the list of an interrupted run is kept."""
     path = folder / _ROWS
     if not path.exists():
         lengths, left_out = judge(rows, collator, max_tokens, recipe.workers)
         found = {"tokens_by_row": list(lengths.items()), "left_out": [asdict(row) for row in left_out]}
-        _write_json(path, found)
+        write_json(path, found)
     judged = json.loads(path.read_bytes())
     return dict(judged["tokens_by_row"]), [LeftOut(**row) for row in judged["left_out"]]
 
@@ -414,23 +360,6 @@ def _save(model: Any, processor: Any, folder: Path) -> Any:
     return model
 
 
-def _read_result(folder: Path, seconds: float) -> Result:
-    stored = json.loads((folder / _RESULT).read_bytes())
-    losses = tuple((step, loss) for step, loss in stored["losses"])
-    of_this_run = {"folder": folder, "made_now": False, "resumed_from": 0, "seconds": seconds}
-    return Result(**{**stored, "losses": losses, **of_this_run})
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # PEFT is needed for LoRA only
-            continue
-    return found
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Be the only process that trains in a folder; the kernel releases the lock when the process dies.
@@ -452,13 +381,5 @@ def _alone(folder: Path) -> Iterator[None]:
 def _empty(folder: Path) -> None:
     if folder.exists():
         # The file that marks the folder as complete goes first, in case the removal is interrupted.
-        (folder / _RESULT).unlink(missing_ok=True)
+        (folder / RESULT).unlink(missing_ok=True)
         shutil.rmtree(folder)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}.{os.getpid()}")
-    writing.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-    writing.replace(path)

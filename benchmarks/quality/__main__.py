@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from benchmarks.quality import tables
+from benchmarks.quality import result_tables
 from benchmarks.quality.choosing import score
-from benchmarks.quality.fine_tuning import Trainee, check_assembly
+from benchmarks.quality.drawn_scenes import CELL
 from benchmarks.quality.pools import alignment, make_pool, world
-from benchmarks.quality.presets import PRESETS, Preset
-from benchmarks.quality.scenes import CELL
+from benchmarks.quality.presets import PRESETS, QualityPreset
 from benchmarks.quality.target import make_model, make_processor, make_tokenizer
-from benchmarks.quality.trial import Run, Trial, copied
+from benchmarks.quality.trial import Trial, TrialRun, copied
+from benchmarks.quality.tuning import Trainee, check_assembly
 from scalselect_assets.method.representation.loading import load_encoder
 from scalselect_assets.method.representation.quiet import quiet_transformers
 
@@ -35,7 +35,7 @@ _KNOBS = (
 )
 
 
-def make_base(folder: Path, preset: Preset, device: torch.device, *, seed: int) -> None:
+def make_base(folder: Path, preset: QualityPreset, device: torch.device, *, seed: int) -> None:
     """Train the target model on captions and terse questions, and save it as Transformers does."""
     side = preset.grid * CELL
     aligned = alignment(preset.base_rows, preset.grid, terse=_TERSE)
@@ -67,7 +67,7 @@ def make_base(folder: Path, preset: Preset, device: torch.device, *, seed: int) 
     )
 
 
-def one_seed(options: argparse.Namespace, preset: Preset, name: str, seed: int) -> list[Run]:
+def one_seed(options: argparse.Namespace, preset: QualityPreset, name: str, seed: int) -> list[TrialRun]:
     """All runs of one seed of one pool."""
     device = torch.device(options.device)
     with quiet_transformers():
@@ -119,7 +119,7 @@ def one_seed(options: argparse.Namespace, preset: Preset, name: str, seed: int) 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables; write all numbers as JSON if asked to."""
     options = parse(arguments)
-    preset: Preset = options.preset
+    preset: QualityPreset = options.preset
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="quality-") as made_here:
         options.base = options.base or Path(made_here, "base")
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if not (options.base / "config.json").is_file():
             make_base(options.base, preset, torch.device(options.device), seed=options.base_seed)
-        runs: dict[str, list[Run]] = {name: [] for name in options.pools}
+        runs: dict[str, list[TrialRun]] = {name: [] for name in options.pools}
         for seed in range(options.first_seed, options.first_seed + preset.seeds):
             for name in options.pools:
                 if time.perf_counter() - start > preset.time_limit:
@@ -142,9 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     )
     for name, of_pool in runs.items():
         if of_pool:
-            print(f"\n## {name}\n\n{tables.accuracy_table(of_pool, options.budget)}")
-            print(f"\n{tables.advice_line(of_pool, options.budget)}")
-            print(f"\n{tables.skills_table(of_pool, options.budget)}\n\n{tables.curve_table(of_pool)}")
+            print(f"\n## {name}\n\n{result_tables.accuracy_table(of_pool, options.budget)}")
+            print(f"\n{result_tables.advice_line(of_pool, options.budget)}")
+            print(f"\n{result_tables.skills_table(of_pool, options.budget)}")
+            print(f"\n{result_tables.curve_table(of_pool)}")
     print(f"\n{time.perf_counter() - start:.0f} s in all")
 
 
@@ -166,7 +167,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--easy-vqa", type=Path, help="the wheel of easy-vqa 1.0")
     add("--folder", type=Path, help="a folder of ShareGPT .jsonl files")
     add("--json", type=Path, help="also write all numbers there, after each seed")
-    scalars = [one for one in fields(Preset) if one.type in {int, float}]
+    scalars = [one for one in fields(QualityPreset) if one.type in {int, float}]
     for one in scalars:
         add(f"--{one.name.replace('_', '-')}", type=one.type, help="see presets.Preset")
     options = parser.parse_args(arguments)

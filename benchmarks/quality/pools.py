@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.quality.questions import (
+from benchmarks.quality.asked import (
     RARE_SKILLS,
     SKILL_SHARES,
     SKILLS,
@@ -27,7 +27,7 @@ from benchmarks.quality.questions import (
     ask,
     caption,
 )
-from benchmarks.quality.scenes import CELL, RARE, Scene, draw_scene, render
+from benchmarks.quality.drawn_scenes import CELL, RARE, DrawnScene, draw_scene, render
 from scalselect_assets.resources.samples import parse_row
 
 _JUNK_SHARE = 0.1
@@ -170,7 +170,7 @@ def alignment(n: int, grid: int, *, terse: float, per_picture: int = 4) -> Quest
 
 def _scene_and_question(
     rng: np.random.Generator, skill: str, grid: int, *, balanced: bool
-) -> tuple[Scene, Asked]:
+) -> tuple[DrawnScene, Asked]:
     for _ in range(_TRIES):
         sign = skill == "read" or rng.random() < 0.3
         scene = draw_scene(rng, grid, tail=0.0 if balanced else 1.0, sign=sign)

@@ -15,7 +15,7 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Preset:
+class QualityPreset:
     """One size of the benchmark.
 
     Attributes:
@@ -62,7 +62,7 @@ class Preset:
 
 
 PRESETS: Final = {
-    "tiny": Preset(
+    "tiny": QualityPreset(
         size=Size(64, 2, 64, 2),
         grid=2,
         rows=300,
@@ -83,7 +83,7 @@ PRESETS: Final = {
         batch_tokens=4096,
         time_limit=120,
     ),
-    "cpu": Preset(
+    "cpu": QualityPreset(
         size=Size(96, 2, 64, 2),
         grid=2,
         rows=2500,
@@ -104,7 +104,7 @@ PRESETS: Final = {
         batch_tokens=4096,
         time_limit=1500,
     ),
-    "gpu": Preset(
+    "gpu": QualityPreset(
         size=Size(256, 4, 192, 4),
         grid=4,
         rows=24_000,

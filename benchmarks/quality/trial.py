@@ -9,16 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.quality.choosing import ScoredPool
-from benchmarks.quality.fine_tuning import Encoded, Trainee, Training
 from benchmarks.quality.pools import Questions
-from benchmarks.quality.presets import Preset
+from benchmarks.quality.presets import QualityPreset
+from benchmarks.quality.tuning import Encoded, Trainee, Training
 
 FULL: Final = "everything"
 BASE: Final = "the base model"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TrialRun:
     """A fine-tuning and what came of it.
 
     Attributes:
@@ -68,7 +68,7 @@ class Trial:
         base: Mapping[str, Any],
         scored: ScoredPool,
         test: Questions,
-        preset: Preset,
+        preset: QualityPreset,
         seed: int,
     ) -> None:
         self._trainee, self.weights, self._scored = trainee, base, scored
@@ -76,20 +76,20 @@ class Trial:
         self._data: Encoded = trainee.encoded(scored.pool)
         self._asked = trainee.encoded(test)
 
-    def chosen(self, name: str, share: float, notes: Mapping[str, float] | None = None) -> Run:
+    def chosen(self, name: str, share: float, notes: Mapping[str, float] | None = None) -> TrialRun:
         """Choose by a strategy and train on the choice."""
         rows = self._scored.choose(name, share, self._seed)
         return self._run(name, share, rows, notes or {})
 
-    def everything(self) -> Run:
+    def everything(self) -> TrialRun:
         """Train on the whole pool."""
         return self._run(FULL, 1.0, np.arange(len(self._scored.pool)), {})
 
-    def base(self) -> Run:
+    def base(self) -> TrialRun:
         """Train on nothing."""
         return self._run(BASE, 0.0, np.empty(0, np.int64), {})
 
-    def _run(self, name: str, share: float, rows: NDArray[np.int64], notes: Mapping[str, float]) -> Run:
+    def _run(self, name: str, share: float, rows: NDArray[np.int64], notes: Mapping[str, float]) -> TrialRun:
         self._trainee.model.load_state_dict(self.weights)
         training = Training()
         if len(rows):
@@ -103,7 +103,7 @@ class Trial:
             )
         pool = self._scored.pool
         some = bool(len(rows))
-        return Run(
+        return TrialRun(
             name=name,
             share=share,
             seed=self._seed,

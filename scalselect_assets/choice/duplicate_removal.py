@@ -90,7 +90,7 @@ PARTNERS_CHECK = "every_partner_is_kept"
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class RankedPool:
     """All embedded samples of a pool.
 
     Attributes:
@@ -108,7 +108,7 @@ def read_pool(
     artifacts: ArtifactStore,
     embeddings: EmbeddingStore,
     basis: BasisHeader,
-) -> Pool:
+) -> RankedPool:
     """The samples of all shards by leverage; memory of one shard's texts, and of keys and contents of all.
 
     Args:
@@ -137,10 +137,10 @@ def read_pool(
     ranked = pl.concat(frames).sort(
         ["normalised_leverage", "sample_key", "shard"], descending=[True, False, False]
     )
-    return Pool(ranked, tables, embeddings)
+    return RankedPool(ranked, tables, embeddings)
 
 
-def without(pool: Pool, removed: pl.DataFrame) -> Pool:
+def without(pool: RankedPool, removed: pl.DataFrame) -> RankedPool:
     """The pool without some of its rows, by shard and row."""
     return replace(
         pool, ranked=pool.ranked.join(removed, on=["shard", "row"], how="anti", maintain_order="left")
@@ -148,7 +148,7 @@ def without(pool: Pool, removed: pl.DataFrame) -> Pool:
 
 
 def find(
-    pool: Pool, subspace: "Subspace", settings: NearDuplicates, *, to_unit_length: bool
+    pool: RankedPool, subspace: "Subspace", settings: NearDuplicates, *, to_unit_length: bool
 ) -> tuple[pl.DataFrame, dict[str, Any]]:
     """The removals, a frame of `NEAR_DUPLICATES` by shard and row, and what is recorded of the search.
 
@@ -256,7 +256,7 @@ def _contents(embeddings: EmbeddingStore, table: EmbeddingTable) -> pl.DataFrame
 
 
 def _directions(
-    pool: Pool,
+    pool: RankedPool,
     bests: pl.DataFrame,
     subspace: "Subspace",
     written: list[NDArray[np.int64]],

@@ -4,12 +4,11 @@ import polars as pl
 
 from scalselect_assets.choice.advice import repetition
 from scalselect_assets.choice.comparison import CHOICE, NAME, SUBSET_COMPARISON, means
-from scalselect_assets.report.content import Comparison as ReportComparison
-from scalselect_assets.report.content import Measure, Strategy
+from scalselect_assets.report.content import ComparedStrategy, Measure, StrategyTable
 from scalselect_assets.resources.artifacts import ArtifactMissingError, ArtifactStore
 
 
-def for_report(artifacts: ArtifactStore) -> ReportComparison | None:
+def for_report(artifacts: ArtifactStore) -> StrategyTable | None:
     """The comparison as the report shows it; none where nothing was compared."""
     try:
         compared, _ = artifacts.read_frame(NAME)
@@ -21,10 +20,10 @@ def for_report(artifacts: ArtifactStore) -> ReportComparison | None:
     found = repetition(compared)
     names = [name for name in averages.columns if name not in {"strategy", "seeds"}]
     seeds = dict(compared.group_by("strategy").agg(pl.col("seed").drop_nulls().sort()).iter_rows())
-    return ReportComparison(
+    return StrategyTable(
         tuple(Measure(name, SUBSET_COMPARISON[name].description) for name in names),
         tuple(
-            Strategy(
+            ComparedStrategy(
                 name=row["strategy"],
                 seeds=", ".join(map(str, seeds[row["strategy"]])),
                 values=tuple(row[name] for name in names),

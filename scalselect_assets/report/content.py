@@ -45,7 +45,7 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
-class Strategy:
+class ComparedStrategy:
     """A row of the comparison.
 
     Attributes:
@@ -62,11 +62,11 @@ class Strategy:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class StrategyTable:
     """The selection beside what other strategies would have selected."""
 
     measures: tuple[Measure, ...]
-    strategies: tuple[Strategy, ...]
+    strategies: tuple[ComparedStrategy, ...]
     note: str = ""
 
 
@@ -171,7 +171,7 @@ class ReportContent:
     energy: EnergyCurve
     leverage: LeverageProfile
     composition: tuple[SourceCounts, ...]
-    comparison: Comparison | None
+    comparison: StrategyTable | None
     churn: Churn | None
     rejected: tuple[RejectedReason, ...]
     galleries: tuple[Gallery, ...]

@@ -25,8 +25,8 @@ from upath import UPath
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 from scalselect_assets.resources.beneath import Beneath, NoRegularFileError, OutsideError
 from scalselect_assets.resources.files import FileState, is_local, store_state
-from scalselect_assets.resources.forms.base import Form, ShardFile
 from scalselect_assets.resources.forms.embedded import Address, address_of
+from scalselect_assets.resources.forms.form import Form, ShardFile
 from scalselect_assets.resources.forms.registry import form_of
 from scalselect_assets.resources.pool_files import shard_file_state
 from scalselect_assets.resources.shard_reader import ShardFormatError

@@ -20,8 +20,8 @@ from upath import UPath
 
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 from scalselect_assets.resources.files import FileState, is_local
-from scalselect_assets.resources.forms.base import Form, ShardFile
 from scalselect_assets.resources.forms.embedded import address_of, to_data_uri
+from scalselect_assets.resources.forms.form import Form, ShardFile
 from scalselect_assets.resources.forms.registry import form_of
 from scalselect_assets.resources.forms.text import PLAIN, TextForm
 from scalselect_assets.resources.image_root import ImageRoot

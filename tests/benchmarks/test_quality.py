@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from benchmarks.quality.choosing import ScoredPool
-from benchmarks.quality.fine_tuning import Training
 from benchmarks.quality.pools import make_pool, world
-from benchmarks.quality.tables import (
+from benchmarks.quality.result_tables import (
     accuracy_table,
     advice_line,
     interval,
     paired_differences,
     worth_in_random_rows,
 )
-from benchmarks.quality.trial import FULL, Run
+from benchmarks.quality.trial import FULL, TrialRun
+from benchmarks.quality.tuning import Training
 
 
-def run(name: str, seed: int, accuracy: float, *, share: float = 0.16, distinct: float = 0.5) -> Run:
-    return Run(name, share, seed, 10, {"count": accuracy}, 8, 0.0, 0.0, 0.1, distinct, Training())
+def run(name: str, seed: int, accuracy: float, *, share: float = 0.16, distinct: float = 0.5) -> TrialRun:
+    return TrialRun(name, share, seed, 10, {"count": accuracy}, 8, 0.0, 0.0, 0.1, distinct, Training())
 
 
 def test_a_pool_has_the_share_of_copies_and_junk_that_its_name_says() -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from scalselect_assets.charts.chart_data import Churn, EnergyCurve, LeverageProfile
 from scalselect_assets.report.content import (
-    Comparison,
+    ComparedStrategy,
     Counts,
     Fact,
     Gallery,
@@ -19,7 +19,7 @@ from scalselect_assets.report.content import (
     RejectedReason,
     ReportContent,
     SourceCounts,
-    Strategy,
+    StrategyTable,
 )
 from scalselect_assets.report.distribution import LeverageCounts
 from scalselect_assets.report.pictures import thumbnail
@@ -95,7 +95,7 @@ def full_content() -> ReportContent:
             *(SourceCounts(text, 40, 40, 10) for text in HOSTILE),
             SourceCounts("ocr_vqa", 60, 50, 10),
         ),
-        comparison=Comparison(
+        comparison=StrategyTable(
             (
                 Measure("Leverage share", "The chosen rows' share of all leverage."),
                 Measure("Energy captured", "The share of the dominant subspace's energy."),
@@ -103,10 +103,10 @@ def full_content() -> ReportContent:
                 Measure("Worst direction", "The smallest eigenvalue."),
             ),
             (
-                Strategy("top_leverage", "", (0.52, 0.998, 0.124, 0.11), is_selection=True),
-                Strategy("random", "0, 1, 2, 3, 4", (0.16, 0.934, 0.02, 0.87)),
-                Strategy("longest_text", "", (0.21, 0.951, 0.041, None)),
-                Strategy("spanning", "", (0.43, 1.0, 0.0, float("-inf"))),
+                ComparedStrategy("top_leverage", "", (0.52, 0.998, 0.124, 0.11), is_selection=True),
+                ComparedStrategy("random", "0, 1, 2, 3, 4", (0.16, 0.934, 0.02, 0.87)),
+                ComparedStrategy("longest_text", "", (0.21, 0.951, 0.041, None)),
+                ComparedStrategy("spanning", "", (0.43, 1.0, 0.0, float("-inf"))),
             ),
             "Means over the seeds.",
         ),

@@ -14,7 +14,7 @@ from scalselect_assets.method.representation.quiet import quiet_transformers
 from scalselect_assets.method.representation.rejection import Rejection
 from tests.conftest import png_bytes, sharegpt_row
 from tests.training.conftest import ROWS
-from training.examples import IGNORED, Collator, Prompt, Rows, judge
+from training.examples import IGNORED, Collator, TrainingPrompt, TrainingRows, judge
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -40,11 +40,11 @@ def pool(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def rows_of(rows: Sequence[Any], processor: Any, folder: Path) -> Rows:
-    return Rows([json.dumps(row) for row in rows], processor, str(folder), {})
+def rows_of(rows: Sequence[Any], processor: Any, folder: Path) -> TrainingRows:
+    return TrainingRows([json.dumps(row) for row in rows], processor, str(folder), {})
 
 
-def prompts_of(rows: Rows) -> list[Prompt]:
+def prompts_of(rows: TrainingRows) -> list[TrainingPrompt]:
     return [rows[index] for index in range(len(rows))]
 
 
@@ -176,7 +176,7 @@ def test_prompts_have_their_images_where_the_selection_had_them(
     ]
 
     def texts(*place: Any) -> list[str]:
-        return [prompt.text for prompt in prompts_of(Rows(rows, processor, str(pool), {}, *place))]
+        return [prompt.text for prompt in prompts_of(TrainingRows(rows, processor, str(pool), {}, *place))]
 
     late, early = texts("as_written")
     assert late != early

@@ -20,8 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from scalselect_assets.method.representation.quiet import quiet_transformers
 from tests.conftest import RunPython, sharegpt_row
 from tests.training.conftest import ROWS, Outputs
-from training.fine_tuning import Result, TrainingError, fine_tune
+from training.fine_tuning import TrainingError, fine_tune
 from training.recipe import Recipe
+from training.result import Result
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from scalselect_assets.method.choice.budget import budget_size
 from scalselect_assets.method.choice.candidates import Candidates
-from scalselect_assets.method.choice.taking import Cells, Reserve
+from scalselect_assets.method.choice.taking import LabelCells, Reserve
 from scalselect_assets.method.choice.terms import (
     Budget,
-    Column,
     InfeasibleError,
+    LabelColumn,
     Quota,
     Terms,
 )
@@ -69,7 +69,7 @@ def agree(
     if costs is not None:
         _check_token_floors(terms, budget.unit, costs)
     elif len(columns) > 1:
-        cells = Cells(terms)
+        cells = LabelCells(terms)
         if not cells.feasible(cells.counts(np.flatnonzero(held))):
             raise InfeasibleError(
                 f"Got quotas on {', '.join(repr(column.name) for column in columns)} and a budget of {size} "
@@ -151,7 +151,7 @@ def _check_tokens(
         )
 
 
-def _column(candidates: Candidates, quota: Quota, size: int | None) -> Column:
+def _column(candidates: Candidates, quota: Quota, size: int | None) -> LabelColumn:
     if quota.column not in candidates.labels:
         raise ValueError(
             f"Got a quota on {quota.column!r}; the candidates have labels of {sorted(candidates.labels)}. "
@@ -166,7 +166,7 @@ def _column(candidates: Candidates, quota: Quota, size: int | None) -> Column:
         floors[code_of[value]] = math.ceil(_rows(quota.column, value, bound, size))
     for value, bound in quota.ceilings.items():
         ceilings[code_of[value]] = math.floor(_rows(quota.column, value, bound, size))
-    return Column(quota.column, (*named, _OTHERS), codes[labels.codes], floors, ceilings)
+    return LabelColumn(quota.column, (*named, _OTHERS), codes[labels.codes], floors, ceilings)
 
 
 def _rows(column: str, value: str, bound: int | float, size: int | None) -> Fraction:
@@ -186,7 +186,7 @@ def _rows(column: str, value: str, bound: int | float, size: int | None) -> Frac
     return Fraction(str(bound)) * size  # str() gives back the decimal that was written
 
 
-def _check_column(terms: Terms, column: Column) -> None:
+def _check_column(terms: Terms, column: LabelColumn) -> None:
     allowed, held = column.counts(terms.held | terms.eligible), column.counts(terms.held)
     for label, value in enumerate(column.values):
         floor, ceiling = int(column.floors[label]), int(column.ceilings[label])

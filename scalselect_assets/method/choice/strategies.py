@@ -16,7 +16,7 @@ from scalselect_assets.method.choice.candidates import Blocks, Candidates
 from scalselect_assets.method.choice.coverage import coverage_order
 from scalselect_assets.method.choice.proportions import proportional_sizes
 from scalselect_assets.method.choice.spanning import DEFAULT_PASSES, DEFAULT_PRIOR, spanning_order
-from scalselect_assets.method.choice.terms import Column, InfeasibleError, Terms
+from scalselect_assets.method.choice.terms import InfeasibleError, LabelColumn, Terms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,7 +237,7 @@ class LeverageSampling:
         left = (terms.size or 0) - terms.n_held
         if not terms.columns:
             return [(shuffled, left)]
-        column: Column = terms.columns[0]
+        column: LabelColumn = terms.columns[0]
         free = np.bincount(
             column.codes[shuffled],
             weights=inclusion_probabilities(leverage[shuffled], left),

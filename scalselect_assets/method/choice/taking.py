@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from scalselect_assets.method.choice.terms import Column, Terms, combinations_of
+from scalselect_assets.method.choice.terms import LabelColumn, Terms, combinations_of
 
 _MILP_INFEASIBLE = 2  # scipy.optimize.milp's status
 
@@ -58,11 +58,13 @@ def with_at_most(terms: Terms, limit: int, marked: NDArray[np.bool_]) -> Terms:
 
     def bounded(most: int) -> Terms:
         ceilings = free + np.array([0, most], dtype=np.int64)
-        column = Column("(marked)", ("(others)", "(marked)"), marked.astype(np.int64), 0 * free, ceilings)
+        column = LabelColumn(
+            "(marked)", ("(others)", "(marked)"), marked.astype(np.int64), 0 * free, ceilings
+        )
         return replace(terms, columns=(*terms.columns, column))
 
     def can_be_met(narrowed: Terms) -> bool:
-        cells = Cells(narrowed)
+        cells = LabelCells(narrowed)
         return cells.feasible(cells.counts(np.flatnonzero(narrowed.held)))
 
     high = max(low, size)  # as many as there are rows to choose, so that it excludes nothing
@@ -81,7 +83,7 @@ def _take_rows(terms: Terms, order: NDArray[np.int64]) -> NDArray[np.int64]:
     left = (terms.size or 0) - terms.n_held
     if not terms.columns:
         return order[:left]
-    cells = Cells(terms)
+    cells = LabelCells(terms)
     counts = cells.counts(np.flatnonzero(terms.held))
     taken: list[NDArray[np.int64]] = []
     while left:
@@ -129,7 +131,7 @@ def _take_tokens(terms: Terms, order: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array(taken, dtype=np.int64)
 
 
-class Cells:
+class LabelCells:
     """The combinations of labels that occur, and whether numbers of rows in them can grow into a choice."""
 
     def __init__(self, terms: Terms) -> None:

@@ -56,7 +56,7 @@ class Quota:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Column:
+class LabelColumn:
     """A quota in numbers; all labels that it does not name are one.
 
     Attributes:
@@ -98,7 +98,7 @@ class Terms:
     costs: NDArray[np.int64] | None
     held: NDArray[np.bool_]
     eligible: NDArray[np.bool_]
-    columns: tuple[Column, ...]
+    columns: tuple[LabelColumn, ...]
 
     @property
     def eligible_rows(self) -> NDArray[np.int64]:
@@ -142,7 +142,7 @@ class Terms:
         return self.tokens, self.costs
 
 
-def combinations_of(columns: Sequence[Column]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def combinations_of(columns: Sequence[LabelColumn]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The c combinations of codes that occur, (columns, c), and which of them each row has, (n,)."""
     combinations, codes = np.unique(
         np.stack([column.codes for column in columns]), axis=1, return_inverse=True

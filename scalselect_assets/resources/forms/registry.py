@@ -1,6 +1,6 @@
 """Every form of shard that is read. A new one is a module beside this one and a line here."""
 
-from scalselect_assets.resources.forms.base import Form
+from scalselect_assets.resources.forms.form import Form
 from scalselect_assets.resources.forms.tables import ARROW, PARQUET
 from scalselect_assets.resources.forms.tar import TAR
 from scalselect_assets.resources.forms.text import GZIP, PLAIN, ZSTD

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scalselect_assets.resources.forms.base import Digest, ShardFile, read_unpacked
 from scalselect_assets.resources.forms.embedded import Address, Extraction
+from scalselect_assets.resources.forms.form import Digest, ShardFile, read_unpacked
 from scalselect_assets.resources.row_images import OTHER_FIELDS, STANDARD_FIELDS
 from scalselect_assets.resources.row_layout import LAYOUTS
 from scalselect_assets.resources.shard_reader import Container, RowText, ShardFormatError

@@ -14,8 +14,8 @@ from itertools import groupby
 from typing import Any, BinaryIO
 
 from scalselect_assets.method.representation.rejection import RejectionReason
-from scalselect_assets.resources.forms.base import Digest, Kept, ShardFile, read_unpacked
 from scalselect_assets.resources.forms.embedded import Address, Extraction
+from scalselect_assets.resources.forms.form import Digest, KeptFile, ShardFile, read_unpacked
 from scalselect_assets.resources.row_images import IMAGE_SUFFIXES, MEDIA_SUFFIXES, RowError
 from scalselect_assets.resources.row_layout import lay_out
 from scalselect_assets.resources.shard_reader import Container, RowText, ShardFormatError
@@ -87,7 +87,7 @@ class Tar:
         return read_unpacked(self, file, version, address) if packed_away else data
 
 
-_PACKED = Kept()
+_PACKED = KeptFile()
 
 
 def _read_headers(file: ShardFile) -> _Packed:

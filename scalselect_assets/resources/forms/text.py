@@ -11,8 +11,8 @@ from typing import Protocol
 
 import zstandard
 
-from scalselect_assets.resources.forms.base import Digest, ShardFile, read_unpacked
 from scalselect_assets.resources.forms.embedded import Address, Extraction, may_hold_images
+from scalselect_assets.resources.forms.form import Digest, ShardFile, read_unpacked
 from scalselect_assets.resources.shard_reader import (
     LINES_SUFFIXES,
     Container,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.stats import spearmanr, t
 
-from benchmarks.quality.trial import BASE, FULL, Run
+from benchmarks.quality.trial import BASE, FULL, TrialRun
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -18,7 +18,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(numbers.mean()), float(half)
 
 
-def paired_differences(runs: Iterable[Run], reference: Iterable[Run]) -> list[float]:
+def paired_differences(runs: Iterable[TrialRun], reference: Iterable[TrialRun]) -> list[float]:
     """Points of accuracy above the reference's run of the same seed, for the seeds that both have."""
     of_seed = {run.seed: run.mean for run in reference}
     return [100 * (run.mean - of_seed[run.seed]) for run in runs if run.seed in of_seed]
@@ -38,7 +38,7 @@ def worth_in_random_rows(mean: float, curve: Sequence[tuple[float, float]]) -> f
     return float(np.exp(np.interp(mean, rising, np.log(shares))))
 
 
-def accuracy_table(runs: Sequence[Run], share: float) -> str:
+def accuracy_table(runs: Sequence[TrialRun], share: float) -> str:
     """Every strategy beside random, in Markdown."""
     at_share = [run for run in runs if run.share in {0.0, 1.0, share}]
     random = [run for run in at_share if run.name == "random"]
@@ -68,7 +68,7 @@ def accuracy_table(runs: Sequence[Run], share: float) -> str:
     return "\n".join(lines)
 
 
-def skills_table(runs: Sequence[Run], share: float) -> str:
+def skills_table(runs: Sequence[TrialRun], share: float) -> str:
     """Accuracy by skill, the mean over seeds."""
     skills = sorted({skill for run in runs for skill in run.accuracy})
     lines = ["| trained on | " + " | ".join(skills) + " |", "|---|" + "---:|" * len(skills)]
@@ -80,7 +80,7 @@ def skills_table(runs: Sequence[Run], share: float) -> str:
     return "\n".join(lines)
 
 
-def curve_table(runs: Sequence[Run]) -> str:
+def curve_table(runs: Sequence[TrialRun]) -> str:
     """Random's learning curve."""
     shares = sorted({run.share for run in runs if run.name in {"random", FULL}})
     lines = ["| random rows, % of the pool | seeds | accuracy, % |", "|---:|---:|---:|"]
@@ -90,7 +90,7 @@ def curve_table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def advice_line(runs: Sequence[Run], share: float) -> str:
+def advice_line(runs: Sequence[TrialRun], share: float) -> str:
     """Whether the distinct share, beside random's, predicts the accuracy beside random's."""
     random = {run.seed: run for run in runs if run.name == "random" and run.share == share}
     pairs = [
@@ -110,7 +110,7 @@ def advice_line(runs: Sequence[Run], share: float) -> str:
     )
 
 
-def _curve(runs: Sequence[Run]) -> list[tuple[float, float]]:
+def _curve(runs: Sequence[TrialRun]) -> list[tuple[float, float]]:
     shares = sorted({run.share for run in runs if run.name in {"random", FULL}})
     return [
         (one, _mean([run.mean for run in runs if run.share == one and run.name in {"random", FULL}]))

@@ -147,7 +147,7 @@ class Unpacked:
         self._places.append(places)
 
 
-class Kept:
+class KeptFile:
     """The last few shards that images were read from, by file and version; one for each process.
 
     A forked process has entries of its own: two of them must not move one file position.
@@ -175,7 +175,7 @@ class Kept:
             return found
 
 
-UNPACKED = Kept()
+UNPACKED = KeptFile()
 
 
 def read_unpacked(form: Form, file: ShardFile, version: str, address: Address) -> bytes:

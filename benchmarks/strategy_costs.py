@@ -1,9 +1,9 @@
 """Seconds and quality of every strategy over the number of rows.
 
-``python -m benchmarks.strategies`` plants near-duplicates of many directions, chooses the same share of pools
-of growing size with each strategy, and prints a Markdown table: seconds by size, the exponent with which they
-grow (1 is linear), the memory asked for beside the pool itself, and what the largest pool's choice spans. The
-pool's projections are held in memory and given as blocks, as a store would give them.
+``python -m benchmarks.strategy_costs`` plants near-duplicates of many directions, chooses the same share of
+pools of growing size with each strategy, and prints a Markdown table: seconds by size, the exponent with
+which they grow (1 is linear), the memory asked for beside the pool itself, and what the largest pool's
+choice spans. The pool's projections are held in memory and given as blocks, as a store would give them.
 
 Times are CPU seconds of the process, which other work on the machine changes little, the best of some rounds;
 memory is what `tracemalloc` saw, in a run of its own, for the largest pool.
@@ -34,7 +34,7 @@ _NOISE = 0.3  # beside directions of length 1 in every coordinate
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class StrategyPool:
     """Rows of U_k in groups of near-duplicates, few large groups and many small ones."""
 
     candidates: Candidates
@@ -46,7 +46,7 @@ class Pool:
         return (self.u[start : start + self.block_rows] for start in range(0, len(self.u), self.block_rows))
 
 
-def planted_pool(n: int, k: int, block_rows: int, seed: int) -> Pool:
+def planted_pool(n: int, k: int, block_rows: int, seed: int) -> StrategyPool:
     """Rows about n/50 directions; the g-th direction has rows in proportion to 1/g."""
     rng = np.random.default_rng(seed)
     n_groups = max(2 * k, n // 50)
@@ -60,14 +60,14 @@ def planted_pool(n: int, k: int, block_rows: int, seed: int) -> Pool:
         "group": Labels.of(f"{group:06d}" for group in groups.tolist()),
         "source": Labels.of(f"source {group % _SOURCES}" for group in groups.tolist()),
     }
-    return Pool(
+    return StrategyPool(
         Candidates(np.square(u).sum(axis=1) * n / k, rng.permutation(n), tokens, tokens, labels),
         u,
         block_rows,
     )
 
 
-def terms_by_name(pool: Pool, share: float) -> dict[str, Terms]:
+def terms_by_name(pool: StrategyPool, share: float) -> dict[str, Terms]:
     """A plain budget, one with quotas on a column, and one of tokens."""
     quota = Quota("source", {"source 0": 0.3}, {"source 11": 0.08})
     return {
@@ -77,7 +77,7 @@ def terms_by_name(pool: Pool, share: float) -> dict[str, Terms]:
     }
 
 
-def measure(pool: Pool, name: str, terms: Terms, rounds: int) -> tuple[float, Choice]:
+def measure(pool: StrategyPool, name: str, terms: Terms, rounds: int) -> tuple[float, Choice]:
     """CPU seconds (the best round) and the choice."""
     strategy = strategy_named(name, stratify_by="source")
     seconds = []
@@ -88,7 +88,7 @@ def measure(pool: Pool, name: str, terms: Terms, rounds: int) -> tuple[float, Ch
     return min(seconds), choice
 
 
-def peak_bytes(pool: Pool, name: str, terms: Terms) -> int:
+def peak_bytes(pool: StrategyPool, name: str, terms: Terms) -> int:
     """The most memory that a choice asks for at once, beside the pool."""
     tracemalloc.start()
     choose(pool.candidates, strategy_named(name, stratify_by="source"), terms, pool.blocks)
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.strategies",
+        prog="python -m benchmarks.strategy_costs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from benchmarks.quality.scenes import COLOURS, SHAPES, Scene, Thing, place_of
+from benchmarks.quality.drawn_scenes import COLOURS, SHAPES, DrawnScene, DrawnThing, place_of
 
 SKILLS: Final = ("colour", "shape", "exist", "count", "where", "relation", "size", "compare", "read")
 SKILL_SHARES: Final = (0.30, 0.20, 0.14, 0.12, 0.09, 0.06, 0.045, 0.025, 0.02)
@@ -77,7 +77,7 @@ TERSE_WORDINGS: Final = {
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 _ASPECTS = ("describe the picture.", "what is shown here?", "say what you see.")
 _PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
-_RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
+_RELATIONS: dict[str, Callable[[DrawnThing, DrawnThing], bool]] = {
     "left of": lambda a, b: a.column < b.column,
     "right of": lambda a, b: a.column > b.column,
     "above": lambda a, b: a.row < b.row,
@@ -88,13 +88,13 @@ Asked = tuple[tuple[str, ...], str]
 """The words that fill a wording, and the answer."""
 
 
-def ask(rng: np.random.Generator, scene: Scene, skill: str) -> Asked | None:
+def ask(rng: np.random.Generator, scene: DrawnScene, skill: str) -> Asked | None:
     """A question of a skill about a scene; None where the scene has none."""
     asked: Asked | None = _ASKERS[skill](rng, scene)
     return asked
 
 
-def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+def caption(rng: np.random.Generator, scene: DrawnScene) -> tuple[str, str]:
     """A request to describe a scene and an aspect of it in words."""
     things = [scene.things[place] for place in rng.permutation(len(scene.things))]
     match int(rng.integers(5)):
@@ -116,19 +116,19 @@ def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
     return _pick(rng, _ASPECTS), f"{said}."
 
 
-def _ask_colour(rng: np.random.Generator, scene: Scene) -> Asked | None:
+def _ask_colour(rng: np.random.Generator, scene: DrawnScene) -> Asked | None:
     counted = Counter(thing.shape for thing in scene.things)
     single = [thing for thing in scene.things if counted[thing.shape] == 1]
     return ((thing.shape,), thing.colour) if single and (thing := _pick(rng, single)) else None
 
 
-def _ask_shape(rng: np.random.Generator, scene: Scene) -> Asked | None:
+def _ask_shape(rng: np.random.Generator, scene: DrawnScene) -> Asked | None:
     counted = Counter(thing.colour for thing in scene.things)
     single = [thing for thing in scene.things if counted[thing.colour] == 1]
     return ((thing.colour,), thing.shape) if single and (thing := _pick(rng, single)) else None
 
 
-def _ask_exist(rng: np.random.Generator, scene: Scene) -> Asked | None:
+def _ask_exist(rng: np.random.Generator, scene: DrawnScene) -> Asked | None:
     present = {(thing.colour, thing.shape) for thing in scene.things}
     thing = _pick(rng, scene.things)
     if rng.random() < 0.5:
@@ -146,19 +146,19 @@ def _ask_exist(rng: np.random.Generator, scene: Scene) -> Asked | None:
     return _pick(rng, absent), "no"
 
 
-def _ask_count(rng: np.random.Generator, scene: Scene) -> Asked | None:
+def _ask_count(rng: np.random.Generator, scene: DrawnScene) -> Asked | None:
     counted = Counter(kind for thing in scene.things for kind in (thing.colour, thing.shape))
     kinds = list(counted) if rng.random() < 0.85 else [*COLOURS, *SHAPES]
     kind = _pick(rng, kinds)
     return (_plural(kind),), _NUMBERS[counted[kind]]
 
 
-def _ask_where(rng: np.random.Generator, scene: Scene) -> Asked | None:
+def _ask_where(rng: np.random.Generator, scene: DrawnScene) -> Asked | None:
     thing = _pick(rng, scene.things)
     return (thing.colour, thing.shape), place_of(scene, thing)
 
 
-def _ask_relation(rng: np.random.Generator, scene: Scene) -> Asked | None:
+def _ask_relation(rng: np.random.Generator, scene: DrawnScene) -> Asked | None:
     if len(scene.things) < 2:
         return None
     a, b = (scene.things[place] for place in rng.permutation(len(scene.things))[:2])
@@ -167,12 +167,12 @@ def _ask_relation(rng: np.random.Generator, scene: Scene) -> Asked | None:
     return (a.colour, a.shape, name, b.colour, b.shape), "yes" if true else "no"
 
 
-def _ask_size(rng: np.random.Generator, scene: Scene) -> Asked | None:
+def _ask_size(rng: np.random.Generator, scene: DrawnScene) -> Asked | None:
     thing = _pick(rng, scene.things)
     return (thing.colour, thing.shape), thing.size
 
 
-def _ask_compare(rng: np.random.Generator, scene: Scene) -> Asked | None:
+def _ask_compare(rng: np.random.Generator, scene: DrawnScene) -> Asked | None:
     by_colour = bool(rng.integers(2))
     counted = Counter(thing.colour if by_colour else thing.shape for thing in scene.things)
     if len(counted) < 2:
@@ -183,11 +183,11 @@ def _ask_compare(rng: np.random.Generator, scene: Scene) -> Asked | None:
     return (_plural(a), _plural(b)), "yes" if counted[a] > counted[b] else "no"
 
 
-def _ask_read(rng: np.random.Generator, scene: Scene) -> Asked | None:  # noqa: ARG001
+def _ask_read(rng: np.random.Generator, scene: DrawnScene) -> Asked | None:  # noqa: ARG001
     return ((), scene.glyph) if scene.glyph else None
 
 
-_ASKERS: dict[str, Callable[[np.random.Generator, Scene], Asked | None]] = {
+_ASKERS: dict[str, Callable[[np.random.Generator, DrawnScene], Asked | None]] = {
     "colour": _ask_colour,
     "shape": _ask_shape,
     "exist": _ask_exist,
@@ -200,7 +200,7 @@ _ASKERS: dict[str, Callable[[np.random.Generator, Scene], Asked | None]] = {
 }
 
 
-def _holding(a: Thing, b: Thing) -> list[str]:
+def _holding(a: DrawnThing, b: DrawnThing) -> list[str]:
     return [name for name, holds in _RELATIONS.items() if holds(a, b)]
 
 

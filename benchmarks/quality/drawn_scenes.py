@@ -31,7 +31,7 @@ _ZOOM = 4  # pictures are drawn larger and reduced, so that edges are smooth
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
+class DrawnThing:
     """One coloured shape."""
 
     colour: str
@@ -42,17 +42,17 @@ class Thing:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class DrawnScene:
     """Things on a grid; ``glyph`` is what the sign says, None without a sign."""
 
-    things: tuple[Thing, ...]
+    things: tuple[DrawnThing, ...]
     glyph: str | None
     glyph_cell: tuple[int, int]
     background: tuple[int, int, int]
     grid: int
 
 
-def draw_scene(rng: np.random.Generator, grid: int, *, tail: float, sign: bool) -> Scene:
+def draw_scene(rng: np.random.Generator, grid: int, *, tail: float, sign: bool) -> DrawnScene:
     """A scene of different things; a ``tail`` above 0 makes late colours and shapes rare."""
     n_cells = grid * grid
     n_things = int(rng.integers(2 if grid == 2 else 3, min(n_cells - 1, 6) + 1))
@@ -66,13 +66,13 @@ def draw_scene(rng: np.random.Generator, grid: int, *, tail: float, sign: bool) 
         kind = colours[rng.choice(len(colours), p=by_colour)], shapes[rng.choice(len(shapes), p=by_shape)]
         if kind not in kinds:
             kinds.add(kind)
-            things.append(Thing(*kind, SIZES[int(rng.integers(2))], cell // grid, cell % grid))
+            things.append(DrawnThing(*kind, SIZES[int(rng.integers(2))], cell // grid, cell % grid))
     glyph = _GLYPHS[int(rng.integers(len(_GLYPHS)))] if sign else None
     background = tuple(int(value) for value in rng.integers(90, 140, 3))
-    return Scene(tuple(things), glyph, divmod(cells[n_things], grid), background, grid)
+    return DrawnScene(tuple(things), glyph, divmod(cells[n_things], grid), background, grid)
 
 
-def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
+def render(scene: DrawnScene, rng: np.random.Generator) -> NDArray[np.uint8]:
     """The picture of a scene, (side, side, 3); places and colours are off by a little."""
     side = scene.grid * CELL
     image = Image.new("RGB", (side * _ZOOM, side * _ZOOM), scene.background)
@@ -90,7 +90,7 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.uint8)
 
 
-def place_of(scene: Scene, thing: Thing) -> str:
+def place_of(scene: DrawnScene, thing: DrawnThing) -> str:
     """Where a thing is, in words."""
     half = (scene.grid - 1) / 2
     vertical = "top" if thing.row < half else "bottom" if thing.row > half else "middle"
@@ -98,7 +98,7 @@ def place_of(scene: Scene, thing: Thing) -> str:
     return f"{vertical} {horizontal}"
 
 
-def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, rng: np.random.Generator) -> None:
+def _draw_thing(draw: ImageDraw.ImageDraw, thing: DrawnThing, rng: np.random.Generator) -> None:
     x, y = (
         ((cell + 0.5) * CELL + shift) * _ZOOM
         for cell, shift in zip((thing.column, thing.row), rng.uniform(-1.5, 1.5, 2), strict=True)
