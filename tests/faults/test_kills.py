@@ -206,8 +206,8 @@ def test_a_refresh_that_is_killed_anywhere_is_old_or_new_and_goes_on(
     loop.count_model_calls()
     figures.leftovers = len(leftovers(loop.bench.store))
     figures.cpu_seconds = loop.children.cpu_seconds
-    for name, value in figures.numbers().items():
+    for name, value in figures.told().items():
         record_property(name, value)
-    print(json.dumps(figures.numbers(), indent=1))  # noqa: T201 - with -s or -rP, a person reads them
+    print(json.dumps(figures.told(), indent=1))  # noqa: T201 - with -s or -rP, a person reads them
     assert (figures.torn, figures.unembedded, figures.lost, figures.duplicated) == ([], [], [], [])
     assert killed_at == set(STAGES)
