@@ -63,6 +63,8 @@ class DagsterDev:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
+        # Its tables are made before Dagster's processes start, which would else make them at the same moment.
+        self.instance = dg.DagsterInstance.from_config(str(self._home))
         self._log = (folder / "dagster-dev.log").open("wb")
         self._process = subprocess.Popen(
             [
@@ -86,7 +88,6 @@ class DagsterDev:
             start_new_session=True,
         )
         try:
-            self.instance = dg.DagsterInstance.from_config(str(self._home))
             self.wait("the code location", self._is_loaded)
         except BaseException:
             self.stop()
