@@ -26,7 +26,7 @@ from scalselect_assets.resources.verified_files import VerifiedFiles
 from scalselect_assets.resources.vlm import VlmResource
 
 OutputHeader: TypeAlias = Mapping[str, Any]
-"""What an output states of itself: data version, provenance and more; empty where it is not whole."""
+"""The header of an output: data version, provenance and more; empty where the output is not whole."""
 
 _T = TypeVar("_T")
 
@@ -104,13 +104,13 @@ class StoreState:
     Every header is read once; `forget` an asset whose output was written.
 
     Attributes:
-        selection: Whose store it is.
+        selection: The selection that the store belongs to.
         storage: Opens pool and store.
         vlm: Loads the target model.
         model_fingerprint: Gives the target model's fingerprint; called where an asset needs it.
         shards: The shards that Dagster knows, in its order.
         shard_versions: The fingerprint of each shard file that discovery read.
-        verified_files: What is known of the store's files; read anew where it is not given.
+        verified_files: The known state of the store's files; read anew where it is not given.
     """
 
     selection: Selection

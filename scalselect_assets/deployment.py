@@ -136,7 +136,7 @@ def opened_instance(selection: Selection, *, to_read: bool = False) -> Iterator[
     """The instance of a selection's store for the length of a block.
 
     Args:
-        selection: Whose store.
+        selection: The selection that the store belongs to.
         to_read: Whether nothing is to be recorded: then the store may be read-only.
 
     Raises:

@@ -38,7 +38,7 @@ class LeverageBin:
 
 @dataclass(frozen=True, slots=True)
 class LeverageProfile:
-    """How leverage is spread over the pool.
+    """The distribution of leverage over the pool.
 
     Attributes:
         bins: Adjacent and ascending, each a quarter of an octave wide. If the first one begins at 0, it holds

@@ -21,7 +21,7 @@ TOLERANCE: Final = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """How distinct the chosen rows are, beside as many random ones.
+    """The distinctness of the chosen rows, beside as many random ones.
 
     Attributes:
         choice: Distinct share of the choice, in (0, 1].
@@ -66,7 +66,7 @@ class Repetition:
 
 
 def repetition(compared: pl.DataFrame) -> Repetition | None:
-    """What a comparison says about repetition; None where the choice or random is not in it."""
+    """The repetition that a comparison shows; None where it lacks the choice or random."""
     if "distinct_share" not in compared.columns:  # written before there was this measure
         return None
     shares = dict(means(compared).select("strategy", "distinct_share").iter_rows())

@@ -86,7 +86,7 @@ def alternatives(
     seed: int,
     stratify_by: str,
 ) -> Iterator[Compared]:
-    """What other strategies choose under the same terms."""
+    """The choices of other strategies under the same terms."""
     from scalselect_assets.method.choice.choose import choose
     from scalselect_assets.method.choice.strategies import strategy_named
 
@@ -114,14 +114,14 @@ def compare(
     """Measure subsets, the first of which is the choice.
 
     Args:
-        subsets: Of the pool's rows.
+        subsets: Subsets of the pool's rows.
         pool: Reads vectors.
         rows: ``pool.all()``.
         candidates: The same rows.
         subspace: The present basis.
-        projections: Of all rows on it.
+        projections: Projections of all rows on it.
         last: Rows of the last choice that are still there; ``None`` where there was none.
-        settings: What near is.
+        settings: The cosine that counts as near.
         source_label: The label whose coverage is measured.
         unit_rows: Whether vectors are scaled to length 1.
 

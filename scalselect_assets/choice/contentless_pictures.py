@@ -30,7 +30,7 @@ from scalselect_assets.resources.artifacts import ArtifactCorruptError, Artifact
 NAME: Final = "contentless_pictures"
 REASON: Final = "contentless_picture"
 KIND: Final = "neighbours-1"
-"""How the verdicts were made; those of another kind are made again."""
+"""The method of the verdicts; verdicts of another method are made again."""
 
 Verdict: TypeAlias = Literal["one colour", "noise"]
 
@@ -54,7 +54,7 @@ _VERDICTS: Table = {
 
 
 def verdict(image: Image.Image) -> Verdict | None:
-    """What is wrong with a picture; None for one that shows something."""
+    """The fault of a picture; None for one that shows something."""
     grey = image.convert("L")
     grey.thumbnail((_MOST_SIDE, _MOST_SIDE), Image.Resampling.NEAREST)
     pixels = np.asarray(grey, np.float64)
@@ -126,7 +126,7 @@ def _verdict_of(image: str, open_image: Callable[[str], bytes]) -> Verdict | Non
 
 
 def _correlations(pixels: NDArray[np.float64]) -> list[float]:
-    """Of neighbouring pixels, the larger of both directions, at full and half size.
+    """Correlations of neighbouring pixels, the larger of both directions, at full and half size.
 
     Noise that was enlarged to twice its size is noise again at half size.
     """

@@ -88,7 +88,7 @@ class EvaluationImages:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
-    """What is looked for.
+    """The evaluation set.
 
     Attributes:
         version: Hash of the files' names and bytes.
@@ -127,7 +127,7 @@ def read_evaluation_set(storage: StorageResource, store: str, settings: Decontam
 
 
 def provenance(settings: Decontamination, raw_version: str, evaluation_version: str) -> str:
-    """What the list of one shard is computed from."""
+    """The hash of what the list of one shard is computed from."""
     return data_versions.provenance(
         NAME,
         CODE_VERSION,
@@ -140,11 +140,11 @@ def provenance(settings: Decontamination, raw_version: str, evaluation_version: 
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What was found in some shards.
+    """The contaminated samples of some shards.
 
     Attributes:
-        frame: Of `DECONTAMINATION` with the shard, by shard and row.
-        numbers: What of the evaluation set was looked for, and the work that it took.
+        frame: A frame of `DECONTAMINATION` with the shard, by shard and row.
+        numbers: Numbers of the evaluation set and of the work.
         whole_shards: Shards of which every sample is contaminated.
     """
 
@@ -196,7 +196,7 @@ def look(
 
 
 def _known(artifacts: ArtifactStore, shard: str, made_from: str) -> tuple[pl.DataFrame, int] | None:
-    """What was found in a shard before, and in how many samples, where that still holds."""
+    """The earlier findings in a shard and its number of samples, where they still hold."""
     try:
         if artifacts.read_header(NAME, shard).get("provenance") != made_from:
             return None
@@ -227,8 +227,8 @@ def contaminated(
         raw: A frame of `RAW_SAMPLES`; rejected rows without a conversation are compared by their turns' text.
         hashes: A frame of `image_hashes.HASHES` with the images of these rows; may be empty where the
             evaluation set has none.
-        evaluation: What is looked for.
-        settings: How alike it has to be.
+        evaluation: The evaluation set.
+        settings: The likeness that counts as a match.
 
     Returns:
         A frame of `DECONTAMINATION`, one row per contaminated sample, in row order.
@@ -329,7 +329,7 @@ def version_of(storage: StorageResource, selection: Selection) -> str:
 
 
 def _numbers(evaluation: EvaluationSet) -> dict[str, str | int]:
-    """What of the evaluation set was looked for, and what could not be."""
+    """Numbers of the evaluation set: the entries that were used, and those that could not be."""
     numbers: dict[str, str | int] = {"evaluation_set": evaluation.version}
     if evaluation.images is not None:
         numbers["evaluation_images"] = len(evaluation.images.names)
@@ -363,7 +363,7 @@ def _declared_places(settings: Decontamination) -> Iterator[tuple[EvaluationKind
 
 
 def files_passed_over(storage: StorageResource, selection: Selection) -> dict[str, Any]:
-    """What in the declared evaluation folders is not read, by kind, with count and examples."""
+    """The files of the declared evaluation folders that are not read, by kind, with count and examples."""
     settings = selection.decontamination
     if settings is None:
         return {}

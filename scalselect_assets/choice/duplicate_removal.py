@@ -96,7 +96,7 @@ class RankedPool:
     Attributes:
         ranked: Shard, row, sample key, normalised leverage and what `_contents` gives, the best first.
         tables: The tables of the shards, by shard.
-        embeddings: Where the tables are.
+        embeddings: The store of the tables.
     """
 
     ranked: pl.DataFrame
@@ -202,7 +202,7 @@ def find(
 
 
 def _compared(rows: pl.DataFrame, least_likeness: float) -> "Contents":
-    """What some rows show and say, in their order."""
+    """Pictures and texts of some rows, in their order."""
     from scalselect_assets.method.choice.near_duplicates import Contents
     from scalselect_assets.method.choice.text_likeness import Shingles, TextLikeness
 

@@ -29,7 +29,7 @@ from scalselect_assets.resources.artifacts import ArtifactCorruptError, Artifact
 
 IMAGE_HASHES: Final = "image_hashes"
 KIND: Final = "imagehash.phash-8x8-1"
-"""What a remembered hash is; one of another kind is computed again."""
+"""The kind of the remembered hashes; a hash of another kind is computed again."""
 _FLAT_RANGE: Final = 8  # grey levels; less is one colour, whose hash is the noise of its compression
 _BLOCK_CELLS: Final = 4_000_000  # distances computed at a time, of 8 bytes each on the way
 

@@ -26,7 +26,7 @@ _BLOCK_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class ImagePlaces:
-    """What is known of the places of images in a pool.
+    """The places of images in a pool.
 
     Attributes:
         asked_before: Rows whose question stands wholly before its image in the prompt.

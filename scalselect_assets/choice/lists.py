@@ -149,5 +149,5 @@ class Lists:
 
     @property
     def version(self) -> str:
-        """Of their entries."""
+        """The hash of all entries."""
         return digest(self.include, self.exclude)

@@ -62,10 +62,10 @@ REMOVED_SAMPLES: Table = {
 
 
 def provenance(selection: Selection, storage: StorageResource, basis_version: str) -> str:
-    """What the list is computed from; the scores cover vectors, texts and images of every shard.
+    """The hash of what the list is computed from; the scores cover vectors, texts and images.
 
     Args:
-        selection: What is looked for.
+        selection: The selection that declares what is removed.
         storage: Reads the evaluation set's files, those that it does not remember.
         basis_version: The version of the basis, which covers the scores of every shard in it.
 

@@ -51,13 +51,13 @@ _SUM_TOLERANCE = 1e-5  # relative; the scores are within this of float64, and th
 
 
 def provenance(selection: Selection, basis_version: str, lists_version: str, removed_version: str) -> str:
-    """What the choice is computed from.
+    """The hash of what the choice is computed from.
 
     Args:
-        selection: What is asked for.
+        selection: The selection to choose for.
         basis_version: The version of the basis, which covers the scores of every shard in it.
         lists_version: `Lists.version`.
-        removed_version: Of the removed samples; empty where none are removed.
+        removed_version: Version of the removed samples; empty where none are removed.
     """
     return data_versions.provenance(
         NAME,
@@ -134,7 +134,7 @@ def choose_subset(
     """Choose the subset, compare it with other strategies' and write both.
 
     Args:
-        selection: What is asked for.
+        selection: The selection to choose for.
         storage: Opens pool and store.
         shards: All shards of the pool; a check names those that could not be chosen from.
         cost: Gives what this cycle has cost, as metadata.
@@ -240,7 +240,7 @@ def _listed_check(unknown: tuple[str, ...]) -> dg.AssetCheckResult:
 
 
 def _cost(context: dg.AssetExecutionContext, selection: Selection, basis: BasisHeader) -> Mapping[str, Any]:
-    """What this subset has cost, from the last one on."""
+    """The cost of this subset since the last one."""
     return cycle.since_last(
         context.instance,
         selection.key(NAME),
@@ -262,7 +262,7 @@ def _last_selected(artifacts: ArtifactStore) -> pl.DataFrame | None:
 
 
 def _churn(before: pl.DataFrame | None, chosen: pl.DataFrame) -> dict[str, int | float]:
-    """What became of the last selection: how many samples stayed, came and went, and the share that went."""
+    """The change from the last selection: samples that stayed, came and went, and the share that went."""
     if before is None:
         return {}
     stayed = before.join(chosen, on=["sample_key", "shard"], how="semi").height

@@ -31,7 +31,7 @@ class Device(StrEnum):
 
 
 class ImagePlaceName(StrEnum):
-    """Where a row's images stand in the prompt."""
+    """The place of a row's images in the prompt."""
 
     FIRST = "first"
     AS_WRITTEN = "as_written"

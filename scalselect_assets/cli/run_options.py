@@ -25,7 +25,7 @@ from scalselect_assets.resources.vlm import VlmResource
 
 @dataclass(frozen=True, slots=True)
 class PoolOptions:
-    """How the rows of the pool are read."""
+    """Options for reading the rows of the pool."""
 
     PANEL: ClassVar = "The pool"
 
@@ -108,7 +108,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """Where images stand in the prompt, and how large they are there."""
+    """The place and the size of images in the prompt."""
 
     PANEL: ClassVar = "Images in the prompt"
 
@@ -347,7 +347,7 @@ class StoreOptions:
 
 @dataclass(frozen=True, slots=True)
 class ComputingOptions:
-    """How fast the run computes; none of these options changes a result."""
+    """Options for the speed of a run; none of them changes a result."""
 
     PANEL: ClassVar = "Computing (changes no result)"
 

@@ -96,7 +96,7 @@ def write_dataset(
     """Write the training file, the exports and the manifest.
 
     Args:
-        selection: Whose dataset.
+        selection: The selection that the dataset belongs to.
         storage: Opens pool and store.
         vlm: Describes the target model.
         shards: All shards of the pool; the manifest names those that were left out.
@@ -253,14 +253,14 @@ def _write_exports(
 
 
 def _data_version(sha256: str, exports: Mapping[str, publish.Report]) -> str:
-    """Of the training file alone where nothing else is made of it."""
+    """The data version: the hash of the training file, and of the exports where there are any."""
     if not exports:
         return sha256
     return digest(sha256, {name: file["sha256"] for name, file in publish.files(exports).items()})
 
 
 def _settings(selection: Selection) -> dict[str, Any]:
-    """What was asked for, and the code that answered."""
+    """The declared settings, and the versions of the code."""
     return {
         "selection": selection.name,
         "source": selection.source,
@@ -280,7 +280,7 @@ def _settings(selection: Selection) -> dict[str, Any]:
 
 
 def _counts(subspace: "Subspace", subset: pl.DataFrame, writer: DatasetWriter) -> dict[str, Any]:
-    """Where every row of the pool went, and what the choice rests on."""
+    """The rows of the pool by outcome, and the numbers of the choice."""
     by_reason = Counter[str]()
     for counts in writer.rejected.values():
         by_reason.update(counts)

@@ -23,7 +23,7 @@ def provenance(
     basis_version: str,
     left_out: Sequence[str],
 ) -> str:
-    """What the files are computed from; the basis version covers the vectors, and with them the texts."""
+    """The hash of what the files are computed from; the basis version covers vectors and texts."""
     return data_versions.provenance(
         NAME,
         CODE_VERSION,

@@ -102,7 +102,7 @@ class DatasetWriter:
 
     @property
     def sha256(self) -> str:
-        """Of what was written so far."""
+        """The hash of everything that was written so far."""
         return self._digest.hexdigest()
 
     def write(

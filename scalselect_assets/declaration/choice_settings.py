@@ -121,7 +121,7 @@ def _bounds(written: Sequence[str]) -> dict[str, int | float]:
 
 
 class KeptEarlier(_Declared):
-    """How far the choice may move from the last one."""
+    """Bounds on the change from the last choice."""
 
     slack: float = Field(
         default=0.0,

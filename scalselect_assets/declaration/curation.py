@@ -69,7 +69,7 @@ class Decontamination(dg.Model, dg.Resolvable):
 
 
 class NearDuplicates(dg.Model, dg.Resolvable):
-    """How alike two samples must be for one of them to be removed: by vectors, and by texts as well."""
+    """The likeness, of vectors and of texts, at which one of two samples is removed."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -50,7 +50,7 @@ ROWS_CHECK = "every_row_is_embedded_or_rejected"
 
 
 class EmbeddingConfig(dg.Config):
-    """What a person may ask of one run."""
+    """Settings of one run."""
 
     embed_again: bool = Field(
         default=False, description="Embed every row, also those whose vector is known and would be the same."
@@ -212,7 +212,7 @@ class _Embedding:
     def _computed(
         self, shard: str, candidates: pl.DataFrame, kept: "Mapping[int, Representation]"
     ) -> "Iterator[tuple[int, Outcome]]":
-        """What the model makes of all other candidates, by place, as it is done."""
+        """The model's outcomes for all other candidates, by place, as each is done."""
         new = [place for place in range(candidates.height) if place not in kept]
         if not new:
             return

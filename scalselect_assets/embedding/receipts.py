@@ -15,7 +15,7 @@ CODE_VERSION = "1"
 
 
 def provenance(fingerprint: str, max_image_pixels: int, raw_version: str) -> str:
-    """What the vectors of one shard are computed from; τ and the model are part of the fingerprint."""
+    """The hash of what a shard's vectors are computed from; the fingerprint covers τ and the model."""
     return data_versions.provenance(
         NAME,
         CODE_VERSION,
@@ -26,11 +26,11 @@ def provenance(fingerprint: str, max_image_pixels: int, raw_version: str) -> str
 
 
 class Receipt(BaseModel):
-    """What makes a table a shard's table.
+    """The record that names a shard's current table. It is written last and so commits the embedding.
 
     Attributes:
         table: The committed table.
-        header: What the asset says of itself, as artifacts carry it.
+        header: Header of the asset, as artifacts carry it.
     """
 
     table: EmbeddingTable
@@ -58,7 +58,7 @@ def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable
 def fitted_table(
     artifacts: ArtifactStore, shard: str, fitted_on: str | None
 ) -> tuple[EmbeddingTable, dict[str, str]]:
-    """As ``recorded_table``, of a shard whose vectors are still those that the basis was fitted on.
+    """The committed table of a shard, provided that the basis was fitted on the same vectors.
 
     Args:
         artifacts: The store.

@@ -1,4 +1,4 @@
-"""What a shard need not embed again: samples whose text and images have a vector of this model already.
+"""Reuse of vectors: samples whose text and images have a vector of this model already.
 
 Such vectors stand in two places: the shard's committed table, after a part of the shard has changed, and the
 parts that a materialization sets aside now and then, for when it is killed on its way. Both are looked up by
@@ -28,7 +28,7 @@ _NUMBERS = ("n_tokens", "n_vision_tokens", "n_dominant_tokens", "n_instruction_t
 
 
 Conditions: TypeAlias = Mapping[str, str]
-"""What has to be the same for a vector to be taken over, by name."""
+"""The conditions that must be equal for a vector to be reused, by name."""
 
 
 def known_vectors(

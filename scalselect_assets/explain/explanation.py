@@ -21,7 +21,7 @@ Status: TypeAlias = Literal["selected", "not selected", "rejected"]
 
 
 class ExplanationError(RuntimeError):
-    """What the store holds of a sample is not there or does not fit together; the message has the remedy."""
+    """The store's data on a sample are missing or contradict each other; the message has the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,11 @@ class Score:
     """A sample's place in the pool.
 
     Attributes:
-        leverage: As stored.
+        leverage: The stored leverage.
         normalised_leverage: n·leverage/k, by which the pool is ranked.
         rank: Place among all scored samples, from 1; ties by `sample_key`, then shard.
         pool: Scored samples.
-        percentile: How many percent of the others rank below: 100 for the first, 0 for the last.
+        percentile: Percentage of the others that rank below: 100 for the first, 0 for the last.
         selected: Samples in the selected subset.
         lowest_selected: The lowest normalised leverage among them.
         k: Directions of the basis that the sample is scored with.
@@ -74,17 +74,17 @@ class Exemplar:
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """What one direction adds to a sample's leverage.
+    """The contribution of one direction to a sample's leverage.
 
     Attributes:
         direction: Its number, from 1; the strongest in the pool is 1.
         coordinate: u_ij; the sign tells on which side of the mean the sample lies.
         leverage: u_ij².
-        share: Of the sample's leverage, in [0, 1].
-        singular_value: Of the direction.
-        energy_share: Of the pool's energy, in [0, 1].
+        share: Share of the sample's leverage, in [0, 1].
+        singular_value: Singular value of the direction.
+        energy_share: Share of the pool's energy, in [0, 1].
         same_side: The samples of the pool that lie furthest on the sample's side, furthest first.
-        other_side: Likewise on the other side.
+        other_side: The furthest samples on the other side.
     """
 
     direction: int
@@ -106,7 +106,7 @@ class SimilarSample:
         row: Its row there.
         sample_key: Its key.
         source_id: Its own id.
-        cosine: Of the two centred vectors, in [-1, 1].
+        cosine: Cosine of the two centred vectors, in [-1, 1].
         selected_rank: Its place in the selected subset; none where it is not selected.
     """
 
@@ -120,7 +120,7 @@ class SimilarSample:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What a sample's vector was made from.
+    """The tokens that a sample's vector was made from.
 
     Attributes:
         n_tokens: Length of the model's input.
@@ -143,15 +143,15 @@ class Explanation:
 
     Attributes:
         sample: Its key, id, shard, row and line.
-        status: What has become of it.
+        status: The outcome of the sample.
         selected_rank: Its place in the selected subset, if it is selected.
         reason: Why it was rejected, if it was: see `method.rejection.RejectionReason`.
         detail: What was found and what to do; likewise.
         score: Its place in the pool; none where it was rejected.
-        directions: Where most of its leverage comes from, strongest first.
+        directions: The directions that give most of its leverage, strongest first.
         similar: The samples most like it, most alike first.
-        tokens: What its vector was made from; none where it was rejected.
-        problems: What could not be compared, each with what mends it.
+        tokens: The tokens that its vector was made from; none where it was rejected.
+        problems: Comparisons that could not be made, each with its remedy.
     """
 
     sample: SamplePlace

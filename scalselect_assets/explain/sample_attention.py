@@ -1,4 +1,4 @@
-"""Where the instruction of one sample looks in its images."""
+"""The attention of one sample's instruction on its images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class SampleAttention:
     Attributes:
         map: Computed by the code that made the vector.
         images: Upright, in the order of the image marks.
-        paths: Of the images.
+        paths: Paths of the images.
         deviation: The largest difference between the vector of this map and the stored one, as a share of the
             stored one's largest component: rounding, of batches and devices.
     """

@@ -49,8 +49,8 @@ class Step:
 
     Attributes:
         asset: Its name.
-        data_version: As its own output states; none where there is no output that can be read.
-        facts: What the lineage says of it, by name.
+        data_version: The version that its output states; none where no output can be read.
+        facts: Facts about it, by name.
         made_by: The run that recorded this version, if the instance knows one.
         ui: Path of the asset's page, at the shard's partition.
     """
@@ -80,7 +80,7 @@ class SampleLineage:
         shard_file: Path and SHA-256 of the file that it stands in, and where the UI shows it.
         images: Path and SHA-256 of each of its images.
         steps: The assets on its way, in path order; of a rejected sample, up to the one that rejected it.
-        problems: What does not fit, each with what mends it; empty if all is well.
+        problems: Contradictions between the steps, each with its remedy; empty if all is well.
     """
 
     sample: Mapping[str, Any]
@@ -132,9 +132,9 @@ def trace(
     """Follow one sample.
 
     Args:
-        selection: Whose sample.
+        selection: The selection that the sample belongs to.
         storage: Opens pool and store.
-        instance: Where the store's runs are recorded.
+        instance: The instance that records the store's runs.
         key: A sample key or a prefix of one, from 6 characters on; a row's own id, verbatim; or
             ``<shard>#<row>``, which tells samples apart that have the same key or id.
 
@@ -219,7 +219,7 @@ class _Trace:
         )
 
     def _sha256_now(self, path: str) -> str | None:
-        """Of a rejected sample's image, which nothing in the store remembers; none if it cannot be read."""
+        """The hash of a rejected sample's image, which no file of the store has; None if it is unreadable."""
         try:
             return hashlib.sha256(self._source.open_image(path)).hexdigest()
         except (FileNotFoundError, PermissionError, IsADirectoryError):
@@ -247,7 +247,7 @@ class _Trace:
         return None
 
     def _model(self, fingerprint: str) -> dict[str, Any]:
-        """What the store knows of a model."""
+        """The store's facts about a model."""
         facts = {"model_fingerprint": fingerprint, "model": None, "model_commit": None}
         for path in self._artifacts.paths(CARDS, suffix=RECORD):
             with suppress(ValueError, KeyError, TypeError):  # a damaged card says nothing of this model
@@ -272,7 +272,7 @@ class _Trace:
         return fate
 
     def _choice(self, place: SamplePlace) -> dict[str, Any]:
-        """What became of a sample with a vector, from the basis on."""
+        """The outcome of a sample with a vector, from the basis on."""
         moments = self._moments(place.shard)
         basis = self._basis(place.shard, moments)
         scored = self._scores(place, basis)
@@ -438,6 +438,6 @@ class _Trace:
             self._problems.append(f"{error}: where its receipt {receipt} is deleted, {self._remedy}")
 
     def _page(self, asset: str, shard: str | None) -> str:
-        """Where the UI shows an asset, at a shard's partition."""
+        """The path of an asset's page in the UI, at a shard's partition."""
         page = "/".join(["/assets", *map(quote, self._selection.key(asset).path)])
         return page if shard is None else f"{page}?partition={quote(shard, safe='')}"

@@ -66,9 +66,9 @@ def find_sample(
     Reads four columns of each shard's rows, one shard at a time.
 
     Args:
-        selection: Whose sample.
-        artifacts: Of its store.
-        shards: Where to look.
+        selection: The selection that the sample belongs to.
+        artifacts: Files of its store.
+        shards: Shards to search.
         key: A sample key or a prefix of one, from 6 characters on; a row's own id, verbatim; or
             ``<shard>#<row>``, which tells samples apart that have the same key or id.
 
@@ -117,7 +117,7 @@ def last_shards(artifacts: ArtifactStore) -> set[str]:
 
 
 def remedy(selection: Selection) -> str:
-    """What brings a selection's results up to date, as the end of a message."""
+    """The command that brings a selection's results up to date, as the end of a message."""
     return f"`scalselect run {selection.source} --store {selection.store}` brings it up to date"
 
 

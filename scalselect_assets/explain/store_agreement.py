@@ -1,4 +1,4 @@
-"""How far the selections of two stores agree: for two target models, two settings or two nights.
+"""The agreement of two stores' selections: for two target models, two settings or two nights.
 
 Compares the samples that both stores have scored; a sample is the same where its shard and its key, a hash
 of its content, are. Costs: the scores of both stores in memory, some 200 bytes a sample.
@@ -28,16 +28,16 @@ class SourceAgreement:
 
 @dataclass(frozen=True, slots=True)
 class StoreAgreement:
-    """How far two selections agree over the samples that both stores have scored.
+    """The agreement of two selections over the samples that both stores have scored.
 
     Attributes:
-        shared_samples: How many these are.
+        shared_samples: Number of these samples.
         only_first: Samples that only the first store has scored.
         only_second: Samples that only the second store has scored.
         first: Chosen samples of the first store among the shared ones.
         second: Chosen samples of the second store among them.
         both: Samples that both chose.
-        by_chance: How many two random choices of these sizes would share, on average.
+        by_chance: Number of samples that two random choices of these sizes share on average.
         rank_correlation: Spearman's ρ of the leverages; None where one of them is constant.
         sources: The chosen samples by source, as the store that chose them names it.
     """

@@ -53,12 +53,12 @@ def explain(
     """Why a sample was selected, or not, from what the store holds.
 
     Args:
-        selection: Whose sample.
+        selection: The selection that the sample belongs to.
         storage: Opens the store.
-        sample: As for `sample_lineage.find_sample`.
-        similar: How many of the samples most like it.
-        directions: How many of its strongest directions.
-        exemplars: How many samples on either side of each direction.
+        sample: Key, id or place of the sample, as `sample_search.find_sample` takes it.
+        similar: Number of the samples most like it.
+        directions: Number of its strongest directions.
+        exemplars: Number of samples on either side of each direction.
         shards: Where else to look for it than in the shards of the last basis: those that are new, or could
             not be embedded.
 
@@ -84,7 +84,7 @@ def explain(
 
 
 class _ExplainedStore:
-    """What is read of a store for one explanation."""
+    """The parts of a store that one explanation reads."""
 
     def __init__(self, selection: Selection, storage: StorageResource) -> None:
         self.selection = selection

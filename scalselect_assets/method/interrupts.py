@@ -4,10 +4,10 @@ Ctrl-C, SIGTERM and a termination in Dagster's UI raise an exception in the main
 instructions of it. In the middle of a transaction of Dagster's SQLite files, the exception leaves a
 connection with the file locked for as long as its traceback lives, and the refresh then waits minutes for
 that lock to record that it was stopped. Between taking a future's lock and using it, the exception leaves the
-lock taken: the thread that sets the result waits for ever, and so does everybody who waits for the thread.
+lock taken: the thread that sets the result waits for ever, and so does every thread that waits for it.
 Therefore the code that reads or writes Dagster's records (`recording.records`), and the code that waits for
-threads, defers interruptions. A signal that the process ignores stays ignored, as SIGINT where a script
-started the process with ``&``; SIGTERM works all the same.
+threads, defers interruptions. A signal that the process ignores stays ignored, for example SIGINT if a
+script started the process with ``&``. SIGTERM still works then.
 """
 
 import signal
@@ -21,7 +21,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let an interruption wait for the end of the block, where it then takes effect.
+    """Defer an interruption until the end of the block.
 
     Code in the block may allow interruptions again, as Dagster does while an asset computes. An interruption
     that is swallowed there, or that Dagster forgets at the end of a run, takes effect as the block ends. Only

@@ -1,7 +1,7 @@
-"""Copies between the host and a device that the host does not wait for.
+"""Copies between the host and a device for which the host does not wait.
 
-A copy from or to ordinary memory makes the host wait until the device has done all that it was asked for
-before. From and to page-locked memory, and on a stream of its own, a copy runs beside the device's work.
+A copy from or to ordinary memory makes the host wait until the device has finished all earlier work. A copy
+from or to page-locked memory, on a stream of its own, runs at the same time as the device's other work.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 
 _COPIERS: Final = 4  # threads
-_COPIED_BY_ONE: Final = 1 << 20  # bytes that one thread copies as fast
+_COPIED_BY_ONE: Final = 1 << 20  # bytes that one thread copies as fast as several
 
 
 class Transfers:
@@ -25,18 +25,18 @@ class Transfers:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """On a CUDA device, copies to it get a stream of their own."""
+        """Create the stream for copies to a CUDA device; other devices need none."""
         self.device = device
         self._stream = (
             torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         )
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the host to fill, page-locked where it is to go to a CUDA device."""
+        """An empty tensor on the host, page-locked if the device is a CUDA device."""
         return torch.empty(*shape, dtype=dtype, pin_memory=self._stream is not None)
 
     def copied(self, x: NDArray[Any], dtype: DTypeLike) -> torch.Tensor:
-        """A copy of an array in such memory, by several threads: one does not reach the memory's rate."""
+        """A copy of an array in such memory. Several threads copy: one cannot use the full bandwidth."""
         buffer = self.empty(*x.shape, dtype=torch.from_numpy(np.empty(0, dtype=dtype)).dtype)
         target = buffer.numpy()
         if x.nbytes <= _COPIED_BY_ONE:
@@ -51,7 +51,7 @@ class Transfers:
         return buffer
 
     def to_device(self, value: torch.Tensor) -> torch.Tensor:
-        """The value of the host on the device, usable by what the device is asked for from here on."""
+        """Copy a value from the host to the device. All later work of the device can use the copy."""
         if self._stream is None:
             return value.to(self.device)
         pinned = value if value.is_pinned() else value.pin_memory()
@@ -63,7 +63,7 @@ class Transfers:
         return there
 
     def to_host(self, values: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-        """Begin to copy values of the device; the function that is returned waits for them."""
+        """Begin to copy values from the device. The returned function waits for them."""
         if self._stream is None:
             kept = list(values)
             return lambda: kept

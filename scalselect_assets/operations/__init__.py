@@ -1,1 +1,1 @@
-"""What keeps a selection up to date: staleness, the refresh, automation, cleaning."""
+"""Keeping a selection up to date: staleness, the refresh, automation, cleaning."""

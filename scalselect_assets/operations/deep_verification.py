@@ -37,17 +37,17 @@ if TYPE_CHECKING:
     from scalselect_assets.method.subspace.leverage import LeverageScorer
 
 SCORE_TOLERANCE = 5e-5
-"""Of normalised scores, whose mean is 1: above the error that they may have, which is 1e-5 and rounding."""
+"""Tolerance of normalised scores, whose mean is 1; it exceeds their possible error of 1e-5 and rounding."""
 
 _NOT_ARTIFACTS = {"dagster", "lance", ".locks"}
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with a part of a store.
+    """A fault in a part of a store.
 
     Attributes:
-        message: What was found.
+        message: Description of the fault.
         remove: The files to remove, so that a refresh makes them again.
     """
 
@@ -142,7 +142,7 @@ def _wrong_scores(
     basis: BasisHeader,
     tables: dict[str, EmbeddingTable],
 ) -> Iterator[Problem]:
-    """Where the stored basis and scores are not those of the vectors."""
+    """The faults of basis and scores that do not follow from the vectors."""
     from scalselect_assets.method.subspace.basis import fit_subspace
     from scalselect_assets.method.subspace.leverage import LeverageScorer
     from scalselect_assets.method.subspace.moments import MomentsAccumulator
@@ -207,7 +207,7 @@ def _difference(found: pl.DataFrame, wanted: pl.DataFrame) -> float:
 
 
 def _wrong_choice(artifacts: ArtifactStore, basis: BasisHeader) -> Iterator[Problem]:
-    """Where the chosen rows do not have the scores of their shards."""
+    """The faults of chosen rows whose scores differ from those of their shards."""
     try:
         chosen, stated = artifacts.read_frame(selected_subset.NAME)
     except (ArtifactMissingError, ArtifactCorruptError):

@@ -25,7 +25,7 @@ _VALUES_SHOWN = 10
 
 
 def check_declaration(selection: Selection, storage: StorageResource, vlm: VlmResource) -> None:
-    """Whatever the declaration names is there and can be used.
+    """Check that everything that the declaration names is there and can be used.
 
     Raises:
         RefreshError: The device has no hardware, or the exports cannot be written as declared.

@@ -93,7 +93,7 @@ def _table(groups: Sequence[dict[str, Any]]) -> dg.TableMetadataValue:
 
 
 class RefreshConfig(dg.Config):
-    """What a person may ask of one refresh."""
+    """Settings of one refresh."""
 
     accept_missing_images: bool = Field(
         default=False,

@@ -30,8 +30,8 @@ class FoundImages:
 
     Attributes:
         root: The folder, to be declared as the image root.
-        found: How many of the images that were looked for are there.
-        wanted: How many were looked for.
+        found: Number of these images that are there.
+        wanted: Number of images that were looked for.
     """
 
     root: str
@@ -42,7 +42,7 @@ class FoundImages:
 def explain_rejections(
     selection: Selection, storage: StorageResource, artifacts: ArtifactStore, shards: Iterable[str]
 ) -> str:
-    """What the rejected rows of the shards say, for a pool of which no row is embedded."""
+    """A summary of the rejected rows, for a pool of which no row is embedded."""
     counts, examples, texts = Counter[str](), dict[str, str](), list[str]()
     for shard in shards:
         try:

@@ -139,7 +139,7 @@ class Staleness:
         return checks.failed_checks(self._records, key, asset.error_checks)
 
     def _failed_by_shard(self, asset: ShardAsset) -> Mapping[str, str]:
-        """What failed checks saw of shards that the pool still has."""
+        """The findings of failed checks, for shards that the pool still has."""
         key = self._selection.key(asset.name)
         failed = checks.shards_with_failed_checks(self._records, key, asset.error_checks)
         known = set(self._records.known_shards(self._selection.name)) if failed else set()

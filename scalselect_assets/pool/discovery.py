@@ -32,7 +32,7 @@ class Discovery:
             nor gone until that has ended.
         passed_over: Files that are no shards, by kind, with count and examples; see `PoolListing`.
         missing_images: The images that are not there, of each shard that names such.
-        n_images: How many images the shards name, counted in each of them.
+        n_images: Number of images that the shards name, counted in each of them.
     """
 
     versions: Mapping[str, str]

@@ -23,8 +23,8 @@ class NewlyMissing:
     """Images that rows had when they were last read, and that are not there now.
 
     Attributes:
-        n_images: How many of them, counted in each shard that names them.
-        n_named: How many images the pool names, counted in the same way.
+        n_images: Number of these images, counted in each shard that names them.
+        n_named: Number of images that the pool names, counted in the same way.
         shards: The shards that miss some, by how many.
         example: One of them.
     """
@@ -49,7 +49,7 @@ def newly_missing(
         artifacts: The store.
         rows_asset: The asset that holds the rows of each shard as they were read last.
         missing: The images that each shard names and that are not there.
-        n_named: How many images the pool names.
+        n_named: Number of images that the pool names.
     """
     shards, example = {}, ""
     for shard, images in missing.items():

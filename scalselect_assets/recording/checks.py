@@ -44,7 +44,7 @@ def as_failure(
     """Record failed checks, and return the failure of the step.
 
     Args:
-        context: Of the asset.
+        context: Context of the asset.
         what: Asset and shard, for the message.
         error: The checks.
         shard: The shard, where the asset has one output for each.

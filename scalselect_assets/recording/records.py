@@ -73,7 +73,7 @@ def open_instance(folder: Path) -> dg.DagsterInstance:
 
 
 class Records:
-    """What one Dagster instance has recorded, and what it is to record."""
+    """Queries and reports of one Dagster instance."""
 
     def __init__(self, instance: dg.DagsterInstance) -> None:
         self._instance = instance

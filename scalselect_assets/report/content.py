@@ -1,4 +1,4 @@
-"""What the report says, as plain values; `render` turns them into a page.
+"""The content of the report as plain values; `render` turns them into a page.
 
 Counts are of rows, shares lie in [0, 1]. Texts are as the pool has them: whoever shows them escapes them.
 """
@@ -18,7 +18,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Where the rows of the pool went; ``rows`` is ``embedded + rejected``."""
+    """The rows of the pool by outcome; ``rows`` is ``embedded + rejected``."""
 
     rows: int
     embedded: int
@@ -49,7 +49,7 @@ class ComparedStrategy:
     """A row of the comparison.
 
     Attributes:
-        name: Of the strategy.
+        name: Name of the strategy.
         seeds: With which it was run, in words; empty where it takes none.
         values: For each measure of the comparison, in its order; None where it does not apply.
         is_selection: Whether it made the selection that the report is about.
@@ -72,7 +72,7 @@ class StrategyTable:
 
 @dataclass(frozen=True, slots=True)
 class RejectedReason:
-    """How many rows were rejected for one typed reason, and what it means."""
+    """The number of rows that were rejected for one typed reason, and the reason's meaning."""
 
     reason: str
     rows: int
@@ -84,10 +84,10 @@ class Picture:
     """A thumbnail, or why there is none: exactly one of ``data`` and ``problem`` is given.
 
     Attributes:
-        alt: What it shows, in words.
+        alt: Its content in words.
         data: JPEG bytes.
-        width: Of the thumbnail, in pixels; 0 without one.
-        height: Likewise.
+        width: Width of the thumbnail in pixels; 0 without one.
+        height: Height of the thumbnail in pixels; 0 without one.
         problem: Why there is no picture.
     """
 
@@ -107,16 +107,16 @@ class GalleryItem:
         place: ``shard#row``.
         source_id: The row's own id, where it has one.
         source: Its source label.
-        question: What is asked, without image marks.
-        answer: What the row answers.
+        question: The question, without image marks.
+        answer: The answer of the row.
         leverage: Rank-k leverage score.
         normalised_leverage: n·leverage/k.
         rank: By normalised leverage over the pool, from 1.
         percentile: Per cent of the pool's other samples that rank below it.
         is_selected: Whether it is in the selection.
         pictures: Its images, as many as are shown.
-        overlay: Where the instruction's attention lies, if that is known.
-        note: What else is to be said, such as what was left out.
+        overlay: The picture of the instruction's attention, if that is known.
+        note: A further remark, such as the parts that were left out.
     """
 
     sample_key: str
@@ -149,19 +149,19 @@ class ReportContent:
     """Everything that the page says; equal contents give equal bytes.
 
     Attributes:
-        title: Of the page.
+        title: Title of the page.
         made_from: Versions of what the report was made from; never a time.
-        settings: What was asked for.
-        counts: Where the rows went.
+        settings: The declared settings.
+        counts: The rows of the pool by outcome.
         energy: The spectrum and where it is cut.
-        leverage: How leverage is spread.
+        leverage: The distribution of leverage.
         composition: By source label, largest in the pool first.
         comparison: Other strategies, where they were run.
         churn: Against the selection before, where there was one.
         rejected: By reason.
         galleries: Samples to look at.
         manifest: The training dataset's manifest as indented JSON, cut to what a page can hold.
-        manifest_note: What was cut and where the whole lies.
+        manifest_note: The parts that were cut, and the place of the whole manifest.
     """
 
     title: str

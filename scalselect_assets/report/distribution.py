@@ -1,4 +1,4 @@
-"""How leverage is spread over a pool, counted in one pass over the scores, shard by shard."""
+"""The distribution of leverage over a pool, counted in one pass over the scores, shard by shard."""
 
 from typing import Final
 

@@ -59,7 +59,7 @@ class ReportRows:
         """Go through all rows once.
 
         Args:
-            shards: Of the basis.
+            shards: Shards of the basis.
             picks: The samples for the galleries, as `ReportScores` gives them.
         """
         wanted = {str(shard): rows for (shard,), rows in picks.group_by("shard")}

@@ -17,9 +17,9 @@ class GallerySample:
     images: tuple[str, ...]
     """Its images, relative to the image root."""
     image_sha256: tuple[str, ...]
-    """Of the bytes that were embedded, likewise."""
+    """SHA-256 of the bytes that were embedded, one for each image."""
     fingerprint: str
-    """Of the model that it was embedded with."""
+    """Fingerprint of the model that it was embedded with."""
 
 
 Overlay: TypeAlias = Callable[[GallerySample], bytes | None]

@@ -124,7 +124,7 @@ def _made_from(manifest: Mapping[str, Any], subset_header: Mapping[str, str]) ->
 
 
 def _settings(selection: Selection, manifest: Mapping[str, Any]) -> tuple[Fact, ...]:
-    """What was asked for, and which shards could not be served."""
+    """The declared settings, and the shards that were left out."""
     settings = {
         name.replace("_", " "): "default" if value is None else str(value)
         for name, value in selection.result_settings().items()

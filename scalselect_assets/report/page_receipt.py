@@ -48,7 +48,7 @@ _Receipt: TypeAlias = Annotated[dict[str, Any], AfterValidator(_whole)]
 
 
 def read_receipt(artifacts: ArtifactStore) -> dict[str, Any]:
-    """What the last report says of itself: ``data_version``, ``provenance`` and its size in ``bytes``.
+    """The receipt of the last report: ``data_version``, ``provenance`` and its size in ``bytes``.
 
     Raises:
         ArtifactMissingError: There is no report yet.
@@ -75,5 +75,5 @@ def is_complete(artifacts: ArtifactStore, sha256: Callable[[UPath], str | None] 
 
 
 def page_path(artifacts: ArtifactStore) -> UPath:
-    """Where the page lies, whether or not it exists."""
+    """The place of the page, whether or not it exists."""
     return artifacts.path(NAME, PAGE, suffix=".html")

@@ -17,7 +17,7 @@ def thumbnail(data: bytes, alt: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) ->
 
     Args:
         data: Bytes of the image.
-        alt: What it shows, in words.
+        alt: Its content in words.
         max_pixels: Larger images are refused before they are decoded.
 
     Raises:

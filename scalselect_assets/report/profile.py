@@ -25,7 +25,7 @@ class ReportScores:
         self._artifacts, self._basis_version, self._shards, self._n = artifacts, basis_version, shards, n
 
     def profile_and_picks(self, subset: pl.DataFrame) -> tuple[LeverageProfile, pl.DataFrame]:
-        """How leverage is spread, and the samples for the galleries.
+        """The distribution of leverage, and the samples for the galleries.
 
         Args:
             subset: The selected samples: shard, row and normalised_leverage.
@@ -83,7 +83,7 @@ class ReportScores:
         )
 
     def _counted_before(self, picks: pl.DataFrame, least: float) -> tuple[int, list[int]]:
-        """How many samples of the pool are above ``least``, and the rank of each of ``picks``."""
+        """The number of samples of the pool above ``least``, and the rank of each of ``picks``."""
         wanted = list(picks.select("normalised_leverage", "sample_key", "shard").iter_rows())
         values = np.unique(picks["normalised_leverage"].to_numpy())
         above, ranks = 0, [1] * len(wanted)

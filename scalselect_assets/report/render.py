@@ -65,7 +65,7 @@ def _environment() -> Environment:
 
 
 def _printable(value: Any) -> Any:
-    """Whatever the page shows, with a mark in place of what a page cannot hold."""
+    """The text that the page shows, with a mark in place of characters that a page cannot hold."""
     return value.translate(_UNPRINTABLE) if isinstance(value, str) else value
 
 

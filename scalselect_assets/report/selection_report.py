@@ -99,10 +99,10 @@ def write_report(
     """Write the page and its receipt.
 
     Args:
-        selection: Whose report.
+        selection: The selection that is reported.
         storage: Opens pool and store.
         vlm: Loads the target model, which the overlays of attention need.
-        churn: What became of the selection before; none if that is not known.
+        churn: The change from the selection before; none if that is not known.
 
     Raises:
         ArtifactMissingError: Something that the page shows is not materialized.
@@ -154,7 +154,7 @@ def _link(path: UPath) -> str:
 
 
 def _numbers(content: ReportContent) -> dict[str, Any]:
-    """What people watch over time, as plain numbers, which the UI plots."""
+    """Plain numbers that people watch over time; the UI plots them."""
     counts, churn = content.counts, content.churn
     return {
         "rank": content.energy.k,

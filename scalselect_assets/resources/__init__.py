@@ -1,4 +1,4 @@
-"""What the assets need from outside: the sample pool, the target VLM, the embedding store, files.
+"""The assets' means to the outside: the sample pool, the target VLM, the embedding store, files.
 
 Resources may use `scalselect_assets.method` and know nothing of the assets.
 """

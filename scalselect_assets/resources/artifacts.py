@@ -61,7 +61,7 @@ class ArtifactStore:
     root: UPath
 
     def path(self, asset: str, shard: str | None = None, *, suffix: str) -> UPath:
-        """Where the output of ``asset`` (for ``shard``) lies, whether or not it exists."""
+        """The place of the output of ``asset`` (for ``shard``), whether or not it exists."""
         name = asset if shard is None else encode_name(shard)
         return self.root / f"{asset}/{name}{suffix}"
 

@@ -65,7 +65,7 @@ class Beneath:
         return Beneath, (self._path,)
 
     def status(self, path: str) -> os.stat_result:
-        """What the system says of the regular file at a relative path.
+        """The system's status of the regular file at a relative path.
 
         Raises:
             OutsideError: The path leads out of the folder.

@@ -58,7 +58,7 @@ class EmbeddingTable:
     """A committed table, as recorded for whoever reads it.
 
     Attributes:
-        fingerprint: Of the model that made the vectors.
+        fingerprint: Fingerprint of the model that made the vectors.
         shard: The shard's partition key.
         table: Name in LanceDB.
         version: Committed version.
@@ -113,7 +113,7 @@ class EmbeddingStore:
         """Make the table of ``shard`` hold exactly these rows, in one commit.
 
         Args:
-            fingerprint: Of the model.
+            fingerprint: Fingerprint of the model.
             shard: Partition key, any string.
             dimension: d; needed where there are no rows.
             rows: (n,) row numbers within the shard.
@@ -324,7 +324,7 @@ class EmbeddingStore:
         return ordered
 
     def location(self, table: EmbeddingTable) -> UPath:
-        """Where LanceDB keeps a table: a folder."""
+        """The folder in which LanceDB keeps a table."""
         return self.folder / f"{table.table}.lance"
 
     def table_names(self) -> set[str]:
@@ -376,7 +376,7 @@ def table_name(fingerprint: str, shard: str) -> str:
 
 
 def system_error(error: Exception, place: UPath) -> OSError | None:
-    """What the operating system said, which LanceDB gives as text in errors without a type."""
+    """The operating system's error, which LanceDB gives as text in errors without a type."""
     number = _OS_ERROR.search(str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(place)) if number else None
 

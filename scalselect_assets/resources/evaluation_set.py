@@ -1,4 +1,4 @@
-"""What a model is going to be measured with: a folder of images, and texts one per line.
+"""The evaluation set of a model: a folder of images, and texts one per line.
 
 Evaluation files are the deployment's own, so other than in the pool nothing in them is forgiven: a file that
 cannot be read is an error that names it, since a benchmark that is silently not looked for looks like a clean
@@ -47,7 +47,7 @@ class EvaluationFile:
 
     Attributes:
         name: Path relative to the declared folder; the file's own name where a file was declared.
-        path: Where it is.
+        path: Its place.
     """
 
     name: str
@@ -61,7 +61,7 @@ class EvaluationText:
     Attributes:
         file: Name of its file.
         line: Its line, from 1.
-        text: As it stands there, or the value of the field in a JSON Lines file.
+        text: The line, or the value of the field in a JSON Lines file.
     """
 
     file: str
@@ -107,7 +107,7 @@ def files(place: UPath, kind: EvaluationKind) -> list[EvaluationFile]:
 
 
 def passed_over(place: UPath, kind: EvaluationKind) -> dict[str, Any]:
-    """What in an evaluation folder is not read, by kind, with count and examples.
+    """The files of an evaluation folder that are not read, by kind, with count and examples.
 
     Annotations beside images and images beside texts are no part of that kind, and are not counted.
 

@@ -27,12 +27,12 @@ _REPLACED = ".replaced-"
 
 @dataclass(slots=True)
 class WrittenFile:
-    """What was written, as the writer reports it; it is not read back."""
+    """A written file as its writer reports it; it is not read back."""
 
     sha256: str
     bytes: int
     rows: int | None = None
-    """Where the file holds rows."""
+    """Number of rows, where the file holds rows."""
 
 
 class HashedStream:
@@ -64,7 +64,7 @@ class HashedStream:
         return self._file.closed
 
     def written(self) -> WrittenFile:
-        """What has gone through."""
+        """The file that was written, with the hash of the bytes that have passed."""
         return WrittenFile(self._digest.hexdigest(), self._size, self.rows)
 
 
@@ -73,8 +73,8 @@ class NewFolder:
     """A folder that is being written, not in force yet.
 
     Attributes:
-        target: Where it will lie.
-        files: What was written so far, by path below the folder.
+        target: The final place of the folder.
+        files: The files that were written so far, by path below the folder.
     """
 
     target: UPath
@@ -82,11 +82,11 @@ class NewFolder:
 
     @property
     def making(self) -> UPath:
-        """Where it lies meanwhile."""
+        """The temporary place of the folder."""
         return _beside(self.target, _MAKING)
 
     def place(self, name: str) -> str:
-        """Where the file ``name`` will lie, for other files to name: an absolute path or a URI."""
+        """The final place of the file ``name``, for other files to name: an absolute path or a URI."""
         return str(self.target / name)
 
     @contextmanager

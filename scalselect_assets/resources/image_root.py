@@ -40,7 +40,7 @@ _NOT_A_FILE = "is not a regular file; refer to an image file"
 
 @dataclass(frozen=True, slots=True)
 class ResolvedImage:
-    """Where a reference leads."""
+    """The file that a reference leads to."""
 
     path: str | None
     """Normalised, relative to the root, with ``/``; None for what can never be a file below the root."""

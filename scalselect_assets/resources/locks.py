@@ -1,4 +1,4 @@
-"""Who may write what of a store, between processes: one writer per shard, one refresh, cleaning alone.
+"""Locks of a store between processes: one writer per shard, one refresh, cleaning alone.
 
 Locks are `flock` locks on files below the store, so the kernel releases them when their holder dies, however
 it dies, and readers never wait. A store in an object store is locked for this user on this machine only (its

@@ -44,7 +44,7 @@ def ignore_patterns(declared: Sequence[str]) -> tuple[str, ...]:
 
 EXPORT_MARK = "selected_ids.jsonl"
 _EXPORT_RECORDS = (EXPORT_MARK, "rejected.jsonl", "images.jsonl", "meta.json", "shards.json", "arguments.txt")
-"""What an export of ours holds beside its rows, so that its folder can be a pool again."""
+"""The files of our exports beside their rows; they are ignored, so that an export can be a pool again."""
 
 _EXAMPLES = 3
 
@@ -54,7 +54,7 @@ class PassedOver:
     """Files or folders of one kind that are not read.
 
     Attributes:
-        count: How many there are; what lies in a folder is not counted.
+        count: Their number; files inside a folder are not counted.
         examples: The first of them, as paths from the pool's folder.
     """
 
@@ -70,7 +70,7 @@ class PassedOver:
 
 @dataclass(frozen=True, slots=True)
 class PoolListing:
-    """What a pool's folder holds.
+    """The content of a pool's folder.
 
     Attributes:
         shards: The shards' paths from the folder, unordered.
@@ -87,7 +87,7 @@ class PoolListing:
 
     @property
     def unexpected(self) -> dict[str, PassedOver]:
-        """What is passed over without having been asked for."""
+        """The files that are passed over although no pattern ignores them."""
         return {kind: found for kind, found in sorted(self.passed_over.items()) if kind != "ignored"}
 
     def to_json(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def list_shards(folder: UPath, excluded: frozenset[str], ignore: Sequence[str]) 
 
 
 def folder_identity(folder: UPath) -> str:
-    """What two paths to one folder have in common."""
+    """The identity of a folder, which all paths to it share."""
     if is_local(folder):
         return os.path.realpath(folder.path)
     return f"{folder.protocol}:{folder.path.strip('/')}"

@@ -94,7 +94,7 @@ def content_hash(
     vectors: NDArray[np.float32],
     attributes: Mapping[str, pa.Array],
 ) -> str:
-    """Of everything in a table: rows that only moved or were renamed are other content, too."""
+    """The hash of everything in a table; rows that moved or were renamed change it, too."""
     values = [list(rows), list(sample_keys), list(source_ids)]
     named = {name: array.to_pylist() for name, array in attributes.items()}
     digest = hashlib.sha256(json.dumps([values, named], sort_keys=True).encode())

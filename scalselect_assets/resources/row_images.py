@@ -1,4 +1,4 @@
-"""Where a row names its images: in fields of many names, in parts of a turn, and inside its text.
+"""The places in which a row names its images: fields of many names, parts of a turn, and its text.
 
 Every image is a `Reference` that knows all the places that name it, so that it can be renamed where it
 stands. Also holds the marks that other models write for an image, and the signs of media that are not read.
@@ -141,7 +141,7 @@ def images_of(holder: Mapping[str, object], where: str, *, any_name: bool = True
 
     Args:
         holder: The row or the turn.
-        where: What it is called in messages.
+        where: Its name in messages.
         any_name: Whether `OTHER_FIELDS` are looked at where there is no standard one.
 
     Raises:
@@ -201,7 +201,7 @@ def other_media(found: str) -> RowError:
 
 
 def unread_image(holder: Mapping[str, object]) -> str | None:
-    """What in a row or turn without an image looks like one that is not read; None where nothing does."""
+    """The part of a row or turn without an image that looks like an unread one; None if there is none."""
     for name, value in holder.items():
         for text in _strings(value):
             if _looks_like(text, IMAGE_SUFFIXES) or text[:11].lower() == "data:image/":
@@ -210,7 +210,7 @@ def unread_image(holder: Mapping[str, object]) -> str | None:
 
 
 def unread_media(holder: Mapping[str, object]) -> str | None:
-    """What in a row without an image looks like video or audio; None where nothing does."""
+    """The part of a row without an image that looks like video or audio; None if there is none."""
     for name, value in holder.items():
         if any(_looks_like(text, MEDIA_SUFFIXES) for text in _strings(value)):
             return f"`{name}` seems to name video or audio"

@@ -54,9 +54,9 @@ class WrittenTurn:
     """A turn as the row has it.
 
     Attributes:
-        role: Who speaks.
-        text: What is said, with a mark for each image.
-        images: What each mark stands for; None for the next one of the row's own images.
+        role: The speaker.
+        text: The text, with a mark for each image.
+        images: The image of each mark; None for the next one of the row's own images.
         fields: The turn's object in the row; None for the row's own system text.
     """
 

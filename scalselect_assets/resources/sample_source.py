@@ -48,7 +48,7 @@ _NOT_IN_KEYS = re.compile(r"[%\a\b\f\n\r\t\v\0\udc80-\udcff]|\.(?=\.\.)")
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """What discovery remembers of a shard file."""
+    """The record of a shard file that discovery keeps."""
 
     size: int
     version: str
@@ -351,7 +351,7 @@ class SampleSource:
         return ImageRoot(root, root, self.shards_folder())
 
     def images_folder(self) -> UPath:
-        """What image paths are relative to: the image root, else the source folder.
+        """The folder that image paths start from: the image root, else the source folder.
 
         Raises:
             FileNotFoundError: The source does not exist.
@@ -359,7 +359,7 @@ class SampleSource:
         return self.image_root or self._folder()
 
     def shards_folder(self) -> UPath:
-        """What the addresses of embedded images start from.
+        """The folder that the addresses of embedded images start from.
 
         Raises:
             FileNotFoundError: The source does not exist.
@@ -371,7 +371,7 @@ class SampleSource:
         return None if self.image_root is None else str(self.image_root)
 
     def _relative_path(self, key: str) -> str:
-        """Where the shard lies below the source's folder."""
+        """The place of the shard below the source's folder."""
         relative = unquote(key, errors="surrogateescape")
         normal = posixpath.normpath(relative)
         leads_out = normal.startswith("/") or normal.split("/")[0] in (".", "..")

@@ -179,7 +179,7 @@ def repeat_key(text: str, image_names: Sequence[str]) -> str:
 
     Args:
         text: The JSON text of a row that ``parse_row`` accepts.
-        image_names: As in ``content_key``.
+        image_names: The names of the images, as ``content_key`` takes them.
     """
     row = decoded_row(text)
     row.pop("id", None)

@@ -28,7 +28,7 @@ class SealError(ValueError):
 
 
 def to_be_sealed(header: Mapping[str, str]) -> dict[str, str]:
-    """What a file says of itself, with the places of its hashes: the file's own is filled in by ``seal``."""
+    """The header of a file with the places of its hashes; ``seal`` fills in the file's own."""
     return {**header, HEADER: digest(dict(header)), PAYLOAD: secrets.token_hex(32)}
 
 
@@ -44,10 +44,10 @@ def seal(data: bytes, header: Mapping[str, str]) -> Pieces:
 
 
 def checked_header(header: Mapping[str, str], written: bytes = b"") -> dict[str, str]:
-    """What a file says of itself, without the hashes.
+    """The header of a file, without the hashes.
 
     Args:
-        header: As a library read it.
+        header: The header that a library read.
         written: The bytes that it was read from, where damage may hide parts of it from the library.
 
     Raises:
@@ -80,7 +80,7 @@ def check(data: bytes, header: Mapping[str, Any]) -> None:
 
 
 def _place(data: bytes, value: str) -> int:
-    """Where a hash stands; no other part of a file can hold it, as it is a hash of them all, or was drawn."""
+    """The place of a hash; no other part of a file can hold it, since it is a hash of them all, or drawn."""
     place = data.rfind(value.encode())
     if place < 0:
         raise SealError("its hash cannot be found in it")

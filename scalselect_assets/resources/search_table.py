@@ -37,7 +37,7 @@ class SearchTable:
 
     Attributes:
         table: LanceDB's handle.
-        place: Where the table lies, for messages.
+        place: Place of the table, for messages.
         n: Number of vectors.
         dimension: Length of each.
         indexed: Whether there is an index; without one, every search reads the whole table.

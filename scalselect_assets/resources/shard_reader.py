@@ -61,12 +61,12 @@ class RowText:
     error: str | None = None
     """Why ``text`` is not what the file says, and what to do; None where it is."""
     images: tuple[bytes, ...] = ()
-    """What is embedded in the row, in the order of the addresses in ``text``."""
+    """The images that are embedded in the row, in the order of the addresses in ``text``."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitResult:
-    """What ``split_shard`` wrote."""
+    """The files that ``split_shard`` wrote."""
 
     files: tuple[Path, ...]
     n_rows: int
@@ -77,7 +77,7 @@ def iter_rows(path: UPath, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[RowTex
 
     Args:
         path: The file.
-        chunk_bytes: How much is read at a time.
+        chunk_bytes: Bytes that are read at a time.
 
     Yields:
         Rows as they are read. When the iteration raises, the rows already given belong to a broken file.
@@ -129,7 +129,7 @@ def split_shard(
         path: The file to cut.
         rows_per_shard: Rows in every shard but the last, at least 1.
         out: Folder for the shards; made when absent.
-        chunk_bytes: How much is read at a time.
+        chunk_bytes: Bytes that are read at a time.
 
     Returns:
         The shards in order, and the number of rows in all. A file without rows gives no shard.
@@ -188,7 +188,7 @@ def _refuse(path: UPath, found: str, remedy: str) -> NoReturn:
 
 
 def recognise(chunks: Iterator[bytes], path: UPath) -> tuple[Container, Iterator[bytes]]:
-    """What the content is, and the chunks again, less a byte order mark.
+    """The kind of the content, and the chunks again, less a byte order mark.
 
     Raises:
         ShardFormatError: It is neither.
@@ -333,7 +333,7 @@ def _array_rows(chunks: Iterator[bytes], path: UPath) -> Iterator[RowText]:
 
 
 def _row_end(window: "_Window", row: int) -> int:
-    """Where in ``window.text`` the row that starts at ``window.position`` ends."""
+    """The end in ``window.text`` of the row that starts at ``window.position``."""
     while True:
         try:
             _, end = _DECODER.raw_decode(window.text, window.position)

@@ -1,4 +1,4 @@
-"""Where things are: every location is a URI, resolved here and nowhere else.
+"""The places of all things: every location is a URI, resolved here and nowhere else.
 
 Pools and stores on the local disk and on object stores differ in configuration only: files go through
 fsspec (``UPath``), tables through LanceDB's own URIs.
@@ -63,7 +63,7 @@ class StorageResource(dg.ConfigurableResource):
 
         Args:
             source: Folder or file of the shards.
-            image_root: What image paths are relative to; None for the folder of each shard.
+            image_root: Folder that image paths start from; None for the folder of each shard.
             store: The selection's store.
             ignore: Patterns of files that are no shards, as a declaration has them; for listing the pool.
         """

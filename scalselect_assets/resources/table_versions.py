@@ -34,7 +34,7 @@ class TableVersion:
 
 @dataclass(frozen=True)
 class TableVersions:
-    """What cleaning asks of LanceDB."""
+    """The questions and deletions of a cleaning, as LanceDB calls."""
 
     store: EmbeddingStore
 

@@ -22,7 +22,7 @@ _UNTAUGHT_FIELDS = ("mask", "masked", "loss_mask", "ignore")
 
 @dataclass(frozen=True, slots=True)
 class TrainedFields:
-    """What a trainer has to read in a row beside its turns and images.
+    """The fields of a row that a trainer must read beside its turns and images.
 
     Attributes:
         objects: Boxes and names that placeholders in the turns stand for; None where there are none.
@@ -83,7 +83,7 @@ def _tools(value: Any) -> str | None:
 
 
 def _weight(turn: WrittenTurn) -> float:
-    """How much a turn is to be learnt; turns that are no answers never are, and say nothing here."""
+    """The weight of a turn in training; only answers have one."""
     if turn.role != "assistant" or turn.fields is None:
         return 1
     said = [

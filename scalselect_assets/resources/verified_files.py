@@ -23,7 +23,7 @@ _Known = dict[str, tuple[int, int, str]]
 
 @dataclass
 class VerifiedFiles:
-    """What is known of the files of one store, for one pass over them.
+    """The known state of one store's files, for one pass over them.
 
     Attributes:
         artifacts: The store.

@@ -30,7 +30,7 @@ _LOADED: dict[tuple[str, str, int], "VlmEncoder"] = {}
 
 
 class TargetModel(TypedDict):
-    """What a selection says of its model; see `method.representation.loading.load_encoder`."""
+    """A selection's settings of its model; see `method.representation.loading.load_encoder`."""
 
     model: str
     revision: str | None
@@ -79,7 +79,7 @@ class VlmResource(dg.ConfigurableResource):
     )
 
     def array_device(self) -> str:
-        """Where the large matrix products run: ``cuda`` or ``cpu``."""
+        """The device of the large matrix products: ``cuda`` or ``cpu``."""
         if self.device != "auto":
             return self.device
         if version("torch").endswith("+cpu"):
@@ -89,7 +89,7 @@ class VlmResource(dg.ConfigurableResource):
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def speed(self, encoder: "VlmEncoder") -> "Speed":
-        """How the encoder is to work through samples here; nothing of it changes a representation."""
+        """The settings for the encoder's speed on this machine; none of them changes a representation."""
         on_gpu = encoder.device.type == "cuda"
         return {
             "batch_tokens": self.batch_tokens or (16_384 if on_gpu else 4_096),

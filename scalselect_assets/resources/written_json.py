@@ -114,7 +114,7 @@ def _skip(text: str, position: int) -> int:
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
+    """The kind of a JSON value, in words."""
     match value:
         case None:
             return "null or absent"

@@ -11,7 +11,7 @@ BASIS = "subspace_basis"
 
 
 class MomentsHeader(BaseModel):
-    """What the moments of one shard state of themselves.
+    """The header of one shard's moments.
 
     Attributes:
         data_version: The version of the moments.
@@ -39,7 +39,7 @@ class MomentsHeader(BaseModel):
 
 
 class BasisHeader(BaseModel):
-    """What a basis states of itself.
+    """The header of a basis.
 
     Attributes:
         data_version: The version of the basis.
@@ -49,7 +49,7 @@ class BasisHeader(BaseModel):
         standardise: Whether columns were divided by their standard deviation.
         unit_rows: Whether vectors were scaled to length 1.
         shards: The moments that went in, by shard.
-        drift: How far the basis moved from the one before it, as `drift_since_last` gives it.
+        drift: The drift from the basis before it, as `drift_since_last` gives it.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -1,4 +1,4 @@
-"""How far the basis has moved since the last one that it can be compared with.
+"""The drift of the basis since the last one that it can be compared with.
 
 The number is shown and changes nothing: at every new basis all shards are scored again, which is one matrix
 product over the pool. Costs: d² operations per direction, and one d × d matrix.

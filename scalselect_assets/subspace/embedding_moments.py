@@ -27,7 +27,7 @@ CODE_VERSION = "2"
 
 
 def provenance(selection: Selection, embeddings_version: str) -> str:
-    """What the moments of one shard are computed from."""
+    """The hash of everything that the moments of one shard are computed from."""
     return data_versions.provenance(
         NAME, CODE_VERSION, unit_rows=selection.unit_rows, attention_embeddings=embeddings_version
     )

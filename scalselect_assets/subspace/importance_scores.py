@@ -26,7 +26,7 @@ CODE_VERSION = "3"
 
 
 def provenance(basis_version: str) -> str:
-    """What the scores of a shard are computed from; the basis version covers the vectors of every shard."""
+    """The hash of what a shard's scores are computed from; the basis version covers all vectors."""
     return data_versions.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
 
 
@@ -61,7 +61,7 @@ def read_scores(
 
 
 def percentile(rank: int, n: int) -> float:
-    """How many percent of the others rank below: 100 for the first of ``n``, rank 1, and 0 for the last."""
+    """The percentage of the others that rank below: 100 for the first of ``n``, rank 1, 0 for the last."""
     return 100 * (n - rank) / (n - 1) if n > 1 else 100.0
 
 

@@ -33,7 +33,7 @@ class PoolMoments:
     """The moments of all shards, and what it took to know them.
 
     Attributes:
-        moments: Of all shards together.
+        moments: Moments of all shards together.
         n_read: Shard moments that were read.
         added: Shards put in.
         removed: Shards taken out; one that changed is in both.

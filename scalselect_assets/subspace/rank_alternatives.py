@@ -28,7 +28,7 @@ _COMPARED_RANK = 1024
 def rank_alternatives(
     storage: StorageResource, selection: Selection, axes: "PrincipalAxes", k: int, shards: list[str]
 ) -> dg.TableMetadataValue:
-    """What neighbouring thresholds and the other rules would choose, on a sample of the pool."""
+    """The choices under neighbouring thresholds and the other rules, on a sample of the pool."""
     from scalselect_assets.method.subspace.rank import EffectiveRank, EnergyThreshold, GavishDonoho, RankRule
     from scalselect_assets.method.subspace.sensitivity import rank_alternatives
 

@@ -45,7 +45,7 @@ def directions_of_rows(
         subspace: The basis.
         rows: Row numbers of the shard, each once; there may be none.
         unit_rows: The selection's setting.
-        n: How many directions of each.
+        n: Number of directions of each sample.
 
     Returns:
         Columns ``row`` (Int64, in the order given) and ``strongest_directions`` (`STRONGEST_DIRECTIONS`).

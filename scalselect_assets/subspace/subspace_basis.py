@@ -51,7 +51,7 @@ CODE_VERSION = "2"
 
 
 class BasisConfig(dg.Config):
-    """How to come to the basis; what it is does not depend on it."""
+    """Settings of one fit of the basis. They change how it is computed, and not the result."""
 
     rebuild: bool = Field(
         default=False,
@@ -134,7 +134,7 @@ def fit_basis(
     """Fit the basis of a pool and write it.
 
     Args:
-        selection: Whose basis.
+        selection: The selection that the basis belongs to.
         storage: Opens the store.
         vlm: Knows the fingerprint of the target model.
         shards: All shards of the pool; those without moments are left out, and the check names them.

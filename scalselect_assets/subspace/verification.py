@@ -42,7 +42,7 @@ def verify_job(selection: Selection) -> dg.JobDefinition:
 
 
 def rebuild_difference(artifacts: ArtifactStore) -> dict[str, float]:
-    """How far the stored basis is from one that is computed anew, as it was, from its shards' moments.
+    """The difference between the stored basis and one computed anew from the moments of the same shards.
 
     Returns:
         ``energies``: largest difference of the kept energies, relative to the largest;

@@ -1,4 +1,4 @@
-"""What every export format has in common: what it is given, what it says of its files, and shared rules.
+"""The protocol of export formats: their input, the description of their files, and shared rules.
 
 A format refuses rows that its trainer cannot express, writes the others, and then reads its own files back by
 the trainer's rules (the preflight). It does not choose, order or place images; `publish` does.
@@ -67,7 +67,7 @@ class PlacedImage:
     """An image as an export refers to it.
 
     Attributes:
-        reference: How the trainer's file names it, relative to `Setting.images_base`.
+        reference: Its name in the trainer's file, relative to `Setting.images_base`.
         sha256: Of its bytes.
         data: The bytes, for formats that hold them.
     """
@@ -92,11 +92,11 @@ class PlacedRow:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What an export is made for.
+    """The setting of an export.
 
     Attributes:
         spec: The declaration.
-        name: What the dataset is called in companion files: letters, digits, underscores.
+        name: Name of the dataset in companion files: letters, digits, underscores.
         images_base: The folder that image references start at, as an absolute path or a URI.
         image_is_there: Whether a reference leads to a file, for the preflight.
     """
@@ -117,7 +117,7 @@ class Setting:
 
 @dataclass(slots=True)
 class Preflight:
-    """What reading the written files by the trainer's rules came to.
+    """The verdict on the written files, read by the trainer's rules.
 
     Attributes:
         rows: Rows that the trainer would see.
@@ -175,7 +175,7 @@ class Export(Protocol):
     """One trainer's format."""
 
     name: str
-    """As it is declared; also the folder."""
+    """The declared name, and the name of the folder."""
     embeds_images: bool
     """Whether its files hold the images' bytes."""
     carries: frozenset[Carried]
@@ -251,7 +251,7 @@ def refuse_wordless(row: ExportRow) -> Refusal | None:
 
 
 def unpaired(roles: Sequence[str], user: str, assistant: str) -> str | None:
-    """What is wrong with roles that are to alternate from ``user`` on and to end with ``assistant``."""
+    """The fault in roles that must alternate from ``user`` on and end with ``assistant``."""
     for place, role in enumerate(roles):
         if role != (wanted := (user, assistant)[place % 2]):
             return f"turn {place} is of role {role!r} where {wanted!r} is expected"
@@ -288,7 +288,7 @@ def openai_turns(row: ExportRow) -> list[dict[str, Any]]:
 
 
 def weighted_turns(row: ExportRow) -> list[dict[str, Any]]:
-    """As ``openai_turns``, answers that are not to be learnt with ``loss: false``.
+    """The turns of ``openai_turns``, with ``loss: false`` on answers that are not to be learnt.
 
     A share of the loss is written as the row has it: as ``loss_scale``, or else as ``weight``.
     """
@@ -406,7 +406,7 @@ def require_images(references: Sequence[str], where: str, setting: Setting, verd
 
 
 def require_marks(texts: Iterable[str], n_images: int, where: str, verdict: Preflight) -> None:
-    """As many marks as images."""
+    """Require as many marks as images."""
     n_marks = sum(text.count(IMAGE_MARK) for text in texts)
     verdict.require(n_marks == n_images, f"{where}: {n_marks} image marks for {n_images} images")
 

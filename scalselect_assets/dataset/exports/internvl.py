@@ -73,7 +73,7 @@ class InternVl:
         write_companion(folder, META, ascii_json(meta))
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """What the dataset and the template would stumble over, and the counts."""
+        """The problems that dataset and template would have with the files, and the counts."""
         verdict = Preflight()
         described = json.loads(folder.path(META).read_bytes()).get(setting.name, {})
         verdict.require(

@@ -79,7 +79,7 @@ class LlamaFactory:
         write_companion(folder, ARGUMENTS, ascii_json(arguments))  # YAML takes JSON
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """What `DatasetAttr`, the converter and the plugin would stumble over."""
+        """The problems that `DatasetAttr`, the converter and the plugin would have with the files."""
         verdict = Preflight()
         info = json.loads(folder.path(INFO).read_bytes())
         if not verdict.require(list(info) == [setting.name], f"{INFO} does not describe {setting.name}"):

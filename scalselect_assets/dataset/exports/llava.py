@@ -69,7 +69,7 @@ class Llava:
         folder.write(ARGUMENTS, f"{text}\n".encode())
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """What the dataset, the preprocessing and the sampler would stumble over."""
+        """The problems that dataset, preprocessing and sampler would have with the files."""
         verdict = Preflight()
         arguments = shlex.split(folder.path(ARGUMENTS).read_text(encoding="utf-8"))
         verdict.require(

@@ -53,7 +53,7 @@ class LlavaNext:
         folder.write(DATA, yaml.safe_dump(data, sort_keys=False).encode("ascii"))
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """What the dataset and the preprocessings would stumble over."""
+        """The problems that dataset and preprocessing would have with the files."""
         verdict = Preflight()
         data = yaml.safe_load(folder.path(DATA).read_bytes())
         verdict.require(

@@ -68,7 +68,7 @@ class MsSwift:
         write_companion(folder, INFO, ascii_json([{"dataset_name": setting.name, "dataset_path": FILE}]))
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """What the preprocessor would delete, and the template would stop at or show otherwise."""
+        """The rows that the preprocessor would delete, or the template refuse or show otherwise."""
         verdict = Preflight()
         (described,) = json.loads(folder.path(INFO).read_bytes())
         path = folder.path(described["dataset_path"])
@@ -110,7 +110,7 @@ class MsSwift:
 
 
 def _unpaired_merged(roles: Sequence[str]) -> str | None:
-    """What is wrong with the order of roles, a leading system and repeated neighbours aside."""
+    """The fault in the order of roles; a leading system and repeated neighbours are allowed."""
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     merged = [role for role, _ in groupby(spoken)]
     # An answer that comes first is given an empty question by the trainer.
@@ -118,7 +118,7 @@ def _unpaired_merged(roles: Sequence[str]) -> str | None:
 
 
 def _misplaced(objects: Any, texts: Sequence[str], n_images: int) -> str | None:
-    """What is wrong with the boxes and names that placeholders in the texts stand for."""
+    """The fault in the boxes and names that placeholders in the texts stand for."""
     objects = objects or {}
     if not isinstance(objects, dict):
         return "`objects` is no object with `ref` and `bbox`"

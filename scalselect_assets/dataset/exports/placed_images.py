@@ -1,4 +1,4 @@
-"""Where an export's images are: in the pool, copied or linked beside the files, or inside the files.
+"""The places of an export's images: in the pool, beside the files as copies or links, or inside them.
 
 Bytes that are read are compared with those that were embedded, so that no trainer sees another picture than
 the one that was chosen.
@@ -94,7 +94,7 @@ class EmbeddedImages(Images):
     """Images whose bytes go into the format's own files."""
 
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        """As in `Images`, with the bytes."""
+        """The placed images of a row, with their bytes."""
         contents = self._read(row)
         if isinstance(contents, Refusal):
             return contents
@@ -116,7 +116,7 @@ class ImagesBeside(Images):
             require_links(self._folder, folder.target)
 
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        """As in `Images`; images that are new are copied or linked."""
+        """The placed images of a row; new ones are copied or linked."""
         named = list(zip(row.images, row.image_sha256, strict=True))
         if not all(image in self._placed for image in named):
             refusal = self._link(row) if self._linked else self._copy(row)
@@ -202,7 +202,7 @@ def images_for(spec: ExportSpec, source: SampleSource, folder: NewFolder, *, emb
     Args:
         spec: The declaration.
         source: The pool.
-        folder: Where the export is written.
+        folder: Folder of the export.
         embedded: Whether the format's own files hold the images.
 
     Raises:

@@ -58,7 +58,7 @@ from scalselect_assets.resources.sample_source import SampleSource
 
 FOLDER = "exports"
 CODE_VERSION = "2"
-"""Of all formats: another one writes declared exports again."""
+"""The code version of all formats; another one writes declared exports again."""
 SELECTED, REJECTED = "selected_ids.jsonl", "rejected.jsonl"
 
 _EXPORTS: tuple[Export, ...] = (
@@ -91,7 +91,7 @@ def write_exports(
         spool: The chosen rows.
         source: The pool, for its images.
         folder: Holds a folder for each export.
-        name: What the datasets are called in companion files.
+        name: Name of the datasets in companion files.
         approve: Called with all reports before the exports take the place of the last ones; what it raises
             leaves those in force.
 
@@ -138,11 +138,11 @@ def remove_others(folder: UPath, kept: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one export.
+    """The outcome of one export.
 
     Attributes:
         spec: Its declaration.
-        folder: Where it lies.
+        folder: Folder of the export.
         images_base: The folder that its image references start at; None where the images are embedded.
         chosen: Rows that were to be written.
         refused: Rows that the format does not take, by reason.
@@ -299,7 +299,7 @@ class _Writing:
 
 
 def pool_record(shard: str, rejected: dict[str, Any]) -> dict[str, Any]:
-    """What ``rejected.jsonl`` says of a row that the pool rejected (a row of `tables.REJECTED_ROWS`)."""
+    """The record in ``rejected.jsonl`` of a row that the pool rejected (of `columns.REJECTED_ROWS`)."""
     return {
         "sample_key": rejected["sample_key"],
         "id": rejected["source_id"],
@@ -341,5 +341,5 @@ def metadata(reports: Mapping[str, Report]) -> dict[str, Any]:
 
 
 def provenance(specs: Sequence[ExportSpec]) -> str:
-    """What declared exports add to the training dataset's provenance, beside the declarations."""
+    """The part of the training dataset's provenance that declared exports add to the declarations."""
     return digest(CODE_VERSION, [spec.model_dump() for spec in specs])

@@ -63,7 +63,7 @@ class QwenVl:
         write_companion(folder, ENTRY, f"data_dict.update({entry!a})\n")
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """What `_build_messages` would turn into something else or fail at."""
+        """The rows that `_build_messages` would change or refuse."""
         verdict = Preflight()
         entry = folder.path(ENTRY).read_text(encoding="ascii")
         written = ast.literal_eval(entry.removeprefix("data_dict.update(").removesuffix(")\n"))

@@ -70,7 +70,7 @@ class ExportRow:
 
     @property
     def id(self) -> str:
-        """What trainers' files call it: its own id, else its key."""
+        """Its name in trainers' files: its own id, else its key."""
         return self.sample_key if self.source_id is None else self.source_id
 
     @cached_property
@@ -85,7 +85,7 @@ class ExportRow:
 
     @cached_property
     def trained(self) -> TrainedFields:
-        """What the trainer has to read beside the turns and images."""
+        """The fields that the trainer must read beside the turns and images."""
         return trained_fields(self.text)
 
     @property
@@ -108,7 +108,7 @@ class ExportRow:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
     def identity(self) -> dict[str, Any]:
-        """What names the row in every record of it."""
+        """The fields that name the row in every record of it."""
         return {"sample_key": self.sample_key, "id": self.source_id, "shard": self.shard, "row": self.row}
 
     def where(self) -> str:

@@ -1,4 +1,4 @@
-"""What a choice is made from: one array per property of the pool's rows, and labels to set quotas by."""
+"""The candidates of a choice: one array per property of the pool's rows, and labels for quotas."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -41,7 +41,7 @@ class KeepEarlier:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeepCost:
-    """What keeping earlier rows has changed and cost, against the choice made without it.
+    """The changes and the cost of keeping earlier rows, against the choice without it.
 
     Attributes:
         rows: (n_kept,) int64, earlier rows chosen only because they are earlier ones, ascending.
@@ -56,7 +56,7 @@ class KeepCost:
 
     @property
     def n_kept(self) -> int:
-        """How many these are."""
+        """The number of these rows."""
         return len(self.rows)
 
 
@@ -66,11 +66,11 @@ class Choice:
 
     Attributes:
         rows: (N,) int64: the rows to include, ascending, then the others, most preferred first.
-        n_held: How many are there because they must be.
+        n_held: Number of rows that had to be chosen.
         spent: Rows or tokens, in the unit of the budget.
-        recorded: What the strategy knows of each chosen row, by name, (N,) float64 each.
-        figures: What it knows of the choice as a whole, by name.
-        kept: What keeping earlier rows has cost; None where it was not asked for.
+        recorded: The strategy's numbers of each chosen row, by name, (N,) float64 each.
+        figures: Its numbers of the choice as a whole, by name.
+        kept: The cost of keeping earlier rows; None where it was not asked for.
     """
 
     rows: NDArray[np.int64]
@@ -94,7 +94,7 @@ def choose(
 
     Args:
         candidates: The pool.
-        strategy: What is preferred.
+        strategy: The order of preference.
         terms: Made of the same candidates (`quotas.agree`).
         projections: The rows of U_k, for strategies that need them.
         earlier: Rows of the earlier choice that are still in the pool; used with ``keep`` only.
@@ -164,7 +164,7 @@ def _in_front(order: NDArray[np.int64], marked: NDArray[np.bool_]) -> NDArray[np
 
 
 def _excess(rows: NDArray[np.int64], was_chosen: NDArray[np.bool_], max_churn: float) -> int:
-    """How many more of the rows are new than the churn allows."""
+    """The number of new rows beyond those that the churn allows."""
     allowed = math.floor(Fraction(str(max_churn)) * len(rows))
     return int(np.count_nonzero(~was_chosen[rows])) - allowed
 

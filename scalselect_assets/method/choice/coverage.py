@@ -41,7 +41,7 @@ class Covered:
         order: Every eligible row once, int64: those picked, in the order of picking, then the others by gain.
         gain: (n,) float64, what F gained by a picked row, or would gain by any other in the end, for each
             table; 0 for held and excluded rows.
-        n_picked: How many rows of ``order`` were picked.
+        n_picked: Number of rows of ``order`` that were picked.
         novelty: Mean of gain / leverage over the picked rows, in [0, 1]: the share of their cells that were
             new.
     """
@@ -61,7 +61,7 @@ def coverage_order(
 
     Args:
         candidates: Leverages and tie order.
-        terms: How many rows to pick, which are held, and quotas.
+        terms: The number of rows to pick, the held rows, and the quotas.
         projections: The rows of U_k in the order of the candidates.
         slack: ε, from 0 (exactly greedy, and slow where a pool repeats itself) to below 1.
 
@@ -92,7 +92,7 @@ class _Greedy:
     """The rows picked so far, and the largest leverage in each cell.
 
     Attributes:
-        gained: What F gained by each picked row, for each table.
+        gained: The gain of F by each picked row, for each table.
     """
 
     def __init__(self, candidates: Candidates, terms: Terms, cells: Cells, slack: float) -> None:
@@ -132,7 +132,7 @@ class _Greedy:
         return np.array(picked, np.int64)
 
     def gains(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What F would gain by each of some rows, for each table, (m,)."""
+        """The gain of F by each of some rows, for each table, (m,)."""
         gains = np.empty(len(rows))
         for start in range(0, len(rows), 4096):
             part = rows[start : start + 4096]

@@ -47,7 +47,7 @@ class Vectors(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contents:
-    """What n rows show and say, by position.
+    """Pictures and texts of n rows, by position.
 
     Attributes:
         pictures: (n,) int64, equal for rows that show the same pictures in the same order.
@@ -69,7 +69,7 @@ class Contents:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Removals:
-    """What became of n rows.
+    """The outcome for n rows.
 
     Attributes:
         partner: (n,) int64, the position of the kept row that each row was removed for; -1 if it is kept.
@@ -131,7 +131,7 @@ def near_duplicates(
         order: (n,) the positions 0 to n - 1, the best first.
         vectors: Theirs.
         cosine: From which on a row repeats another one, in (0, 1].
-        contents: What the rows show and say; None compares vectors only.
+        contents: Pictures and texts of the rows; None compares vectors only.
         block_rows: Rows that are compared with all others together; the result does not depend on it.
 
     Raises:
@@ -284,6 +284,6 @@ class _Comparison:
 
 
 def _cosines(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of rows of unit length, pair by pair, in float64: other than a product of matrices, each by itself."""
+    """The cosines of rows of unit length, each pair computed by itself, in float64."""
     values: NDArray[np.float64] = np.round(np.multiply(x, y, dtype=np.float64).sum(axis=-1), COSINE_DECIMALS)
     return values

@@ -1,4 +1,4 @@
-"""How near the samples of a pool are to each other, and the threshold that follows for near-duplicates.
+"""The nearness of a pool's samples to each other, and the threshold for near-duplicates that follows.
 
 A cosine of 0.995 means another thing for every model and pool. The pool itself says what is near: for some
 rows, the nearest row that shows other pictures *and* says something else, which is no duplicate whatever
@@ -59,7 +59,7 @@ def nearest_cosines(
         rows: (q,) positions.
         x: (q, d) unit vectors of these rows.
         pool: All positions and unit vectors, in batches.
-        contents: What all rows show and say.
+        contents: Pictures and texts of all rows.
     """
     cosines = np.full((len(rows), 0), -1.0, np.float32)
     positions = np.zeros((len(rows), 0), np.int64)

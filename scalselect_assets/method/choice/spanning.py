@@ -56,12 +56,12 @@ class Spanned:
             order.
         gain: (n,) float64, what log det M would lose without a picked row, or gain by any other; 0 for held
             and excluded rows.
-        n_picked: How many rows of ``order`` were picked. The few that are missing where the passes end too
-            soon are the first of the others, which do not know of each other.
+        n_picked: Number of rows of ``order`` that were picked. The few that are missing where the passes end
+            too soon are the first of the others, which do not know of each other.
         gap: No choice of as many rows (the size of a budget of rows, the number picked for one of tokens) has
             a log det M larger by more than this for each of the k directions; 0.0 proves the best choice. Far
             above the truth where there are few more rows than directions.
-        n_passes: How often the blocks were read.
+        n_passes: Number of times that the blocks were read.
         prior_weight: w.
     """
 
@@ -97,7 +97,7 @@ def spanning_order(
 
     Args:
         candidates: For the tie order only; leverages are taken from the projections.
-        terms: How many rows to pick, which are held, and quotas.
+        terms: The number of rows to pick, the held rows, and the quotas.
         projections: The rows of U_k in the order of the candidates (`candidates.projected`). They are read
             several times: where vectors are slow to read or wide, keep them projected.
         passes: At least 3; more come nearer to the best choice.
@@ -150,7 +150,7 @@ class _Design:
 
     Attributes:
         chosen: (n,) bool.
-        n_passes: How often the stream has been read.
+        n_passes: Number of times that the stream was read.
         weight: w.
     """
 
@@ -231,7 +231,7 @@ class _Design:
             self._forms[start : start + len(u)] = self._forms_of(u)
 
     def gain(self) -> NDArray[np.float64]:
-        """What log det M would lose without a chosen row, or gain by another, (n,); after `refresh`."""
+        """The loss of log det M without a chosen row, or its gain by another, (n,); after `refresh`."""
         gain = np.log1p(np.where(self._terms.eligible, self._added(), 0.0))
         return np.asarray(gain, dtype=np.float64)
 
@@ -258,7 +258,7 @@ class _Design:
         return whole_stream(self._projections, self._terms.n)
 
     def _take(self, rows: NDArray[np.int64], u: NDArray[np.float64], least: NDArray[np.float64]) -> None:
-        """Of rows that are not chosen, take those that add ``least`` (m,), the one that adds most first."""
+        """Take the rows not yet chosen that add ``least`` (m,) or more, the one that adds most first."""
         forms = self._forms[rows] = self._forms_of(u)
         enough = np.flatnonzero(forms >= least)
         enough = enough[np.argsort(self._tie_order[rows[enough]])]
@@ -274,7 +274,7 @@ class _Design:
         self._forms[rows] = np.maximum(forms, 0.0)
 
     def _give_up(self, rows: NDArray[np.int64], u: NDArray[np.float64], least: NDArray[np.float64]) -> None:
-        """Of chosen rows, give up those that add less than ``least`` (m,), the one farthest below first."""
+        """Give up the chosen rows that add less than ``least`` (m,), the one farthest below first."""
         forms = self._forms_of(u)
         # Giving up others only raises what a row adds.
         weak = np.flatnonzero(_without(forms) < least)
@@ -330,7 +330,7 @@ class _Design:
         return thresholds * (1 - missing / np.maximum(self._wanted, 1))
 
     def _smallest_needed(self) -> float:
-        """Of as many largest leverages as rows are to be picked, the smallest above 0; 0.0 if none is."""
+        """The smallest leverage above 0 among as many largest ones as rows are to be picked; else 0.0."""
         leverage = self._forms[self._terms.eligible]
         size = min(len(leverage), self._terms.expected_size - self._terms.n_held)
         if size < 1:
@@ -340,7 +340,7 @@ class _Design:
 
 
 def _without(forms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of chosen rows, uᵀM⁻¹u with the M of the others; below 1 in ``forms`` as w is above 0."""
+    """The forms uᵀM⁻¹u of chosen rows with the M of the others; ``forms`` is below 1 since w is above 0."""
     rest = np.maximum(1 - forms, np.finfo(np.float64).eps)
     return np.asarray(forms / rest, dtype=np.float64)
 

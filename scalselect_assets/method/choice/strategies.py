@@ -27,8 +27,8 @@ class Ranking:
         order: Every eligible row once, most preferred first; int64.
         score: (n,) float64, what the order sorts by, so that scores of one night can be compared with a
             threshold; None where the order is drawn, and a score means nothing.
-        recorded: What is known of each row, by name, (n,) float64 each.
-        figures: What is known of the ranking as a whole, by name.
+        recorded: Numbers of each row, by name, (n,) float64 each.
+        figures: Numbers of the ranking as a whole, by name.
     """
 
     order: NDArray[np.int64]
@@ -50,7 +50,7 @@ class Strategy(Protocol):
 
         Args:
             candidates: The pool.
-            terms: What may be chosen of it; made of the same candidates.
+            terms: The terms of the choice, made of the same candidates.
             projections: The rows of U_k in the order of the candidates, for strategies that need them.
 
         Raises:
@@ -59,7 +59,7 @@ class Strategy(Protocol):
         ...
 
     def describe(self) -> dict[str, str | float | int]:
-        """What identifies the strategy, for display and for hashing: its name and its knobs."""
+        """The name and the settings of the strategy, for display and for hashing."""
         ...
 
 
@@ -273,8 +273,8 @@ class Spanning:
     Records ``gain``, and as figures ``gap``, ``n_picked``, ``n_passes`` and ``prior_weight``.
 
     Attributes:
-        passes: How often the projections are read at most, 3 or more.
-        prior: What M begins with in every direction, as a share of what a random choice gives it.
+        passes: Largest number of readings of the projections, 3 or more.
+        prior: The start of M in every direction, as a share of what a random choice gives.
     """
 
     passes: int = DEFAULT_PASSES
@@ -333,7 +333,7 @@ STRATEGIES = (
     *("top_leverage", "coverage", "leverage_sampling", "spanning"),
     *("random", "stratified_random", "length"),
 )
-"""What `strategy_named` makes; the first is the default."""
+"""The names that `strategy_named` knows; the first is the default."""
 
 _WITHOUT_KNOBS: Mapping[str, Callable[[], Strategy]] = {
     "top_leverage": TopLeverage,

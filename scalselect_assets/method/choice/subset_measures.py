@@ -1,4 +1,4 @@
-"""How good a subset is, whatever it was chosen by: what it spans, what it covers, how much it repeats itself.
+"""Measures of a subset, whatever chose it: its span, its coverage and its repetition.
 
 With at least k rows in general position every subset spans the whole dominant subspace exactly, so that the
 share which it *contains* tells subsets apart below k rows only. What tells them apart beyond is how evenly
@@ -22,7 +22,7 @@ _QUERY_ROWS = 2048  # rows that are compared with a whole stream at once
 
 @dataclass(frozen=True, slots=True)
 class SpanMeasures:
-    """What N chosen rows of U_k span, by their Gram matrix G = Σ_S u uᵀ; the pool's is the identity.
+    """The span of N chosen rows of U_k, by their Gram matrix G = Σ_S u uᵀ; the pool's is the identity.
 
     (n/N)·G is the identity for a subset that represents the pool in proportion, on average over random
     subsets. Its eigenvalues say how many times as strongly as in the pool a direction is represented.
@@ -33,7 +33,8 @@ class SpanMeasures:
         energy_contained: Share of the dominant subspace's energy Σ s_j² in directions that are combinations
             of the chosen rows, tr(P diag(s²)) / Σ s_j², where P projects on the span of their coordinates
             u_j·s_j in the basis of the subspace; in [0, 1], 1.0 once n_directions is k.
-        smallest_eigenvalue: Of (n/N)·G: the worst represented direction; 0.0 where one is missing.
+        smallest_eigenvalue: Smallest eigenvalue of (n/N)·G: the worst represented direction; 0.0 where one is
+            missing.
         mean_log_eigenvalue: log det((n/N)·G) / k, the mean over directions; -inf where one is missing.
     """
 
@@ -46,7 +47,7 @@ class SpanMeasures:
 
 @dataclass(frozen=True, slots=True)
 class OwnSubspaceMeasures:
-    """How well the subset's own leading directions V_S (d, k) serve the pool, whose scatter matrix is C.
+    """The fit of the subset's own leading directions V_S (d, k) to the pool with the scatter matrix C.
 
     V_S are the right singular vectors of the subset's rows, centred on their own mean (and scaled as the
     pool's columns), as many as the pool's subspace has, or as the subset's rank if that is less. V are the
@@ -67,7 +68,7 @@ class OwnSubspaceMeasures:
 def span_measures(
     projections: Blocks, chosen: NDArray[np.int64], n: int, singular_values: NDArray[np.float64]
 ) -> SpanMeasures:
-    """What chosen rows of U_k span; one pass, O(N·k² + k³) time, memory of a block and k × k matrices.
+    """The span of chosen rows of U_k; one pass, O(N·k² + k³) time, memory of a block and k × k matrices.
 
     Args:
         projections: The n rows of U_k (`candidates.projected`), in order.
@@ -100,7 +101,7 @@ def span_measures(
 
 
 def own_subspace_measures(pool: Moments, subset: Moments, subspace: Subspace) -> OwnSubspaceMeasures:
-    """How well the subset's own leading directions serve the pool; O(d³) time, some d × d matrices.
+    """The fit of the subset's own leading directions to the pool; O(d³) time, some d × d matrices.
 
     Args:
         pool: Moments of all rows (prepared as for the subspace).
@@ -206,7 +207,7 @@ def shared_share(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
 
 
 def _count_near(rows: Blocks, n: int, examined: NDArray[np.int64], threshold: float) -> int:
-    """How many of the examined rows have another row near them; two passes, the first for the rows."""
+    """The number of examined rows with another row near them; two passes, the first for the rows."""
     parts = []
     for start, x in whole_stream(rows, n):
         low, high = np.searchsorted(examined, [start, start + len(x)])

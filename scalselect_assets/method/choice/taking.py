@@ -45,7 +45,7 @@ def with_at_most(terms: Terms, limit: int, marked: NDArray[np.bool_]) -> Terms:
 
     Args:
         terms: The terms to narrow.
-        limit: How many of the rows are wanted at most.
+        limit: Largest wanted number of these rows.
         marked: (n,) bool, the rows.
     """
     size, allowed = terms.size or 0, terms.held | terms.eligible
@@ -146,7 +146,7 @@ class LabelCells:
         self._available = self.counts(np.flatnonzero(terms.held | terms.eligible))
 
     def counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many of ``rows`` are in each cell."""
+        """The number of ``rows`` in each cell."""
         n_cells = self._members[0].shape[1]
         return np.bincount(self.codes[rows], minlength=n_cells).astype(np.int64)
 

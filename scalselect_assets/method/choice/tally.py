@@ -7,11 +7,11 @@ from scalselect_assets.method.choice.terms import Terms
 
 
 class Tally:
-    """What is still allowed while rows are taken one by one, quick to ask.
+    """The rows that are still allowed while rows are taken one by one; a question is quick.
 
     With a budget of rows and quotas on at most one column, exactly the rows with which the terms can still be
     met. Otherwise each column is judged alone and no tokens are reserved for floors, so that more may be
-    admitted than `taking.take` keeps. A row that is not admitted never is again.
+    admitted than `taking.take` keeps. Once refused, a row stays refused.
     """
 
     def __init__(self, terms: Terms) -> None:

@@ -29,11 +29,11 @@ class InfeasibleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What may be spent.
+    """A budget.
 
     Attributes:
         amount: A count (int), or a fraction in (0, 1] of all rows' total (float).
-        unit: What is counted. A budget of rows is spent exactly; one of tokens is not exceeded.
+        unit: Unit of the amount. A budget of rows is spent exactly; one of tokens is not exceeded.
     """
 
     amount: int | float
@@ -42,7 +42,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """How many rows of a label are chosen, at least and at most; labels that are not named are free.
+    """Bounds on the number of chosen rows by label; labels that are not named are free.
 
     Attributes:
         column: Name of the column of labels.
@@ -60,7 +60,7 @@ class LabelColumn:
     """A quota in numbers; all labels that it does not name are one.
 
     Attributes:
-        name: Of the column.
+        name: Name of the column.
         values: The labels, c of them.
         codes: (n,) int64, positions in ``values``.
         floors: (c,) int64, rows; 0 where there is none.
@@ -74,7 +74,7 @@ class LabelColumn:
     ceilings: NDArray[np.int64]
 
     def counts(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> NDArray[np.int64]:
-        """How many of ``rows`` have each label, (c,) int64."""
+        """The number of ``rows`` with each label, (c,) int64."""
         return np.bincount(self.codes[rows], minlength=len(self.values)).astype(np.int64)
 
 
@@ -107,7 +107,7 @@ class Terms:
 
     @property
     def n_held(self) -> int:
-        """How many rows must be chosen."""
+        """The number of rows that must be chosen."""
         return int(np.count_nonzero(self.held))
 
     @property
@@ -128,7 +128,7 @@ class Terms:
         return combinations_of(self.columns)[1]
 
     def spent(self, rows: NDArray[np.int64]) -> int:
-        """What ``rows`` cost: tokens, or rows."""
+        """The cost of ``rows``: tokens, or rows."""
         return len(rows) if self.costs is None else int(self.costs[rows].sum())
 
     def tokens_and_costs(self) -> tuple[int, NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""How much two samples say the same, which their vectors hardly show.
+"""The likeness of two samples' texts, which their vectors hardly show.
 
 The vector of a sample is a mean of vision tokens, and the question only decides which of them are averaged.
 Two questions about one picture are therefore close by their vectors although they teach different things.
@@ -54,7 +54,7 @@ class Shingles:
 
     @classmethod
     def of(cls, texts: Sequence[NDArray[np.uint32]]) -> "Shingles":
-        """Of texts that are given as their `shingles`; hashes in one of 2²⁰ buckets share a frequency."""
+        """The index of texts given as their `shingles`; hashes in one of 2²⁰ buckets share a frequency."""
         n = len(texts)
         start = np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64)
         hashes = np.concatenate([np.empty(0, np.uint32), *texts])
@@ -65,7 +65,7 @@ class Shingles:
         return cls(start, hashes, weight, total)
 
     def likeness(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of each pair of texts, (m,) in [0, 1]; 1 where both are empty."""
+        """The likeness of each pair of texts, (m,) in [0, 1]; 1 where both are empty."""
         shared = np.zeros(len(first))
         for begin in range(0, len(first), _PAIRS_AT_ONCE):
             part = slice(begin, begin + _PAIRS_AT_ONCE)
@@ -96,11 +96,11 @@ class Shingles:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextLikeness:
-    """What n samples ask and answer, to be compared pair by pair.
+    """Questions and answers of n samples, for comparison pair by pair.
 
     Attributes:
-        asked: Of the turns of users and systems.
-        answered: Of the turns of assistants.
+        asked: Texts of the turns of users and systems.
+        answered: Texts of the turns of assistants.
     """
 
     asked: Shingles

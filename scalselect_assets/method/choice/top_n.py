@@ -17,7 +17,7 @@ _MINUS_ZERO_KEY = np.uint64(1 << 63)
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Where the `size` largest of `n` scores end: all scores above `value`, and some of those equal to it.
+    """The border of the `size` largest of `n` scores: all above `value`, and some of those equal to it.
 
     `n_above < size <= n_above + n_at`. All counts are of scores in the stream.
     """
@@ -30,7 +30,7 @@ class Threshold:
 
     @property
     def n_ties_taken(self) -> int:
-        """How many of the `n_at` scores equal to `value` belong to the `size` largest; at least 1."""
+        """The number of the `n_at` scores equal to `value` that belong to the `size` largest; at least 1."""
         return self.size - self.n_above
 
 
@@ -152,7 +152,7 @@ def _blocks_of_keys(chunks: Iterable[NDArray[np.float64]]) -> Iterator[NDArray[n
 
 
 def _offsets_inside(keys: NDArray[np.uint64], lowest: int, bits: int) -> NDArray[np.uint64]:
-    """Of the keys in [lowest, lowest + 2**bits), the distance from `lowest`."""
+    """The distance from `lowest` of the keys in [lowest, lowest + 2**bits)."""
     if bits == 63:
         return keys
     # Unsigned: what lies below the range wraps around to far above it, so that one comparison is enough.
@@ -161,7 +161,7 @@ def _offsets_inside(keys: NDArray[np.uint64], lowest: int, bits: int) -> NDArray
 
 
 def _finer(bits: int) -> int:
-    """How many low bits are unknown once the next digit is known."""
+    """The number of low bits that are unknown once the next digit is known."""
     return max(0, bits - _DIGIT_BITS)
 
 

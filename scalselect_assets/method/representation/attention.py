@@ -1,13 +1,13 @@
-"""Attention by rows: what the instruction pays to the image, and what only the wanted tokens read.
+"""Attention by rows: the instruction's attention to the image, and the attention output of the kept tokens.
 
-Transformers hands a decoder layer's own queries, keys, values, mask and scaling to a registered attention
-function. Ours takes them out (``AtAttention``) and leaves the layer there: ``method.first_layer`` goes on
-with the few rows that the method needs.
+Transformers passes a decoder layer's own queries, keys, values, mask and scaling to a registered attention
+function. The function registered here raises them out of the layer (``AtAttention``), and the layer stops at
+that point. ``method.first_layer`` continues with the few rows that the method needs.
 
-The samples of a batch are computed together: those of like sizes are filled up to the largest of them, so
-that the number of kernels depends on how many sizes there are and hardly on how many samples. Masks stay
-functions of positions and are only ever evaluated for a block of rows, so that nothing of size S × S exists,
-let alone heads × S × S.
+The samples of a batch are computed together: samples of similar sizes are padded to the largest of them, so
+that the number of kernels depends on the number of sizes and hardly on the number of samples. Masks stay
+functions of positions and are evaluated only for a block of rows, so that no tensor of size S × S or
+heads × S × S ever exists.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,21 +24,21 @@ from scalselect_assets.method.transfers import Transfers
 ROWS_ATTENTION = "scalselect_rows"
 """The name under which the attention and mask functions are registered with Transformers."""
 
-_BLOCK_BYTES = {  # of the softmax rows that are held at once
-    "cpu": 2 * 2**20,  # fits its caches, which saves more than fewer calls do
-    "cuda": 256 * 2**20,  # some dozens of samples a kernel, and small against any model that fits the device
+_BLOCK_BYTES = {  # memory for the softmax rows that are held at once
+    "cpu": 2 * 2**20,  # fits the CPU's caches, which saves more time than fewer calls would
+    "cuda": 256 * 2**20,  # dozens of samples per kernel, and little next to the model itself
 }
-_MASK_BYTES = 16 * 2**20  # of a block's mask, one byte a position
-_FILLED = 2.0  # a block is at most so many times as large as its samples
+_MASK_BYTES = 16 * 2**20  # memory for a block's mask, one byte per position
+_FILLED = 2.0  # a block has at most this many times the pairs of its samples
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowMask:
-    """An attention mask as the function that defines it, evaluated for the rows that are asked for.
+    """An attention mask kept as the function that defines it, and evaluated only for requested rows.
 
     Attributes:
         allowed: Transformers' mask function: (batch, head, query, key) index tensors that broadcast → bool.
-        causal: The function is plain causality: no token sees a later one, all see the earlier ones.
+        causal: Whether the mask is plain causality: a token sees all earlier tokens and no later one.
     """
 
     allowed: Callable[..., torch.Tensor]
@@ -50,7 +50,7 @@ class RowMask:
         Args:
             samples: (n,) int64 places in the batch that the mask was made for.
             rows: (n, r) int64 positions in the sample.
-            n_keys: Keys from the sample's beginning.
+            n_keys: Number of keys, counted from the sample's beginning.
 
         Returns:
             (n, r, n_keys) bool, true where a row may attend.
@@ -63,14 +63,14 @@ class RowMask:
         return allowed.expand(len(rows), 1, rows.shape[1], n_keys)[:, 0]
 
 
-class AtAttention(Exception):  # noqa: N818 - leaves the layer, which is no error
-    """Leaves a decoder layer where it would attend, with all that attending takes.
+class AtAttention(Exception):  # noqa: N818 - leaves the layer and is no error
+    """Leaves a decoder layer at its attention, and carries all inputs of the attention.
 
     Attributes:
         module: The attention module.
         query: (1, heads, T, head_dim), rotary position applied.
         key: (1, kv_heads, T, head_dim); heads is a multiple of kv_heads (grouped-query attention).
-        value: As ``key``.
+        value: Values, of the same shape as ``key``.
         scaling: Factor on the dot products.
     """
 
@@ -116,17 +116,17 @@ def _row_mask(*, mask_function: Callable[..., torch.Tensor], **_kwargs: Any) -> 
     return RowMask(mask_function, causal=mask_function is causal_mask_function)
 
 
-# What is computed together
+# Samples that are computed together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Some tokens of each sample of a batch, as a rectangle that any tokens of the sample fill up.
+    """Some tokens of each sample of a batch, as a rectangle padded with any tokens of the sample.
 
     Attributes:
         positions: (B, R) int64 positions in the sample.
-        n: (B,) int64: how many of a sample's positions are meant, which are the first ones.
-        counts: The same on the host.
+        n: (B,) int64: number of valid positions of each sample; they come first, before the padding.
+        counts: The same numbers on the host.
     """
 
     positions: torch.Tensor
@@ -135,7 +135,7 @@ class Rows:
 
     @classmethod
     def of(cls, positions: Sequence[torch.Tensor], transfers: Transfers) -> "Rows":
-        """From each sample's positions, on the host."""
+        """Build the rows from each sample's positions, which are on the host."""
         counts = tuple(map(len, positions))
         filled = transfers.to_device(rectangle([one.numpy() for one in positions]))
         return cls(filled, transfers.to_device(torch.tensor(counts)), counts)
@@ -143,17 +143,17 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Heads:
-    """Queries, keys and values of the samples of a batch, end to end.
+    """Queries, keys and values of all tokens of a batch, with the samples end to end.
 
     Attributes:
         query: (T, heads, head_dim).
         key: (T, kv_heads, head_dim); heads is a multiple of kv_heads.
-        value: As ``key``.
+        value: Values, of the same shape as ``key``.
         scaling: Factor on the dot products.
-        lengths: Tokens by sample, summing to T.
+        lengths: Number of tokens of each sample; they sum to T.
         starts: (B,) int64: where each sample begins.
         ends: (B,) int64: where each sample ends.
-        transfers: To where all that is.
+        transfers: Copies to and from the device that holds these tensors.
     """
 
     query: torch.Tensor
@@ -167,7 +167,7 @@ class Heads:
 
     @classmethod
     def of(cls, at: AtAttention, lengths: Sequence[int], transfers: Transfers) -> "Heads":
-        """What a layer was left with."""
+        """Build the heads from the tensors with which a layer was left."""
         parts = [part[0].transpose(0, 1) for part in (at.query, at.key, at.value)]
         sizes = torch.tensor(lengths)
         ends = transfers.to_device(sizes.cumsum(0))
@@ -184,15 +184,15 @@ class Heads:
 
     @property
     def n_heads(self) -> int:
-        """Heads of the queries."""
+        """The number of query heads."""
         return self.query.shape[1]
 
     def rows(self, part: torch.Tensor, samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """(n, heads, r, head_dim) of one part, at (n, r) positions in ``samples``."""
+        """One part at (n, r) positions in ``samples``, as (n, heads, r, head_dim)."""
         return _taken(part, self.starts[samples, None] + positions)
 
     def beginnings(self, part: torch.Tensor, samples: torch.Tensor, length: int) -> torch.Tensor:
-        """(n, heads, length, head_dim) of one part; a shorter sample is filled up with its last token."""
+        """The beginning of one part, (n, heads, length, head_dim); short samples repeat their last token."""
         tokens = self.starts[samples, None] + torch.arange(length, device=part.device)
         return _taken(part, tokens.minimum(self.ends[samples, None] - 1))
 
@@ -204,12 +204,12 @@ def _taken(part: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Samples that are computed together, and those of their rows that are.
+    """Samples that are computed together, and the range of their rows.
 
     Attributes:
         samples: Places in the batch.
-        rows: The same for each sample.
-        n_keys: Keys from the beginning that suffice for all.
+        rows: The range of rows, the same for each sample.
+        n_keys: Number of keys, counted from the beginning, that suffices for all samples.
     """
 
     samples: list[int]
@@ -218,12 +218,12 @@ class _Block:
 
 
 def _blocks(n_rows: Sequence[int], n_keys: Sequence[int], most: int) -> Iterator[_Block]:
-    """Samples of like sizes together, and a sample that is too large by itself in parts.
+    """Blocks of samples of similar sizes. A sample that is too large for one block is split into several.
 
     Args:
-        n_rows: By sample.
-        n_keys: By sample.
-        most: Pairs of a row and a key in a block.
+        n_rows: Number of rows of each sample.
+        n_keys: Number of keys of each sample.
+        most: Largest number of row-key pairs in a block.
     """
     together: list[int] = []
     rows = keys = needed = 0
@@ -249,7 +249,7 @@ def _parts(samples: list[int], n_rows: int, n_keys: int, most: int) -> Iterator[
 
 
 def _most_pairs(heads: Heads) -> int:
-    """Pairs of a row and a key in a block whose logits and mask are held."""
+    """The largest number of row-key pairs whose logits and mask fit a block's memory."""
     return max(1, min(_BLOCK_BYTES[heads.query.device.type] // (4 * heads.n_heads), _MASK_BYTES))
 
 
@@ -260,14 +260,14 @@ def instruction_attention(heads: Heads, mask: RowMask, instruction: Rows, wanted
     """Softmax attention averaged over heads and over the rows of the instruction, by sample.
 
     Args:
-        heads: Of all tokens.
-        mask: What each row may attend to.
-        instruction: The rows; a sample without any pays no attention.
+        heads: Queries, keys and values of all tokens.
+        mask: The mask that says which keys each row may attend to.
+        instruction: The instruction tokens; a sample without any pays no attention.
         wanted: The tokens whose attention is wanted.
 
     Returns:
-        (B, W) float32: per wanted token the mean attention that it receives; undefined where ``wanted`` is
-        filled up. Time O(heads · u · S · head_dim) a sample, memory O(S) and a fixed block.
+        (B, W) float32: the mean attention that each wanted token receives; undefined for the padding of
+        ``wanted``. Time per sample is O(heads · u · S · head_dim), and memory is O(S) plus a fixed block.
     """
     received = torch.zeros(wanted.positions.shape, dtype=torch.float32, device=heads.query.device)
     n_kv, head_dim = heads.key.shape[1:]
@@ -279,7 +279,7 @@ def instruction_attention(heads: Heads, mask: RowMask, instruction: Rows, wanted
         logits = (grouped @ keys.transpose(2, 3)).float().mul_(heads.scaling)
         logits = logits.view(len(samples), heads.n_heads, -1, block.n_keys)
         allowed = mask.of(samples, rows, block.n_keys)
-        if not mask.causal:  # a causal row of the sample sees nothing that is filled up
+        if not mask.causal:  # under a causal mask, the sample's rows see no padding
             n_tokens = (heads.ends - heads.starts)[samples, None, None]
             allowed = allowed & (torch.arange(block.n_keys, device=rows.device) < n_tokens)
         shares = logits.masked_fill_(~allowed[:, None], -torch.inf).softmax(-1)
@@ -293,19 +293,19 @@ def instruction_attention(heads: Heads, mask: RowMask, instruction: Rows, wanted
     return received
 
 
-# What the kept tokens read
+# Attention output of the kept tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """The tokens that are kept, of all samples of a batch one after the other, in token order.
+    """The kept tokens of all samples of a batch, sample after sample and in token order.
 
     Attributes:
-        rows: The same as a rectangle.
-        samples: (M,) int64: whose they are.
-        starts: (B,) int64: where each sample's begin.
-        numbers: (M,) int64: their places among the sample's kept tokens.
-        positions: (M,) int64: their positions in the sample.
+        rows: The kept tokens as a rectangle.
+        samples: (M,) int64: the sample that each token belongs to.
+        starts: (B,) int64: index of each sample's first kept token.
+        numbers: (M,) int64: place of each token among its sample's kept tokens.
+        positions: (M,) int64: position of each token in its sample.
     """
 
     rows: Rows
@@ -316,7 +316,7 @@ class Kept:
 
     @classmethod
     def of(cls, rows: Rows) -> "Kept":
-        """From the rectangle; the host's counts spare it to wait for the device's."""
+        """Build from the rectangle. The counts on the host make it unnecessary to wait for the device."""
         total, device = sum(rows.counts), rows.n.device
         samples = torch.repeat_interleave(rows.n, output_size=total)
         starts = rows.n.cumsum(0) - rows.n
@@ -327,17 +327,17 @@ class Kept:
 def attend(heads: Heads, mask: RowMask, kept: Kept, furthest: Sequence[int]) -> torch.Tensor:
     """The attention output of the kept tokens.
 
-    Under a causal mask all tokens up to the last one of vision attend, which one kernel without a mask does
-    faster than a masked one does the kept tokens alone.
+    Under a causal mask, the output is computed for all tokens up to the last vision token: one kernel without
+    an explicit mask does that faster than a masked kernel computes the kept tokens alone.
 
     Args:
-        heads: Of all tokens.
-        mask: What each row may attend to.
+        heads: Queries, keys and values of all tokens.
+        mask: The mask that says which keys each row may attend to.
         kept: The tokens.
-        furthest: By sample, a number of tokens from the beginning that holds all kept ones.
+        furthest: For each sample, a number of tokens from its beginning that includes all kept tokens.
 
     Returns:
-        (M, heads · head_dim) in the dtype of the values. Memory O(S + M) and a fixed block.
+        (M, heads · head_dim) in the dtype of the values. Memory is O(S + M) plus a fixed block.
     """
     if mask.causal:
         outputs, begins = _attend_from_the_beginning(heads, furthest)
@@ -347,7 +347,7 @@ def attend(heads: Heads, mask: RowMask, kept: Kept, furthest: Sequence[int]) -> 
 
 
 def _attend_from_the_beginning(heads: Heads, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of output, and where those of each sample begin."""
+    """The output rows, and the index of each sample's first row."""
     outputs = _Outputs(len(lengths), heads.transfers)
     for block in _blocks(lengths, lengths, sum(lengths) ** 2):
         samples = heads.transfers.to_device(torch.tensor(block.samples))
@@ -361,7 +361,7 @@ def _attend_from_the_beginning(heads: Heads, lengths: Sequence[int]) -> tuple[to
 
 
 def _attend_by_rows(heads: Heads, mask: RowMask, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of output for any mask, of the given rows alone, and where those of each sample begin."""
+    """The output of the given rows under any mask, and the index of each sample's first row."""
     outputs = _Outputs(len(rows.counts), heads.transfers)
     for block in _blocks(rows.counts, heads.lengths, _most_pairs(heads)):
         samples = heads.transfers.to_device(torch.tensor(block.samples))
@@ -381,7 +381,7 @@ def _attend_by_rows(heads: Heads, mask: RowMask, rows: Rows) -> tuple[torch.Tens
 
 
 class _Outputs:
-    """Attention outputs of blocks of samples, one after the other."""
+    """The attention outputs of blocks of samples, collected one after the other."""
 
     def __init__(self, n_samples: int, transfers: Transfers) -> None:
         self._parts: list[torch.Tensor] = []
@@ -389,7 +389,7 @@ class _Outputs:
         self._total, self._transfers = 0, transfers
 
     def add(self, samples: Sequence[int], attended: torch.Tensor) -> None:
-        """Rows of output, (n, heads, r, head_dim); those of a sample that has some already follow them."""
+        """Add output rows, (n, heads, r, head_dim). They follow any earlier rows of the same sample."""
         n_rows = attended.shape[2]
         for number, sample in enumerate(samples):
             if self._begins[sample] is None:
@@ -398,12 +398,12 @@ class _Outputs:
         self._total += len(samples) * n_rows
 
     def joined(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All rows, (r, heads · head_dim), and where those of each sample begin."""
+        """All rows, (r, heads · head_dim), and the index of each sample's first row."""
         begins = torch.tensor([begin or 0 for begin in self._begins])
         return torch.cat(self._parts), self._transfers.to_device(begins)
 
 
 def _for_each_head(heads: Heads, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Keys and values by head of the queries: not every kernel takes fewer."""
+    """Keys and values repeated for each query head, because not every kernel takes fewer heads."""
     times = heads.n_heads // heads.key.shape[1]
     return parts if times == 1 else tuple(part.repeat_interleave(times, 1) for part in parts)

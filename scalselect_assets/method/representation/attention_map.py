@@ -1,8 +1,8 @@
-"""What of its images a sample's representation rests on: the attention map of one sample.
+"""The attention map of one sample: the parts of its images that its representation is made from.
 
-p_j, the instruction's attention on vision token j normalised to one over the sample, and which tokens are
-kept, are taken from the very computation that gives the vector (`encoder.VlmEncoder.examine`); where the
-tokens lie, `token_layout` tells. `overlay` draws it over the image.
+p_j is the instruction's attention on vision token j, normalised to sum to one over the sample. Both p_j and
+the kept tokens come from the same computation as the vector (`encoder.VlmEncoder.examine`). `token_layout`
+gives the place of each token in its image, and `overlay` draws the map over the image.
 """
 
 import io
@@ -23,11 +23,11 @@ from scalselect_assets.method.representation.token_layout import Box, ImageLayou
 
 DEFAULT_MAX_SIDE = 768
 
-# Dark blue over grey to yellow: lightness alone tells the order, and no red stands against green.
+# Dark blue, grey, yellow: lightness alone gives the order, and red is never next to green.
 _HEAT: Final = np.array([[0, 34, 78], [66, 78, 107], [124, 123, 120], [187, 175, 106], [254, 232, 56]], float)
 _SHADE = 0.45  # how much the image darkens the heat, so that its shapes stay visible
-_UNSEEN = 0.35  # brightness of what no token shows
-_PADDING = 48  # grey of what is outside the image
+_UNSEEN = 0.35  # brightness of parts that no token shows
+_PADDING = 48  # grey level outside the image
 _KEPT, _KEPT_SHADOW = (255, 255, 255), (0, 0, 0)
 _GAP = 8
 _STRIP_HEIGHT = 28
@@ -41,9 +41,9 @@ class GridAttention:
     Attributes:
         attention: (rows, columns) float64: p_j.
         kept: (rows, columns) bool: the dominant tokens, whose mean the vector is.
-        box: What part of the image the grid shows; see `token_layout.Grid`.
+        box: The part of the image that the grid shows; see `token_layout.Grid`.
         line_ends: (e,) float64: p_j of the tokens that end its rows and show no part of the image.
-        line_ends_kept: (e,) bool.
+        line_ends_kept: (e,) bool: which of those tokens are dominant.
     """
 
     attention: NDArray[np.float64]
@@ -58,7 +58,7 @@ class ImageAttention:
     """Attention over one image.
 
     Attributes:
-        layout: Where its tokens lie.
+        layout: The places of the image's tokens.
         attention: (n_tokens,) float64: p_j, in the model's order.
         kept: (n_tokens,) bool: the dominant tokens, whose mean the vector is.
     """
@@ -69,7 +69,7 @@ class ImageAttention:
 
     @property
     def grids(self) -> tuple[GridAttention, ...]:
-        """The same over the image, in the model's order."""
+        """The attention as grids over the image, in the model's order."""
         return tuple(
             GridAttention(
                 self.attention[grid.tokens],
@@ -83,12 +83,12 @@ class ImageAttention:
 
     @property
     def share(self) -> float:
-        """Of the sample's attention on vision, what falls on this image, in [0, 1]."""
+        """The share of the sample's attention on vision that falls on this image, in [0, 1]."""
         return float(self.attention.sum())
 
     @property
     def n_kept(self) -> int:
-        """Dominant tokens of this image."""
+        """The number of dominant tokens of this image."""
         return int(self.kept.sum())
 
 
@@ -97,8 +97,8 @@ class AttentionMap:
     """Attention over the images of one sample; p_j sums to 1 over all of them.
 
     Attributes:
-        images: In the order of the image marks.
-        representation: The sample's, from the same computation.
+        images: Attention over each image, in the order of the image marks.
+        representation: The sample's representation, from the same computation.
     """
 
     images: tuple[ImageAttention, ...]
@@ -108,17 +108,17 @@ class AttentionMap:
 def attention_map(
     encoder: VlmEncoder, sample: ChatSample, read_image: Callable[[str], bytes]
 ) -> AttentionMap | Rejection:
-    """The attention map of one sample, or the rejection that it has instead of a vector.
+    """The attention map of one sample, or its rejection if it has no vector.
 
-    Costs what its vector costs, and one more preparation of its images.
+    The map costs as much as the sample's vector, plus one more preparation of its images.
 
     Args:
-        encoder: Of the target model.
+        encoder: Encoder of the target model.
         sample: The sample.
-        read_image: From a reference to the bytes of an image.
+        read_image: Function that returns the bytes of an image for its reference.
 
     Raises:
-        OSError: An image cannot be read for reasons other than that it is not there.
+        OSError: An image cannot be read, for another reason than that it is missing.
     """
     examined = encoder.examine(sample, read_image)
     if isinstance(examined, Rejection):
@@ -139,7 +139,7 @@ def attention_map(
     return AttentionMap(images, examined.representation)
 
 
-# Drawing it
+# Drawing the map
 
 
 def overlay_png(image: Image.Image, seen: ImageAttention, *, max_side: int = DEFAULT_MAX_SIDE) -> bytes:
@@ -150,24 +150,24 @@ def overlay_png(image: Image.Image, seen: ImageAttention, *, max_side: int = DEF
 
 
 def overlay(image: Image.Image, seen: ImageAttention, *, max_side: int = DEFAULT_MAX_SIDE) -> Image.Image:
-    """The image in grey with attention as heat over it and the kept tokens outlined in white.
+    """The image in grey, with attention drawn over it as heat and the kept tokens outlined in white.
 
-    Heat goes from dark blue to yellow, which people who confuse red and green can read, with the square root
-    of p_j over the image's largest, so that weak attention shows, too. Grids that overlap (tiles, and the
-    whole image) are drawn side by side. What no token of a grid shows, cropped margins for one, is dark, and
-    what was padded is plain grey. A grid without a known place is drawn as a strip, with a sentence that says
-    so, and its kept tokens as a white line below.
+    Heat goes from dark blue to yellow, which people who confuse red and green can read. It grows with the
+    square root of p_j divided by the image's largest p_j, so weak attention is visible. Overlapping grids
+    (tiles, and the whole image) are drawn side by side. Parts of the image that no token of a grid shows, for
+    example cropped margins, are dark, and padding is plain grey. A grid without a known place is drawn as a
+    strip with a sentence that says so, and a white line below the strip marks its kept tokens.
 
     Args:
-        image: Upright, as `images.decode_image` gives it.
+        image: The upright image that `images.decode_image` returns.
         seen: The attention on this image.
-        max_side: Of the result, in pixels, from 32 on.
+        max_side: Longest side of the result in pixels, at least 32.
 
     Returns:
-        RGB, the longer side ``max_side`` pixels but for rounding, and never more.
+        An RGB image whose longer side is ``max_side`` pixels, or slightly less because of rounding.
 
     Raises:
-        ValueError: ``image`` is not the one that ``seen`` is of, or ``max_side`` is too small.
+        ValueError: ``seen`` belongs to another image, or ``max_side`` is too small.
     """
     if max_side < 32:
         raise ValueError(f"Got a longest side of {max_side} pixels; allowed is 32 or more.")
@@ -206,7 +206,7 @@ def _panels(grids: Sequence[GridAttention]) -> list[list[GridAttention]]:
 
 
 def _overlap(one: Box, other: Box | None) -> bool:
-    """Whether two boxes share more than their borders, which are measured."""
+    """Whether two boxes overlap by more than the error with which their borders are measured."""
     if other is None:
         return False
     width = min(one[2], other[2]) - max(one[0], other[0])
@@ -216,7 +216,7 @@ def _overlap(one: Box, other: Box | None) -> bool:
 
 
 def _frame(size: tuple[int, int], panel: Sequence[GridAttention]) -> Box:
-    """The image and all that its tokens show."""
+    """The smallest box that holds the image and everything that its tokens show."""
     boxes = [(0.0, 0.0, float(size[0]), float(size[1])), *(grid.box for grid in panel if grid.box)]
     left, top, right, bottom = zip(*boxes, strict=True)
     return min(left), min(top), max(right), max(bottom)
@@ -228,7 +228,7 @@ def _fit(frames: Sequence[Box], width: int, height: int) -> tuple[float, bool]:
         return 1.0, True
     widths = [right - left for left, _, right, _ in frames]
     heights = [bottom - top for _, top, _, bottom in frames]
-    gaps = _GAP * (len(frames) - 1) + len(frames)  # a pixel each for rounding
+    gaps = _GAP * (len(frames) - 1) + len(frames)  # one pixel per frame for rounding
     beside = min((width - gaps) / sum(widths), (height - 1) / max(heights))
     below = min((width - 1) / max(widths), (height - gaps) / sum(heights))
     return max(beside, below, 1 / max(*widths, *heights)), beside >= below
@@ -267,7 +267,7 @@ def _panel(
 
 
 def _edges(start: float, end: float, count: int, scale: float, limit: int) -> NDArray[np.int64]:
-    """(count + 1,) pixels at which cells begin and end."""
+    """The pixels at which cells begin and end, (count + 1,)."""
     edges: NDArray[np.int64] = np.rint(np.linspace(start, end, count + 1) * scale).astype(np.int64)
     return np.clip(edges, 0, limit)
 
@@ -275,12 +275,12 @@ def _edges(start: float, end: float, count: int, scale: float, limit: int) -> ND
 def _spread(
     values: NDArray[np.float64], rows: NDArray[np.int64], columns: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """(r, c, 3) cells as pixels."""
+    """The pixels of (r, c, 3) cells."""
     return np.repeat(np.repeat(values, np.diff(rows), axis=0), np.diff(columns), axis=1)
 
 
 def _heat(attention: NDArray[np.float64], largest: float) -> NDArray[np.float64]:
-    """(..., 3) colours."""
+    """The colours of attention values, (..., 3)."""
     strength = np.sqrt(attention / largest) if largest > 0 else np.zeros_like(attention)
     stops = np.linspace(0, 1, len(_HEAT))
     return np.stack([np.interp(strength, stops, _HEAT[:, channel]) for channel in range(3)], axis=-1)
@@ -289,14 +289,14 @@ def _heat(attention: NDArray[np.float64], largest: float) -> NDArray[np.float64]
 def _outline(
     draw: ImageDraw.ImageDraw, kept: NDArray[np.bool_], rows: NDArray[np.int64], columns: NDArray[np.int64]
 ) -> None:
-    """A white line with a black shadow on its inner side, wherever kept tokens border on others."""
+    """A white line with a black shadow on its inner side, where a kept token borders on one that is not."""
     around = np.pad(kept, 1)
     lines = []
     for row, column in np.argwhere(kept):
         top, bottom = int(rows[row]), int(rows[row + 1]) - 1
         left, right = int(columns[column]), int(columns[column + 1]) - 1
         if bottom < top or right < left:
-            continue  # thinner than a pixel
+            continue  # the cell is thinner than a pixel
         if not around[row, column + 1]:
             lines.append(((left, top), (right, top), (0, 1)))
         if not around[row + 2, column + 1]:
@@ -317,7 +317,7 @@ def _outline(
 
 
 def _strip(grid: GridAttention, largest: float, width: int) -> Image.Image:
-    """Tokens in their order from left to right, the kept ones marked below."""
+    """A strip of the tokens in order from left to right, with a mark below each kept token."""
     attention, kept = grid.attention.reshape(1, -1), grid.kept.reshape(1, -1)
     of_pixel = np.arange(width) * attention.shape[1] // width
     pixels = np.zeros((_STRIP_HEIGHT, width, 3))

@@ -1,10 +1,10 @@
-"""The conversation as the target model's own chat template writes it, and where its answers stand in it.
+"""The conversation rendered by the target model's own chat template, with the places of its answers.
 
 An instruction token is every non-vision token that is not content of an assistant turn: questions, system
 text, role words, separators and special tokens all count. The content of the assistant turns is found from
 the template's structure: the template is rendered once with a unique placeholder in each answer, which gives
-the text around the answers, and once with the answers themselves. Nothing is ever searched for an answer's
-words, so an answer ``Yes`` that also stands in the question is no trap.
+the text around the answers, and once with the answers themselves. The words of an
+answer are never searched for, so an answer ``Yes`` that also occurs in the question causes no mistake.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ def render_chat(processor: Any, conversation: Conversation) -> RenderedChat:
         conversation: The whole sample, answers included.
 
     Raises:
-        ChatTemplateError: The template raises (roles that it does not know or that do not alternate), or
-            writes an answer other than verbatim or with its outer whitespace trimmed.
+        ChatTemplateError: The template raises (unknown roles, or roles that do not alternate), or changes an
+            answer by more than trimming its outer whitespace.
     """
     answers = list(conversation.texts("assistant"))
     text = _render(processor, conversation, answers)
@@ -51,7 +51,7 @@ def render_chat(processor: Any, conversation: Conversation) -> RenderedChat:
 
 def _text_around_answers(processor: Any, conversation: Conversation, n: int, avoid: str) -> list[str]:
     """The ``n + 1`` pieces of prompt text before, between and after the answers."""
-    # Digits of a hash of the text: short, whatever the row holds, and no row can contain its own hash.
+    # The digits of a hash of the text are short for every row, and no row can contain its own hash.
     number = int.from_bytes(hashlib.sha256(avoid.encode(errors="surrogatepass")).digest()[:16])
     placeholders = [f"{_OPEN}{number}.{index}{_CLOSE}" for index in range(n)]
     text, pieces, position = _render(processor, conversation, placeholders), [], 0
@@ -105,6 +105,6 @@ def _render(processor: Any, conversation: Conversation, answers: list[str]) -> s
             return str(processor.apply_chat_template(messages, tokenize=False))
     except TemplateStepsError as error:
         raise ChatTemplateError(str(error)) from error
-    # A template is a program: one that expects another form of content fails with Python's own errors.
+    # A template is a program. If it expects another form of content, it fails with Python's own errors.
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise ChatTemplateError(f"the chat template refuses this conversation: {error}") from error

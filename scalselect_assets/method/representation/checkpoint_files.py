@@ -1,7 +1,7 @@
-"""Checkpoints that Transformers cannot load as they are: what they are, and what to do about it.
+"""Checks for checkpoints that Transformers cannot load, with messages that name the cause and the remedy.
 
-Transformers raises whatever it stumbles over in such a folder. Here the few files that tell are looked at
-first, so that the message names the cause; what is not recognised is left to the loader.
+On such a folder, Transformers raises many kinds of errors. This module first looks at the few files that show
+the cause. If it recognises none, the loader reports the error.
 """
 
 import json
@@ -17,13 +17,13 @@ _NEXT = "name the checkpoint with full weights that it was made from"
 
 
 def check_folder(model: str) -> None:
-    """Refuse a local folder whose files show that it is no complete checkpoint of Transformers' own.
+    """Refuse a local folder if its files show that it is no complete Transformers checkpoint.
 
     Args:
-        model: Local folder, or a hub id, of which nothing is looked at.
+        model: Local folder, or a hub id, which is not checked.
 
     Raises:
-        UnsupportedModelError: It is not; the message says what it is and what to do.
+        UnsupportedModelError: The folder is no such checkpoint; the message says what it is and what to do.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -34,7 +34,7 @@ def check_folder(model: str) -> None:
                 f"{path} is a Git LFS pointer: the repository was cloned without its large files. Run "
                 "`git lfs pull` in it"
             )
-    # An adapter beside whole weights is refused where the files of a model are looked at.
+    # `model_files` refuses an adapter that stands beside whole weights.
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         _refuse_adapter(folder)
     config = _settings(folder / "config.json")
@@ -81,7 +81,8 @@ def check_parts(model: str, config: Any, processor: Any, base_model: Any) -> Non
     """Refuse a processor that does not fit the model.
 
     Raises:
-        UnsupportedModelError: It lacks what counts an image's tokens, or has more tokens than the model.
+        UnsupportedModelError: The processor lacks a setting that counts an image's tokens, or its tokenizer
+            has more tokens than the model.
     """
     if getattr(processor, "patch_size", 0) is None:
         size = getattr(config.vision_config, "patch_size", None)
@@ -113,7 +114,7 @@ def _is_pointer(path: Path) -> bool:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint; empty where it is missing or no object, which the loader reports."""
+    """A JSON file of a checkpoint; empty if it is missing or no object (the loader reports that)."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What the method reads: a conversation of turns whose text and images keep their places.
+"""The input of the method: a conversation of turns whose text and images keep their places.
 
 This module is pure data. `scalselect_assets.resources.sample_source` reads the file formats, and
 `scalselect_assets.method.representation.chat` applies the target model's chat template.

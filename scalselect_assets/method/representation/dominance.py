@@ -1,4 +1,4 @@
-"""Which vision tokens of a sample are dominant: step 2 of the method, for a whole batch on its device."""
+"""The dominant vision tokens of each sample: step 2 of the method, for a whole batch on its device."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ class Dominant:
     """The vision tokens of each sample whose share of the attention exceeds a threshold.
 
     Attributes:
-        places: (B, V) int64: which of the sample's vision tokens are kept, by attention descending, ties in
-            token order; then the others.
-        n: (B,) int64: how many are kept.
+        places: (B, V) int64: places of the sample's vision tokens; first the kept ones, by descending
+            attention with ties in token order, then the others.
+        n: (B,) int64: number of kept tokens.
     """
 
     places: torch.Tensor
@@ -23,8 +23,8 @@ def dominant(attention: torch.Tensor, n_vision: torch.Tensor, attention_mass: fl
     """The fewest vision tokens of each sample whose share of the attention exceeds ``attention_mass``.
 
     Args:
-        attention: (B, V) non-negative attention received by the vision tokens; what fills it up is not read.
-        n_vision: (B,) int64 vision tokens of the sample.
+        attention: (B, V) non-negative attention received by the vision tokens; the padding is not read.
+        n_vision: (B,) int64 number of vision tokens of each sample.
         attention_mass: Threshold in (0, 1]; the token that crosses it is kept, and at 1.0 all tokens are.
             Shares are uniform where the attention sums to zero.
     """
@@ -33,7 +33,7 @@ def dominant(attention: torch.Tensor, n_vision: torch.Tensor, attention_mass: fl
     share = torch.where(real, attention.double(), 0.0)
     total = share.sum(1, keepdim=True)
     share = torch.where(total > 0, share / total, 1 / n)
-    # What fills up comes last.
+    # The padding comes last.
     falling, places = torch.where(real, share, -1.0).sort(dim=1, descending=True, stable=True)
     if attention_mass >= 1:
         return Dominant(places, n_vision)  # a rounded sum may exceed it before tokens without attention

@@ -1,4 +1,4 @@
-"""The numbers that a model is computed in: which there are, and which a checkpoint comes with."""
+"""The dtypes that a model can be computed in, and the choice of one for a checkpoint."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -13,26 +13,26 @@ DtypeChoice: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 SELF_CHECK_TOLERANCE: Final[Mapping[DtypeName, float]] = MappingProxyType(
     {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
 )
-"""Of a vector's largest component. Half precision rounds two ways to compute the same differently: by up to
-0.4 % in bfloat16 and 0.03 % in float16 on the tested families."""
+"""The largest tolerated difference, as a share of a vector's largest component. In half precision, two ways
+to compute the same vector differ by up to 0.4 % in bfloat16 and 0.03 % in float16 on the tested families."""
 
 
 class DtypeError(ValueError):
-    """The checkpoint's numbers are such as the representation is not computed in."""
+    """The representation cannot be computed in the checkpoint's dtype."""
 
 
 def automatic_dtype(own: torch.dtype) -> DtypeName:
-    """The dtype to compute a checkpoint in where none is asked for.
+    """The dtype to compute a checkpoint in if the user requests none.
 
-    That is float32 for a checkpoint in float32 and bfloat16 for one in half precision. Float16 becomes
+    It is float32 for a checkpoint in float32 and bfloat16 for one in half precision. Float16 becomes
     bfloat16, too: outliers of hidden states overflow float16, and CPUs take many times as long for it as for
     float32.
 
     Args:
-        own: The checkpoint's own.
+        own: The checkpoint's own dtype.
 
     Raises:
-        DtypeError: Its weights are of another kind.
+        DtypeError: The checkpoint's weights have another dtype.
     """
     if own in (torch.float32, torch.float64):
         return "float32"
@@ -45,7 +45,7 @@ def automatic_dtype(own: torch.dtype) -> DtypeName:
 
 
 def slow_here(dtype: DtypeName, device: torch.device) -> str | None:
-    """What to know before a long run in ``dtype`` on ``device``; None where it is as fast as any."""
+    """A warning if a long run in ``dtype`` on ``device`` would be slow; None if no dtype is faster."""
     if device.type != "cpu" or dtype == "float32":
         return None
     how_slow = {

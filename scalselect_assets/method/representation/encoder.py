@@ -1,4 +1,4 @@
-"""The representation of a sample: what the target VLM's first layer makes of the image tokens that matter.
+"""The representation of a sample: the mean output of the target VLM's first layer over the dominant tokens.
 
 Paper (arXiv 2602.11636), section 3, for vision tokens V and instruction tokens U of one sample:
 
@@ -7,10 +7,10 @@ Paper (arXiv 2602.11636), section 3, for vision tokens V and instruction tokens 
 2. V' = the fewest tokens of V whose share of p exceeds τ (the token that crosses is kept);
 3. x = mean over V' of the first layer's output: ``hidden_states[1]`` of the full model, before any norm.
 
-This module decides what is computed together: samples about the same images come one after the other, an
-image passes the vision tower once, and batches are filled by tokens, not by samples. What is computed stands
-in ``first_layer``. On a GPU some batches are under way at a time, so that it has work while the host waits
-for a batch. Rows that cannot be represented come back as typed rejections, in place.
+This module decides which samples are computed together: samples with the same images follow each other, an
+image passes the vision tower once, and batches are filled by tokens, not by samples. ``first_layer`` does the
+computation. On a GPU several batches are under way at a time, so that the GPU has work while the host waits
+for one of them. A row that cannot be represented gets a typed rejection in its place.
 """
 
 import gc
@@ -41,10 +41,10 @@ from scalselect_assets.method.representation.rejection import Rejection, Rejecti
 from scalselect_assets.method.representation.workers import ImageReader, Preparation
 
 _GROUP_SIZE = 64  # samples about the same images that are prepared together
-_GROUPS_AHEAD = 4  # prepared while the model works; large images are 100 MB each
+_GROUPS_AHEAD = 4  # prepared while the model works; a large image takes 100 MB
 _FEATURE_BYTES = 512 * 2**20  # image features kept for samples that share them
-_VALUES_PER_TOKEN = 14 * 14 * 3  # of an image, for a vision token, in the most common tower
-# Batches whose later steps wait while those of the next batch are asked for. A CPU computes when it is asked.
+_VALUES_PER_TOKEN = 14 * 14 * 3  # of an image per vision token, in the most common vision tower
+# Batches whose later steps wait while the next batch is started. A CPU computes at once, so none waits.
 _UNDER_WAY = {"cpu": 0, "cuda": 2}
 
 
@@ -58,14 +58,14 @@ class ChatSample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Representation:
-    """The representation of one sample and what it was made from.
+    """The representation of one sample, with the counts and images that it was made from.
 
     Attributes:
         vector: (d,) float32.
         n_tokens: Length of the model's input.
-        n_vision_tokens: Image tokens in it.
-        n_dominant_tokens: Vision tokens kept, whose mean the vector is.
-        n_instruction_tokens: Tokens that are neither vision nor content of an answer.
+        n_vision_tokens: Number of image tokens in the model's input.
+        n_dominant_tokens: Number of kept vision tokens; the vector is the mean over them.
+        n_instruction_tokens: Number of tokens that are neither vision nor content of an answer.
         vision_attention: Share of the instruction's attention that falls on vision tokens, in [0, 1].
         image_sha256: SHA-256 of each image's bytes, in order.
     """
@@ -84,29 +84,29 @@ Outcome: TypeAlias = Representation | Rejection
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examined:
-    """One sample's representation, and the state of the first layer that it was made from."""
+    """One sample's representation, and the first layer's state from which it was made."""
 
     state: FirstLayerState
     representation: Representation
 
 
 class VlmEncoder:
-    """A target model cut down to its first language-model layer. Made by ``loading.load_encoder``.
+    """A target model cut down to its first language-model layer, made by ``loading.load_encoder``.
 
     Attributes:
-        card: What the model is.
-        preparer: What turns samples into their input.
+        card: The identity of the model.
+        preparer: The preparer that turns samples into model inputs.
     """
 
     def __init__(self, card: ModelCard, first_layer: FirstLayer, preparer: Preparer) -> None:
-        """Put the parts together."""
+        """Join the card, the first layer and the preparer."""
         self.card = card
         self._first_layer, self.preparer = first_layer, preparer
         self._preparation = Preparation(preparer)
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device that the model runs on."""
         return self._first_layer.device
 
     @property
@@ -122,7 +122,7 @@ class VlmEncoder:
         batch_tokens: int = 4096,
         workers: int = 0,
     ) -> list[Outcome]:
-        """Represent samples: one outcome per sample, in input order. See ``encode_as_done``."""
+        """Represent samples, with one outcome per sample in input order. See ``encode_as_done``."""
         done = dict(self.encode_as_done(samples, read_image, batch_tokens=batch_tokens, workers=workers))
         return [done[place] for place in range(len(samples))]
 
@@ -136,21 +136,22 @@ class VlmEncoder:
     ) -> Iterator[tuple[int, Outcome]]:
         """Represent samples in the order that saves most work.
 
-        An outcome depends on ``batch_tokens``, ``workers`` and the other samples by float rounding only.
+        ``batch_tokens``, ``workers`` and the other samples change an outcome by float rounding only.
 
         Args:
-            samples: What to represent.
-            read_image: From a reference to the bytes of an image; raises ``FileNotFoundError`` or
-                ``PermissionError`` for images that the row cannot have. Picklable if there are ``workers``.
-            batch_tokens: Tokens that are computed together. A longer sample is computed alone, and a batch
-                that does not fit the memory in halves; memory grows in proportion.
-            workers: Processes that read, decode and tokenize ahead; 0 for a thread.
+            samples: The samples to represent.
+            read_image: Function that returns the bytes of an image for its reference. It raises
+                ``FileNotFoundError`` or ``PermissionError`` for an image that the row cannot have. It must be
+                picklable if there are ``workers``.
+            batch_tokens: Number of tokens that are computed together; memory grows in proportion. A longer
+                sample is computed alone, and a batch that does not fit the memory is computed in halves.
+            workers: Number of processes that read, decode and tokenize ahead; 0 for a thread.
 
         Yields:
-            The sample's place in the input, and its outcome; each place once.
+            A sample's place in the input and its outcome. Each place comes once.
 
         Raises:
-            OSError: An image cannot be read for reasons other than that it is not there.
+            OSError: An image cannot be read, for another reason than that it is missing.
         """
         cache = FeatureCache(_FEATURE_BYTES)
         with closing(self._prepared(samples, read_image, workers)) as prepared:
@@ -159,18 +160,18 @@ class VlmEncoder:
     def examine(
         self, sample: ChatSample, read_image: ImageReader, *, batch_tokens: int = 4096
     ) -> Examined | Rejection:
-        """Represent one sample by the same code as many, and keep what the vector was made from.
+        """Represent one sample by the same code as many samples, and keep the first layer's state.
 
         Args:
-            sample: What to represent.
-            read_image: As in ``encode_as_done``.
-            batch_tokens: Likewise; it bounds how many images pass the vision tower together.
+            sample: The sample to represent.
+            read_image: The same function as for ``encode_as_done``.
+            batch_tokens: Bound on the images that pass the vision tower together, in tokens.
 
         Returns:
-            All about it, or the rejection that ``encode`` gives.
+            The representation and its state, or the rejection that ``encode`` returns.
 
         Raises:
-            OSError: An image cannot be read for reasons other than that it is not there.
+            OSError: An image cannot be read, for another reason than that it is missing.
         """
         (prepared,) = self.preparer.prepare(sample.images, [sample.conversation], read_image)
         if isinstance(prepared, Rejection):
@@ -184,7 +185,7 @@ class VlmEncoder:
     def _prepared(
         self, samples: Sequence[ChatSample], read_image: ImageReader, workers: int
     ) -> Generator[tuple[int, Prepared | Rejection], None, None]:
-        """Every sample prepared, some groups ahead of their use."""
+        """Prepare every sample, several groups ahead of their use."""
         groups = deque(_groups(samples))
         pending: deque[tuple[list[int], Future[list[Prepared | Rejection]]]] = deque()
         with self._preparation.by(workers) as submit:
@@ -207,7 +208,7 @@ class VlmEncoder:
     def _outcomes(
         self, batches: Iterable[list[tuple[int, Prepared | Rejection]]], cache: FeatureCache, budget: int
     ) -> Iterator[tuple[int, Outcome]]:
-        """The outcomes of all batches, of which some are under way at a time."""
+        """The outcomes of all batches; several batches are under way at a time."""
         under_way: deque[_UnderWay] = deque()
         for batch in batches:
             yield from ((place, item) for place, item in batch if isinstance(item, Rejection))
@@ -221,10 +222,10 @@ class VlmEncoder:
     def _advanced(
         self, under_way: "deque[_UnderWay]", at_most: int, cache: FeatureCache, budget: int
     ) -> Iterator[tuple[int, Outcome]]:
-        """Take every batch a step on, the newest first, until at most so many are left."""
+        """Advance every batch by one step, newest first, until at most ``at_most`` are left."""
         while True:
             if not all(batch.advance() for batch in reversed(under_way)):
-                # Together they do not fit the memory: each once more, by itself.
+                # The batches do not fit the memory together, so each is computed again by itself.
                 for batch in under_way:
                     batch.drop()
                 self._make_room(cache)
@@ -240,7 +241,7 @@ class VlmEncoder:
     def _states_or_rejections(
         self, batch: Sequence[Prepared], cache: FeatureCache, budget: int
     ) -> Iterator[FirstLayerState | Rejection]:
-        """The states of a batch; in halves where it cannot be computed at once, down to single images."""
+        """The states of a batch. If it cannot be computed at once, it is halved, down to single images."""
         if not batch:
             return
         states = self._try(batch, cache, budget)
@@ -251,7 +252,7 @@ class VlmEncoder:
             yield from self._states_or_rejections(batch[:half], cache, budget // 2)
             yield from self._states_or_rejections(batch[half:], cache, budget // 2)
         elif budget and states.reason is RejectionReason.TOO_LARGE:
-            # Once more with nothing else in memory and its images one by one.
+            # Try again with nothing else in memory and with the sample's images one by one.
             yield from self._states_or_rejections(batch, cache, 0)
         else:
             yield states
@@ -259,7 +260,7 @@ class VlmEncoder:
     def _try(
         self, batch: Sequence[Prepared], cache: FeatureCache, budget: int
     ) -> list[FirstLayerState] | Rejection:
-        """The states of a batch, or what a sample is rejected with if this happens to it alone."""
+        """The states of a batch, or on failure the rejection for a batch of a single sample."""
         work = _UnderWay([(0, item) for item in batch], self._steps(batch, cache, budget))
         while work.advance() and not work.done:
             pass
@@ -285,7 +286,7 @@ class VlmEncoder:
     def _steps(
         self, batch: Sequence[Prepared], cache: FeatureCache, budget: int
     ) -> Generator[None, None, list[FirstLayerState]]:
-        """The states of a batch, in the steps of ``FirstLayer.steps``; the first one has the tower, too."""
+        """The states of a batch, in the steps of ``FirstLayer.steps``; the first one also runs the tower."""
         inputs = [item.model_input for item in batch]
         return (
             yield from self._first_layer.steps(
@@ -298,7 +299,7 @@ class VlmEncoder:
     def _features(
         self, images: Sequence[tuple[VisionInput, ...]], cache: FeatureCache, budget: int
     ) -> list[list[torch.Tensor]]:
-        """Per sample the features of its images, from the vision tower for those that it has not seen."""
+        """The features of each sample's images. Images that are not in the cache pass the vision tower."""
         wanted = {image.key: image for image in chain.from_iterable(images)}
         features = {key: known for key in wanted if (known := cache.get(key)) is not None}
         for chunk in _chunks([image for key, image in wanted.items() if key not in features], budget):
@@ -313,9 +314,9 @@ class _UnderWay:
     """A batch between its first step and its last.
 
     Attributes:
-        done: Its states are there.
-        states: Those states.
-        failure: What ended it before that: lack of memory, or an image of the wrong size.
+        done: Whether the batch's states are computed.
+        states: The states, once they are computed.
+        failure: The error that stopped the batch before that: lack of memory, or an image of the wrong size.
     """
 
     def __init__(
@@ -331,7 +332,7 @@ class _UnderWay:
         self.failure: Exception | None = None
 
     def advance(self) -> bool:
-        """Take the next step; whether that went well."""
+        """Take the next step, and return whether it succeeded."""
         try:
             if not self.done:
                 next(self._steps)
@@ -340,23 +341,23 @@ class _UnderWay:
         except (FeatureCountError, MemoryError, RuntimeError) as error:
             if not isinstance(error, FeatureCountError) and not is_out_of_memory(error):
                 raise
-            # Its traceback holds on to the tensors.
+            # The error's traceback keeps the tensors alive.
             self.failure = error.with_traceback(None)
             return False
         return True
 
     def drop(self) -> None:
-        """Let go of what it holds on the device."""
+        """Release the batch's memory on the device."""
         self._steps.close()
 
     def outcomes(self, states: Iterable[FirstLayerState | Rejection]) -> Iterator[tuple[int, Outcome]]:
-        """An outcome for each sample, with its place."""
+        """The outcome of each sample, with the sample's place."""
         for place, item, state in zip(self._places, self.samples, states, strict=True):
             yield place, state if isinstance(state, Rejection) else _outcome(item, state)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of torch says that memory did not suffice, for which it has no single type."""
+    """Whether an error of torch means that memory ran out; torch has no single type for that."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         sign in str(error) for sign in signs
@@ -364,12 +365,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _groups(samples: Sequence[ChatSample]) -> list[tuple[tuple[str, ...], list[int]]]:
-    """The places of samples that share their images, groups of like length next to each other."""
+    """The places of samples that share their images; groups of similar length are next to each other."""
     by_images: dict[tuple[str, ...], list[int]] = {}
     for place, sample in enumerate(samples):
         by_images.setdefault(sample.images, []).append(place)
     lengths = [sum(map(len, sample.conversation.texts("system", "user", "assistant"))) for sample in samples]
-    # Rows with several images may have some of them in common, which are then close to each other.
+    # Rows with several images may share some of them; such rows are then close to each other.
     ordered = sorted(
         by_images.items(),
         key=lambda group: (
@@ -405,7 +406,7 @@ def _batches(
 
 
 def _chunks(images: Sequence[VisionInput], budget: int) -> Iterator[list[VisionInput]]:
-    """Runs of images with at most as many values as ``budget`` vision tokens usually have."""
+    """Runs of images that have at most as many values as ``budget`` vision tokens usually have."""
     chunk: list[VisionInput] = []
     held = 0
     for image in images:

@@ -1,8 +1,8 @@
 """The facts that differ between model families; everything else in the package is the same for all.
 
-There is one mechanism for every image-text-to-text model of Transformers (``method.first_layer``). Families
-that are tested against their whole model are named here; any other is tried in the same way, and refused when
-the self-check at load finds that the mechanism does not hold for it.
+There is one mechanism for every image-text-to-text model of Transformers (``method.first_layer``). The
+families that are tested against their whole model are named here. Any other family is tried in the same way,
+and is refused if the self-check at load finds that the mechanism does not hold for it.
 """
 
 from types import MappingProxyType
@@ -25,11 +25,12 @@ TESTED_FAMILIES: Final = MappingProxyType(
         "gemma3": "Gemma 3",
     }
 )
-"""What people call a family, by the ``model_type`` of its Transformers configuration."""
+"""The common name of each family, by the ``model_type`` of its Transformers configuration."""
 
 
 _TOWERS_IN_A_ROW: Final = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
-"""Families whose tower takes the patches of all images in a row and asks in each layer where one ends."""
+"""Families whose vision tower takes all images' patches as one sequence and reads, in each layer, where each
+image ends."""
 
 
 class UnsupportedModelError(ValueError):
@@ -40,7 +41,7 @@ def image_token_id(config: Any) -> int:
     """The input id whose tokens carry image features.
 
     Raises:
-        UnsupportedModelError: The configuration names none.
+        UnsupportedModelError: The configuration names no such id.
     """
     token = getattr(config, "image_token_id", None)
     if token is None:
@@ -52,11 +53,11 @@ def image_token_id(config: Any) -> int:
 
 
 def keep_what_the_first_layer_reads(config: Any) -> None:
-    """Cut a configuration, in place, to what the first decoder layer's output depends on.
+    """Cut a configuration, in place, to the parts that affect the first decoder layer's output.
 
-    Weights of what is cut away are never read. Besides the other decoder layers that is:
+    The weights of the parts that are cut away are never read. Besides the other decoder layers, these are:
 
-    * in LLaVA and its like, the vision tower's layers after the one whose output is projected
+    * in LLaVA and similar models, the vision tower's layers after the one whose output is projected
       (``vision_feature_layer``, usually the last but one);
     * in Qwen3-VL, the DeepStack features: they are added *after* the first layers, while ``hidden_states[1]``
       is the first layer's own output, before that addition.
@@ -75,15 +76,15 @@ def known_on_the_host(config: Any, inputs: "dict[str, torch.Tensor]") -> "dict[s
     """Inputs of the vision tower that the model would otherwise read back from a GPU, waiting in each layer.
 
     Args:
-        config: Of the model.
-        inputs: What the processor made of images, on the host.
+        config: Configuration of the model.
+        inputs: The processor's outputs for the images, on the host.
 
     Returns:
         Further inputs of ``get_image_features``, which stay on the host.
     """
     if config.model_type not in _TOWERS_IN_A_ROW:
         return {}
-    import torch  # the rest of this module is read where there is none
+    import torch  # the rest of this module is imported on machines without torch
 
     grids = inputs["image_grid_thw"]
     n_patches = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])

@@ -1,4 +1,4 @@
-"""Image features that later samples of a run may want again, as they came from the vision tower."""
+"""A cache of image features from the vision tower that later samples of a run may need again."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ import torch
 
 
 class FeatureCache:
-    """The image features computed last, up to some bytes.
+    """The most recently computed image features, up to a number of bytes.
 
-    Images that passed the tower together are parts of one tensor, so they are kept and dropped together: a
-    copy of each would be a kernel of its own.
+    Images that passed the tower together are parts of one tensor, so they are kept and dropped together: to
+    copy each one would take a kernel per image.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -19,7 +19,7 @@ class FeatureCache:
         self._next, self._bytes, self._max_bytes = 0, 0, max_bytes
 
     def __len__(self) -> int:
-        """Images whose features are kept."""
+        """The number of images whose features are kept."""
         return len(self._chunk_of)
 
     def get(self, key: str) -> torch.Tensor | None:
@@ -31,7 +31,7 @@ class FeatureCache:
         return self._chunks[number][key]
 
     def put(self, chunk: Mapping[str, torch.Tensor]) -> None:
-        """Keep what came from the tower together: by image, parts of one tensor."""
+        """Keep the features of images that passed the tower together, which are parts of one tensor."""
         self._chunks[self._next] = chunk
         self._chunk_of.update(dict.fromkeys(chunk, self._next))
         self._next += 1
@@ -50,6 +50,6 @@ class FeatureCache:
 
 
 def _storage(chunk: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of all tensors that an image's features are parts of."""
+    """The number of bytes of all tensors that contain features of the chunk's images."""
     storages = (part.untyped_storage() for part in chunk.values())
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

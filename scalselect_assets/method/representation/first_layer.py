@@ -1,13 +1,13 @@
 """The parts of a VLM that the method runs: the vision tower with its projector, and the first decoder layer.
 
-The base model's own ``forward`` still does all that differs between families (where image features go, which
-positions and masks they get); its only decoder layer is replaced by one that notes what it is given. From
-there the real first layer is run on the tokens of all samples end to end, without padding, and no further
-than needed: queries, keys and values for every token, then attention, output projection and MLP for the
+The base model's own ``forward`` still does everything that differs between families: the places of image
+features, their positions and their masks. Its only decoder layer is replaced by a recorder of that layer's
+inputs. The real first layer then runs on the tokens of all samples end to end, without padding, and only as
+far as needed: queries, keys and values for every token, then attention, output projection and MLP for the
 dominant vision tokens alone, since nothing else enters the representation.
 
-A GPU works while the host goes on, so a batch is represented in steps: each step asks the device for work and
-returns at once, and the host waits only for what an earlier step has asked for (``FirstLayer.steps``).
+A GPU works while the host continues, so a batch is represented in steps. Each step starts work on the device
+and returns at once; the host waits only for the work of an earlier step (``FirstLayer.steps``).
 """
 
 import inspect
@@ -44,13 +44,13 @@ from scalselect_assets.method.transfers import Transfers
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VisionInput:
-    """One image, or the images of one sample where they cannot be processed separately.
+    """One image, or all images of one sample if they cannot be processed separately.
 
     Attributes:
-        key: Equal for equal images that are processed equally.
-        inputs: What the processor made of it, by the names that the model's ``get_image_features`` takes.
-        n_tokens: Vision tokens that it fills.
-        scale: What makes the model's values of its pixels, where these are bytes.
+        key: Key of the image; equal images that are processed in the same way have the same key.
+        inputs: The processor's outputs for it, by the argument names of the model's ``get_image_features``.
+        n_tokens: Number of vision tokens that the image fills.
+        scale: The scale that turns its pixels into the model's values, if the pixels are bytes.
     """
 
     key: str
@@ -61,14 +61,14 @@ class VisionInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelInput:
-    """One sample as the model reads it.
+    """The model's input for one sample.
 
     Attributes:
         input_ids: (S,) int64.
         token_inputs: Further inputs with one value per token, each (S,).
         vision: (v,) int64 positions of the vision tokens.
         instruction: (u,) int64 positions of tokens that are neither vision nor content of an answer.
-        images: What fills the vision tokens, in order.
+        images: The images that fill the vision tokens, in order.
     """
 
     input_ids: torch.Tensor
@@ -78,19 +78,19 @@ class ModelInput:
     images: tuple[VisionInput, ...]
 
     def __len__(self) -> int:
-        """Tokens."""
+        """The number of tokens."""
         return len(self.input_ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FirstLayerState:
-    """What the first layer says of one sample.
+    """The results of the first layer for one sample.
 
     Attributes:
         vector: (d,) float32: the mean output over the dominant vision tokens.
-        n_dominant_tokens: How many those are.
+        n_dominant_tokens: Number of dominant vision tokens.
         vision_attention: Share of the instruction's attention that falls on vision tokens.
-        attention: (v,) float32: the part of that share which each vision token receives, in their order.
+        attention: (v,) float32: each vision token's part of that share, in token order.
         dominant: (n_dominant_tokens,) int64: which of the v vision tokens are dominant, ascending.
     """
 
@@ -106,10 +106,10 @@ class FeatureCountError(ValueError):
 
 
 def decoder_of(model: Any) -> Any:
-    """The language model of a base model, which has decoder layers.
+    """The language model inside a base model: the part with the decoder layers.
 
     Raises:
-        UnsupportedModelError: It has none, or not in a list.
+        UnsupportedModelError: The model has no decoder layers, or they are not in a list.
     """
     decoder = model.get_decoder()
     if not len(getattr(decoder, "layers", ())):
@@ -118,12 +118,12 @@ def decoder_of(model: Any) -> Any:
 
 
 class FirstLayer:
-    """The parts of a base model that the representation needs. Takes the model over: it is changed.
+    """The parts of a base model that the representation needs. The given model is changed.
 
     Attributes:
         model: The base model without its decoder layers: its configuration and its vision part.
-        device: Where it is.
-        dtype: Of its weights and activations.
+        device: The device that the model is on.
+        dtype: Dtype of the model's weights and activations.
     """
 
     def __init__(self, model: Any, pad_token_id: int) -> None:
@@ -132,10 +132,10 @@ class FirstLayer:
         Args:
             model: A Transformers base model (without a head) with at least one decoder layer, whose text
                 model uses the attention of ``register_rows_attention``.
-            pad_token_id: Any valid token; what it stands for is never used.
+            pad_token_id: Any valid token; its meaning is never used.
 
         Raises:
-            UnsupportedModelError: Its decoder or its first layer is not built in the usual way.
+            UnsupportedModelError: The model's decoder or first layer is not built in the usual way.
         """
         decoder = decoder_of(model)
         layer = decoder.layers[0]
@@ -144,28 +144,28 @@ class FirstLayer:
         self._recorder = _Recorder(layer)
         decoder.layers = torch.nn.ModuleList([self._recorder])
         if isinstance(getattr(decoder, "norm", None), torch.nn.Module):
-            decoder.norm = torch.nn.Identity()  # whose result nobody reads
+            decoder.norm = torch.nn.Identity()  # nothing reads the norm's result
         embedding = model.get_input_embeddings().weight
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
         self._transfers = Transfers(self.device)
         if self.device.type == "cuda":
-            # Transformers' checks of a model's input wait for the device. What they compare, tokens of the
-            # processor with features of the tower, has been compared on the host.
+            # Transformers' checks of a model's input wait for the device. They compare the processor's tokens
+            # with the tower's features, and the host has done that already.
             os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
         self._features_are_tensor = False
 
     @torch.inference_mode()
     @without_costs_per_shape()
     def image_features(self, images: Sequence[VisionInput]) -> list[torch.Tensor]:
-        """What the vision tower and the projector make of images, in one pass.
+        """The features of images from the vision tower and the projector, in one pass.
 
         Returns:
-            Per image (n_tokens, d) on the model's device.
+            For each image its features, (n_tokens, d), on the model's device.
 
         Raises:
-            FeatureCountError: The model makes another number of features of an image than the processor has
-                put tokens into the prompt for.
+            FeatureCountError: The model makes a different number of features for an image than the number of
+                tokens that the processor has put into the prompt.
         """
         joined = self._joined(images, images[0].inputs)
         output = self.model.get_image_features(
@@ -190,7 +190,7 @@ class FirstLayer:
     def represent(
         self, samples: Sequence[ModelInput], features: Sequence[Sequence[torch.Tensor]], attention_mass: float
     ) -> list[FirstLayerState]:
-        """All steps at once; see ``steps``."""
+        """Take all steps at once; see ``steps``."""
         steps = self.steps(samples, features, attention_mass)
         while True:
             try:
@@ -202,24 +202,24 @@ class FirstLayer:
     def steps(
         self, samples: Sequence[ModelInput], features: Sequence[Sequence[torch.Tensor]], attention_mass: float
     ) -> Generator[None, None, list[FirstLayerState]]:
-        """Equations 1 to 3 of the paper for some samples at once, in steps that other work can come between.
+        """Equations 1 to 3 of the paper for several samples at once, in steps that allow other work between.
 
-        The first step asks for the vision tokens' attention, the second one, which needs to know how many of
-        them are kept, for the vectors, and the third one waits for these.
+        The first step starts the computation of the vision tokens' attention. The second step waits for the
+        number of kept tokens and starts the computation of the vectors. The third step waits for the vectors.
 
         Args:
-            samples: What to represent.
-            features: Per sample what ``image_features`` returned for its images.
+            samples: The samples to represent.
+            features: For each sample, the result of ``image_features`` for its images.
             attention_mass: τ.
 
         Returns:
-            One state per sample; one that is not finite has NaN in its vector.
+            One state per sample. The vector contains NaN if the state is not finite.
         """
         begun = self._begin(samples, features, attention_mass)
         del features
         yield
         found = self._finish(begun)
-        del begun  # whose queries, keys and values are most of the memory
+        del begun  # its queries, keys and values take most of the memory
         yield
         vectors, shares, places, counts = (value.numpy() for value in found())
         return [
@@ -238,7 +238,7 @@ class FirstLayer:
     def _begin(
         self, samples: Sequence[ModelInput], features: Sequence[Sequence[torch.Tensor]], attention_mass: float
     ) -> "_Begun":
-        """Everything up to the attention on the vision tokens."""
+        """Compute everything up to the attention on the vision tokens."""
         hidden, layer_inputs = self._layer_inputs(samples, features)
         mask: RowMask = layer_inputs["attention_mask"]
         lengths = [len(sample) for sample in samples]
@@ -266,10 +266,10 @@ class FirstLayer:
     @torch.inference_mode()
     @without_costs_per_shape()
     def _finish(self, begun: "_Begun") -> Callable[[], list[torch.Tensor]]:
-        """Everything from there on; what is returned waits for vectors, shares, places and counts."""
+        """Compute the rest. The returned function waits for vectors, shares, places and counts."""
         (counts,) = begun.counts()
         numbers = torch.arange(begun.places.shape[1], device=self.device)
-        # In token order; what is not kept comes last.
+        # The kept tokens come first, in token order; the others come last.
         ascending = (
             torch.where(numbers < begun.n_kept[:, None], begun.places, len(numbers)).sort(dim=1).values
         )
@@ -283,7 +283,7 @@ class FirstLayer:
     def _layer_inputs(
         self, samples: Sequence[ModelInput], features: Sequence[Sequence[torch.Tensor]]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """What the model gives its first layer: (B, S, d) states, padded on the right, and the rest."""
+        """The inputs of the model's first layer: (B, S, d) states, padded on the right, and the rest."""
         ids = rectangle([sample.input_ids.numpy() for sample in samples], self._pad)
         real = rectangle([np.ones(len(sample), dtype=np.int64) for sample in samples])
         about_tokens = {
@@ -291,7 +291,7 @@ class FirstLayer:
             for name in samples[0].token_inputs
         }
         images = [image for sample in samples for image in sample.images]
-        # Sizes and grids decide the positions of image tokens; the pixels have been used.
+        # Sizes and grids decide the positions of image tokens; the pixels are no longer needed.
         names = [name for name in images[0].inputs if not name.startswith("pixel_")]
         inputs: dict[str, torch.Tensor | None] = {
             "attention_mask": real,
@@ -311,9 +311,9 @@ class FirstLayer:
     def _positions(
         self, ids: torch.Tensor, inputs: dict[str, torch.Tensor | None]
     ) -> dict[str, torch.Tensor | None]:
-        """Positions that depend on the images' shapes, by the model's own code, for models that have such.
+        """Positions that depend on the images' shapes, by the model's own code, if it has such positions.
 
-        Computed here on the host: on a GPU that code would wait for the device several times a sample.
+        They are computed on the host: on a GPU that code would wait for the device several times per sample.
         """
         compute = getattr(self.model, "compute_3d_position_ids", None)
         if compute is None:
@@ -322,22 +322,22 @@ class FirstLayer:
         given = {"inputs_embeds": None, "video_grid_thw": None, "past_key_values": None, **inputs}
         required = {name for name, one in parameters.items() if one.default is inspect.Parameter.empty}
         if not (inputs.keys() <= parameters.keys() and required <= given.keys() | {"input_ids"}):
-            return {}  # the model computes them from more than is known here
+            return {}  # the model's code needs inputs that are not known here
         known = {name: value for name, value in given.items() if name in parameters}
         return {"position_ids": compute(input_ids=ids, **known)}
 
     def _as_output(self, features: torch.Tensor) -> Any:
-        """Flat image features in the form in which the model's own vision tower returns them."""
+        """The flat image features, in the form that the model's own vision tower returns."""
         return SimpleNamespace(
             pooler_output=features[None] if self._features_are_tensor else [features],
-            deepstack_features=[],  # added after the first layer, whose output is wanted before that
+            deepstack_features=[],  # added after the first layer's output, which is taken before that
         )
 
     def _run_to_attention(self, tokens: torch.Tensor, layer_inputs: dict[str, Any]) -> AtAttention:
         try:
             self._layer(tokens, **layer_inputs)
         except AtAttention as at:
-            # The traceback would keep alive what the layer has computed on the way.
+            # The traceback would keep the layer's intermediate tensors alive.
             return at.with_traceback(None)
         raise UnsupportedModelError(
             f"{type(self._layer).__name__} does not use Transformers' attention interface"
@@ -350,13 +350,13 @@ class FirstLayer:
         return there.to(self.dtype) if there.is_floating_point() else there
 
     def _joined(self, images: Sequence[VisionInput], names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Inputs of several images one after the other, filled up with zeros where they differ in shape."""
+        """The inputs of several images, concatenated; images of different shapes are padded with zeros."""
         joined = {}
         for name in names:
             values = [image.inputs[name] for image in images]
             shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
             if any(list(value.shape[1:]) != shape for value in values):
-                # Zeros fill up the model's values, not the bytes.
+                # The padding is zero in the model's values, not in the bytes.
                 values = [
                     image.scale.applied(value) if image.scale and value.dtype == torch.uint8 else value
                     for image, value in zip(images, values, strict=True)
@@ -374,11 +374,11 @@ class FirstLayer:
 
 
 class _Recorder(torch.nn.Module):
-    """Stands where the first decoder layer stood, notes what it is given and passes its input on."""
+    """Replaces the first decoder layer: records the layer's inputs and returns the states unchanged."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
-        self._stands_for = (layer,)  # in a tuple, so that it is no submodule
+        self._stands_for = (layer,)  # in a tuple, so that the layer is no submodule
         self._seen: tuple[torch.Tensor, dict[str, Any]] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -388,12 +388,12 @@ class _Recorder(torch.nn.Module):
             return getattr(self._stands_for[0], name)
 
     def forward(self, hidden_states: torch.Tensor, **layer_inputs: Any) -> torch.Tensor:
-        """Note the call."""
+        """Record the call."""
         self._seen = (hidden_states, layer_inputs)
         return hidden_states
 
     def take(self) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The call noted last, once."""
+        """Return the last recorded call and forget it."""
         if self._seen is None:
             raise UnsupportedModelError("the model did not call its first decoder layer")
         seen, self._seen = self._seen, None
@@ -402,19 +402,19 @@ class _Recorder(torch.nn.Module):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Begun:
-    """A batch whose attention has been asked for.
+    """A batch for which the attention's computation has been started.
 
     Attributes:
         tokens: (T, d) inputs of the layer, the samples end to end.
-        layer_inputs: What else the layer was called with.
-        heads: Of all tokens.
-        mask: What each row may attend to.
+        layer_inputs: The other arguments of the layer's call.
+        heads: Queries, keys and values of all tokens.
+        mask: The mask that says which keys each row may attend to.
         vision: The vision tokens.
-        furthest: By sample, how many tokens from the beginning hold all of vision.
+        furthest: For each sample, the number of tokens from its beginning that includes all vision tokens.
         shares: (B, V) float32: the attention that each vision token receives.
-        places: (B, V) int64: vision tokens by attention, the kept ones first.
-        n_kept: (B,) int64: how many those are.
-        counts: Waits for the same on the host.
+        places: (B, V) int64: vision tokens in order of attention, the kept tokens first.
+        n_kept: (B,) int64: number of kept tokens.
+        counts: Function that waits for ``n_kept`` and returns it on the host.
     """
 
     tokens: torch.Tensor

@@ -1,7 +1,7 @@
-"""Where a row's images stand in the prompt: in front of its first user turn, or where its marks are written.
+"""The place of a row's images in the prompt: before its first user turn, or where its marks are written.
 
-A causal model lets a token attend to what stands before it only. A question that stands before its image
-therefore attends to none of the image's tokens, and its vector says nothing of the question. The published
+In a causal model, a token attends only to the tokens before it. A question before its image therefore attends
+to none of the image's tokens, and the sample's vector does not depend on the question. The published
 code moves all images to the front of the first user turn, and so does the setting ``first``.
 """
 
@@ -12,10 +12,10 @@ from scalselect_assets.method.representation.chat import ChatTemplateError, rend
 from scalselect_assets.method.representation.conversation import IMAGE, Conversation, Part, Turn
 
 ImagePlace: TypeAlias = Literal["first", "as_written"]
-"""What a selection declares."""
+"""The place that a selection declares."""
 
 EffectivePlace: TypeAlias = Literal["first", "as_written", "by_template"]
-"""What decides for a model: the declared place, or a chat template that puts a turn's images first itself."""
+"""The place in a model's prompts: the declared one, or ``by_template`` if the template puts images first."""
 
 DEFAULT_IMAGE_PLACE: ImagePlace = "first"
 
@@ -25,7 +25,7 @@ def effective_place(processor: Any, place: ImagePlace) -> EffectivePlace:
 
     Args:
         processor: A Transformers processor with a chat template.
-        place: What is declared; it has no effect where the template writes a turn's images first.
+        place: The declared place. It has no effect if the template itself writes a turn's images first.
     """
     question = "What is in the image?"
     try:
@@ -36,7 +36,7 @@ def effective_place(processor: Any, place: ImagePlace) -> EffectivePlace:
             for parts in ((IMAGE, question), (question, IMAGE))
         }
     except ChatTemplateError:
-        return place  # the self-check at load says what the template refuses
+        return place  # the self-check at load reports what the template refuses
     return "by_template" if len(prompts) == 1 else place
 
 
@@ -44,8 +44,9 @@ def placed(conversation: Conversation, place: EffectivePlace) -> Conversation:
     """The conversation with its images at ``place``.
 
     With ``first``, a row whose marks all stand in its first user turn gets them in front of that turn's text,
-    whose pieces are joined by line breaks. A row with a mark in any other turn is interleaved on purpose: it
-    stays as it is written, and so does every row with another place. The order of the images never changes.
+    whose pieces are joined by line breaks. A row with a mark in any other turn is interleaved on purpose and
+    stays as it is written. With another place, every row stays as it is written.
+    The order of the images never changes.
     """
     if place != "first":
         return conversation
@@ -64,12 +65,12 @@ def placed(conversation: Conversation, place: EffectivePlace) -> Conversation:
 def asks_before_its_image(conversation: Conversation, place: EffectivePlace) -> bool:
     """Whether a question of the row stands wholly before its image in the prompt.
 
-    That is: no text of the user follows the row's last image, so that nothing of the row's own words can
+    This is so if no text of the user follows the row's last image, so that nothing of the row's own words can
     attend to that image. Only words of the chat template and of answers can.
 
     Args:
         conversation: The row as it is written.
-        place: Where the model's prompts have the images.
+        place: The place of images in the model's prompts.
     """
     asked_since = True
     for role, part in _in_prompt_order(placed(conversation, place), place):
@@ -81,7 +82,7 @@ def asks_before_its_image(conversation: Conversation, place: EffectivePlace) -> 
 
 
 def _in_prompt_order(conversation: Conversation, place: EffectivePlace) -> Iterator[tuple[str, Part]]:
-    """Role and part of everything in the prompt, in its order."""
+    """The role and part of every piece of the prompt, in prompt order."""
     for turn in conversation.turns:
         parts = turn.parts
         if place == "by_template":

@@ -1,7 +1,8 @@
-"""How large images are for the model: what a selection may ask of the model's own image processor.
+"""The bounds on image size that a selection may set on the model's own image processor.
 
-Trainers bound the size of images, and what a row shows the model depends on the bound. Each family's
-processor knows other bounds; one that it does not know is refused. Importing this module imports no torch.
+Trainers bound the size of images, and the bound changes the pixels that the model sees. Each family's
+processor has its own bounds; a bound that the processor does not have is refused.
+Importing this module imports no torch.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,13 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ImageSize:
-    """Bounds on the size that images are scaled to; None leaves the processor's own.
+    """Bounds on the size that images are scaled to; None keeps the processor's own bound.
 
     Attributes:
         image_size: Pixels of the longest side (Idefics3, SmolVLM).
-        min_pixels: Pixels of the image, at least (Qwen-VL and its like).
-        max_pixels: Pixels of the image, at most (the same).
-        max_tiles: Tiles that an image is cut into, at most (InternVL).
+        min_pixels: Minimum number of pixels of the image (Qwen-VL and similar models).
+        max_pixels: Maximum number of pixels of the image (Qwen-VL and similar models).
+        max_tiles: Maximum number of tiles that an image is cut into (InternVL).
 
     Raises:
         ValueError: A bound is below 1, or the lower one is above the upper one.
@@ -44,12 +45,12 @@ def ask_for(image_processor: Any, wanted: ImageSize) -> None:
     """Set the bounds of an image processor, in place.
 
     Args:
-        image_processor: Of Transformers.
-        wanted: What to set.
+        image_processor: A Transformers image processor.
+        wanted: The bounds to set.
 
     Raises:
-        UnsupportedModelError: The processor does not know one of the bounds, or its own lower bound is above
-            the wanted upper one, or the other way round.
+        UnsupportedModelError: The processor does not have one of the bounds, or the wanted upper bound is
+            below its own lower bound, or the wanted lower bound is above its own upper bound.
     """
     from scalselect_assets.method.representation.families import UnsupportedModelError  # imports torch
 
@@ -62,7 +63,7 @@ def ask_for(image_processor: Any, wanted: ImageSize) -> None:
         )
     size = dict(image_processor.size or {})
     if wanted.min_pixels is not None:
-        size["shortest_edge"] = wanted.min_pixels  # named after edges, but these are pixels of the image
+        size["shortest_edge"] = wanted.min_pixels  # despite its name, a number of pixels
     if wanted.max_pixels is not None:
         size["longest_edge"] = wanted.max_pixels
     if wanted.image_size is not None:

@@ -1,4 +1,4 @@
-"""Image bytes to pixels, refusing what cannot or should not be decoded."""
+"""Decoding of image bytes to pixels, with a refusal of images that cannot or should not be decoded."""
 
 import io
 import warnings
@@ -14,7 +14,7 @@ DEFAULT_MAX_PIXELS = 50_000_000
 
 
 MAX_ROW_PIXELS = 4 * DEFAULT_MAX_PIXELS
-"""The images of a row may have this many pixels together, which takes about 2 GB while they are processed."""
+"""The images of a row may have this many pixels together; processing them takes about 2 GB."""
 
 
 class UndecodableImageError(ValueError):
@@ -24,7 +24,7 @@ class UndecodableImageError(ValueError):
 
 
 class DeepImageError(UndecodableImageError):
-    """The pixels have more than 8 bits, and what they mean in 8 is for the pool's owner to say."""
+    """The pixels have more than 8 bits, and only the pool's owner can decide how to reduce them to 8."""
 
     reason = RejectionReason.DEEP_IMAGE
 
@@ -44,7 +44,7 @@ _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEB
 
 @cache
 def _installed_formats() -> tuple[str, ...]:
-    """Those of the formats that this build of Pillow has."""
+    """The listed formats that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
@@ -53,10 +53,11 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
     """Decode to RGB in the orientation that its EXIF tag asks for, as Transformers' ``load_image`` does.
 
     Raises:
-        DeepImageError: One grey channel of 16 or 32 bits or of floats, which Pillow, and with it every
-            trainer, would clip to white or black.
-        UndecodableImageError: Not an image of a known format, or a truncated or damaged one.
-        ImageTooLargeError: More than ``max_pixels`` pixels or too long a strip; read from the header only.
+        DeepImageError: The image is one grey channel of 16 or 32 bits or of floats. Pillow, and so every
+            trainer, would clip it to white or black.
+        UndecodableImageError: The bytes are no image of a known format, or are truncated or damaged.
+        ImageTooLargeError: The image has more than ``max_pixels`` pixels or is too long a strip. Only the
+            header is read for this check.
     """
     try:
         # Pillow's own warning about large images is superseded by the explicit limit.
@@ -74,9 +75,9 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
             f"far more than {max_pixels:,} pixels, which are decoded at most: resize the image"
         ) from error
     except UnidentifiedImageError as error:
-        # Pillow's own sentence names the buffer by its address, which is another one each time.
+        # Pillow's own message contains the buffer's address, which changes each time.
         raise UndecodableImageError(describe(data)) from error
-    # On damaged data Pillow's decoders raise whatever the format's library happens to: over a dozen types.
+    # On damaged data Pillow's decoders raise over a dozen types of errors, depending on the format.
     except Exception as error:
         raise UndecodableImageError(
             f"not an image that can be read ({type(error).__name__}: {str(error)[:200]}); it starts with "
@@ -85,11 +86,11 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
 
 
 def _open(data: bytes) -> Image.Image:
-    """The image with its header read."""
+    """Open an image and read its header."""
     try:
         return Image.open(io.BytesIO(data), formats=_installed_formats())
     except ValueError as error:
-        # Pillow refuses a PNG for the size of a comment in it, which has nothing to do with the picture.
+        # Pillow refuses a PNG with a large text chunk, although the picture itself is fine.
         if "MAX_TEXT" not in str(error):
             raise
         return Image.open(io.BytesIO(_without_text(data)), formats=("PNG",))
@@ -99,7 +100,7 @@ _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 def _without_text(png: bytes) -> bytes:
-    """A PNG without its texts; every other chunk stays as it is."""
+    """A PNG without its text chunks; every other chunk is unchanged."""
     kept = [png[:8]]
     position = 8
     while position + 8 <= len(png):

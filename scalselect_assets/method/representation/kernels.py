@@ -1,8 +1,8 @@
-"""Which of torch's kernels compute the representation: only such as take any shape at no further cost.
+"""The choice of torch's kernels: only kernels that take a new shape at no extra cost are used.
 
-No two samples of a real pool have the same shape, so a kernel that is planned or tuned for each new shape is
-planned for each sample. cuDNN's attention, which torch prefers on a Hopper GPU, builds an execution plan for
-each shape: 72 ms, where the whole sample takes less than one.
+No two samples of a real pool have the same shape, so a kernel that plans or tunes itself for each new shape
+does so for each sample. cuDNN's attention, which torch prefers on a Hopper GPU, builds an execution plan for
+each shape. That takes 72 ms, and the whole sample takes less than 1 ms.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ _ATTENTION: Final = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
 
 @contextmanager
 def without_costs_per_shape() -> Iterator[None]:
-    """Within, torch attends without cuDNN and tries out no convolutions.
+    """Within the block, torch computes attention without cuDNN and does not benchmark convolutions.
 
-    These are settings of the process; they are as before afterwards.
+    Both are settings of the whole process; they are restored at the end of the block.
     """
     tries_convolutions = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False

@@ -1,7 +1,7 @@
-"""The rest of a decoder layer after its attention, for the tokens that are kept, as far as their mean goes.
+"""The part of a decoder layer after its attention, computed for the mean of each sample's kept tokens.
 
-The layer's own modules and its own ``forward`` compute it; only what attends is replaced, and where an MLP
-projects back last, which is linear, each sample's mean is projected in the place of each of its tokens.
+The layer's own modules and its own ``forward`` compute this part; only the attention module is replaced. If
+the MLP ends in a linear projection, that projection is applied once to each sample's mean, not to each token.
 """
 
 import copy
@@ -15,7 +15,7 @@ from scalselect_assets.method.representation.families import UnsupportedModelErr
 
 
 class AfterAttention:
-    """A decoder layer from its attention's output on, with the layer's own modules and ``forward``."""
+    """The part of a decoder layer after its attention, run by the layer's own modules and ``forward``."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         names = [name for name, child in layer.named_children() if hasattr(child, "o_proj")]
@@ -33,7 +33,7 @@ class AfterAttention:
         mlp = layer._modules.get("mlp")
         projection = getattr(mlp, "down_proj", None)
         if set(layer._modules) == usual and mlp is not None and isinstance(projection, torch.nn.Linear):
-            # After it comes only the residual connection, so that all is linear from there on.
+            # Only the residual connection follows this projection, so everything from here on is linear.
             self._mean_first = _MeanFirst(projection)
             pooled = copy.copy(mlp)
             pooled._modules = {**mlp._modules, "down_proj": self._mean_first}
@@ -47,8 +47,8 @@ class AfterAttention:
         Args:
             tokens: (M, d) inputs of the layer.
             attended: (M, heads · head_dim) outputs of its attention before the projection.
-            kept: Whose the tokens are.
-            layer_inputs: What else the layer is called with.
+            kept: The kept tokens and the sample that each belongs to.
+            layer_inputs: The other arguments of the layer's call.
 
         Returns:
             (B, d) float32.
@@ -67,7 +67,7 @@ class AfterAttention:
 
 
 class _Attended(torch.nn.Module):
-    """Stands where a layer attends and returns the projection of what has been attended to elsewhere."""
+    """Replaces a layer's attention module; it projects attention outputs that were computed before."""
 
     attended: torch.Tensor
 
@@ -80,7 +80,7 @@ class _Attended(torch.nn.Module):
 
 
 class _MeanFirst(torch.nn.Module):
-    """Stands where an MLP projects back: projects each sample's mean in the place of each of its tokens."""
+    """Replaces an MLP's last projection: projects each sample's mean instead of each of its tokens."""
 
     kept: Kept
 

@@ -1,9 +1,9 @@
-"""From a model folder or hub id to an encoder: which parts are read, and the proof that they suffice.
+"""Loading of an encoder from a model folder or hub id, with a self-check that the loaded parts suffice.
 
-The configuration is cut to what the first decoder layer's output depends on *before* the weights are read,
+The configuration is cut to the parts that affect the first decoder layer *before* the weights are read,
 and the base model without its language-modelling head is built, so that no other tensor is ever read. Then
-one synthetic sample is represented twice, by the encoder and by the definition in a plain forward pass with
-eager attention; a model for which the two differ is refused.
+one synthetic sample is represented twice: by the encoder, and by the definition in a plain forward pass with
+eager attention. The model is refused if the two results differ.
 """
 
 import io
@@ -74,7 +74,7 @@ _OWN_SIZE = ImageSize()
 
 
 class ModelLoadError(RuntimeError):
-    """The target model cannot be loaded as asked; the message says what to change."""
+    """The target model cannot be loaded with these settings; the message says what to change."""
 
 
 def load_encoder(
@@ -93,17 +93,17 @@ def load_encoder(
     Args:
         model: Local folder or Hugging Face hub id of an image-text-to-text model.
         revision: Branch, tag or commit of a hub id; it is resolved once, and all files are of that commit.
-        device: Where to run.
-        dtype: Of weights and activations; ``auto`` is bfloat16 for a checkpoint in half precision and float32
-            for others. It is part of the fingerprint, so it never depends on the machine.
+        device: The device to run on.
+        dtype: Dtype of weights and activations; ``auto`` is bfloat16 for a checkpoint in half precision and
+            float32 for others. The dtype is part of the fingerprint, so it never depends on the machine.
         attention_mass: τ in (0, 1].
-        image_place: Where a row's images stand in the prompt.
+        image_place: The place of a row's images in the prompt.
         image_size: Bounds on the size that the model's processor scales images to.
-        max_pixels: Images with more pixels are rejected.
+        max_pixels: Largest number of pixels of an image; larger images are rejected.
 
     Raises:
-        ModelLoadError: Not found, not readable, incomplete weights, or the device is missing.
-        UnsupportedModelError: Readable, but not a model that this package can represent samples with.
+        ModelLoadError: The model is not found, not readable or incomplete, or the device is missing.
+        UnsupportedModelError: The model is readable, but this package cannot represent samples with it.
     """
     torch_device = resolve_device(device)
     parts = _load_parts(model, revision, dtype, attention_mass, image_place, image_size)
@@ -135,18 +135,20 @@ def load_card(
     image_place: ImagePlace = DEFAULT_IMAGE_PLACE,
     image_size: ImageSize = _OWN_SIZE,
 ) -> ModelCard:
-    """The card of a model, as `load_encoder` gives it, without the self-check; the arguments are the same.
+    """The card of a model, equal to the one from `load_encoder`, but without the self-check.
+
+    The arguments are those of `load_encoder`.
 
     Raises:
-        ModelLoadError: As `load_encoder`.
-        UnsupportedModelError: The same.
+        ModelLoadError: The model is not found, not readable or incomplete.
+        UnsupportedModelError: The model is readable, but this package cannot represent samples with it.
     """
     return _load_parts(model, revision, dtype, attention_mass, image_place, image_size).card
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Parts:
-    """What is read of a model, on the CPU."""
+    """The parts of a model that are read, on the CPU."""
 
     card: ModelCard
     dtype: DtypeName
@@ -176,7 +178,7 @@ def _load_parts(
     config = _supported_config(source, commit)
     check_config(model, config)
     token_id = image_token_id(config)
-    # Transformers reports the weights that stay unread; leaving them out is the point.
+    # Transformers warns about the weights that stay unread, which is intended here.
     with quiet_transformers(keep_bars=not folder.is_dir()), _cannot_load(model):
         processor = load_processor(source, commit, config)
         refuse_unbounded_template(model, processor)
@@ -200,10 +202,10 @@ def _load_parts(
 
 
 def resolve_device(device: DeviceName) -> torch.device:
-    """The torch device asked for; ``auto`` is CUDA where there is one.
+    """The requested torch device; ``auto`` is CUDA if a CUDA device is available.
 
     Raises:
-        ModelLoadError: CUDA was asked for and is not available.
+        ModelLoadError: CUDA was requested and is not available.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelLoadError("device 'cuda' was asked for but torch sees no CUDA device; use 'cpu' or 'auto'")
@@ -223,7 +225,7 @@ def resolve_commit(model: str, revision: str | None) -> str | None:
         revision: Branch, tag or commit; None is the default branch.
 
     Raises:
-        ModelLoadError: ``model`` is neither, or no commit can be found for it.
+        ModelLoadError: ``model`` is neither a local folder nor a hub id, or no commit can be found for it.
     """
     if Path(model).is_dir():
         return None
@@ -255,14 +257,14 @@ def _cannot_load(model: str) -> Iterator[None]:
         yield
     except (ModelLoadError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    # On a damaged folder Transformers, safetensors and tokenizers raise whatever they stumble over.
+    # On a damaged folder Transformers, safetensors and tokenizers raise errors of many types.
     except Exception as error:
         raise ModelLoadError(f"cannot load {model!r}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
 def _cannot_represent(model: str) -> Iterator[None]:
-    """Names the model in what its self-check says."""
+    """Name the model in the errors of its self-check."""
     tested = f"tested families: {', '.join(TESTED_FAMILIES.values())}"
     try:
         yield
@@ -270,7 +272,7 @@ def _cannot_represent(model: str) -> Iterator[None]:
         raise UnsupportedModelError(f"{model!r} cannot be the target model: {error}; {tested}") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    # Here runs the code of any model that Transformers has, on parts that it may not expect.
+    # The code of any model in Transformers runs here, on parts that it may not expect.
     except Exception as error:
         raise UnsupportedModelError(
             f"{model!r} cannot be the target model: on a test sample, {type(error).__name__}: {error}; "
@@ -279,7 +281,7 @@ def _cannot_represent(model: str) -> Iterator[None]:
 
 
 def _supported_config(model: str, commit: str | None) -> Any:
-    """The configuration of ``model``, if it is of a kind that can be a target model."""
+    """The configuration of ``model``, if that kind of model can be a target model."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -303,9 +305,9 @@ def _supported_config(model: str, commit: str | None) -> Any:
 
 
 def _own_dtype(model: str, commit: str | None, config: Any) -> DtypeName:
-    """The dtype that goes with the checkpoint's own."""
+    """The dtype to compute in, derived from the checkpoint's own dtype."""
     named = config.dtype or config.get_text_config().dtype
-    if named is None:  # its files were written without saying so
+    if named is None:  # the configuration does not name the dtype
         named = _load_base_model(model, commit, config, "auto").get_input_embeddings().weight.dtype
     return automatic_dtype(named)
 
@@ -335,14 +337,14 @@ def _load_base_model(
 
 
 class _SelfCheck:
-    """One synthetic sample, represented by the definition and by the encoder's parts."""
+    """A check on one synthetic sample, represented by the definition and by the encoder's parts."""
 
     def __init__(self, processor: Any, preparer: Preparer, attention_mass: float) -> None:
         """Prepare the sample.
 
         Raises:
-            UnsupportedModelError: The model's own processor or template cannot take a plain sample, or what
-                is made of it leaves open which tokens are the answer's.
+            UnsupportedModelError: The model's own processor or template cannot take a plain sample, or its
+                output does not show which tokens belong to the answer.
         """
         self._attention_mass = attention_mass
         question, answer = "What is in the image?", "A pattern."
@@ -379,7 +381,7 @@ class _SelfCheck:
     def expected(self, model: Any) -> NDArray[np.float32]:
         """The representation by its definition, in a plain forward pass over two layers with eager attention.
 
-        The first layer stands in for the second, whose weights are not there and do not matter.
+        The first layer stands in for the second, whose weights are not loaded and do not matter.
         """
         decoder = decoder_of(model)
         layers, implementation = decoder.layers, decoder.config._attn_implementation
@@ -407,10 +409,10 @@ class _SelfCheck:
         return np.asarray(states[dominant].mean(0).cpu().numpy())
 
     def compare(self, expected: NDArray[np.float32], first_layer: FirstLayer, tolerance: float) -> None:
-        """Hold the encoder's parts against the definition.
+        """Compare the result of the encoder's parts with the definition's.
 
         Raises:
-            UnsupportedModelError: They differ by more than ``tolerance`` of the largest component.
+            UnsupportedModelError: The results differ by more than ``tolerance`` of the largest component.
         """
         features = first_layer.image_features(self._sample.images)
         (state,) = first_layer.represent([self._sample], [features], self._attention_mass)
@@ -423,7 +425,7 @@ class _SelfCheck:
 
 
 def _pattern() -> Image.Image:
-    """Something to look at: no two parts of it are the same."""
+    """A test picture: no two parts of it are the same."""
     ramp = np.arange(56, dtype=np.float64) / 56
     waves = [np.sin(7 * (phase + 1) * np.outer(ramp, 1 + ramp) + phase) for phase in range(3)]
     return Image.fromarray((127.5 * (1 + np.stack(waves, axis=-1))).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""What identifies a representation space: the model, hashed over everything that decides a representation."""
+"""The identity of a representation space: a hash of the model and of all settings that affect a vector."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from scalselect_assets.method.representation.image_size import ImageSize
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What identifies the representation space; kept beside the embeddings for lineage.
+    """The identity of the representation space. It is stored beside the embeddings for lineage.
 
     ``fingerprint`` covers everything that determines a representation and nothing else: the same weights
     under another path are the same model, and the device is not part of it.
@@ -57,16 +57,16 @@ def model_card(
     """Hash everything that determines a representation.
 
     Args:
-        model: As given by the user.
-        revision: As given by the user.
-        commit: That a hub id was read at; None for a local folder.
+        model: The model folder or hub id that the user gave.
+        revision: The revision that the user gave.
+        commit: The commit at which a hub id was read; None for a local folder.
         config: The Transformers configuration that the base model was built with.
         base_model: The loaded parts of the model.
-        processor: Its processor, whose image processor has the bounds already.
-        dtype: Of weights and activations.
+        processor: The model's processor; the size bounds are already set on its image processor.
+        dtype: Dtype of weights and activations.
         attention_mass: τ.
-        image_place: Where images stand in its prompts.
-        image_size: The bounds that were set; the settings that they lead to are among the processor's.
+        image_place: The place of images in the model's prompts.
+        image_size: The bounds that were set. The processor's settings already include their effect.
     """
     text_config = config.get_text_config()
     max_tokens = min(processor.tokenizer.model_max_length, text_config.max_position_embeddings)
@@ -76,7 +76,7 @@ def model_card(
         "processor_sha256": _sha256_json(
             [
                 processor.to_json_string(),
-                # The same settings give other pixels on another backend (Pillow or torchvision).
+                # With the same settings, Pillow and torchvision give different pixels.
                 type(processor.image_processor).__name__,
                 processor.tokenizer.special_tokens_map,
                 processor.tokenizer.backend_tokenizer.to_str(),
@@ -90,7 +90,7 @@ def model_card(
         "attention_mass": attention_mass,
         "max_tokens": max_tokens,
     }
-    # Images that stay where they are written are what fingerprints meant before there was a choice.
+    # Older fingerprints have no image place: images always stayed where they were written.
     place = {"image_place": image_place} if image_place == "first" else {}
     return ModelCard(
         fingerprint=_sha256_json({**hashes, **settings, **place, "version": REPRESENTATION_VERSION})[:16],
@@ -107,7 +107,7 @@ def model_card(
 
 
 def _stable_config(values: Any) -> Any:
-    """A configuration without what says how and by whom it was saved rather than what the model is."""
+    """A configuration without the entries that record only how and by whom it was saved."""
     volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
     if isinstance(values, dict):
         return {key: _stable_config(value) for key, value in values.items() if key not in volatile}

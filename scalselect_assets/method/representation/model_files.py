@@ -2,8 +2,8 @@
 
 Transformers follows some entries of a model's own files to other places: an attention implementation is
 fetched as code from the hub, an index of weights names files by any path, and an adapter beside the weights
-brings another model's. None of these is part of what the model's fingerprint covers, so a model that has one
-is refused before anything of it is loaded.
+brings another model's. The model's fingerprint covers none of these, so a model that has one is
+refused before any part of it is loaded.
 """
 
 import json
@@ -23,7 +23,7 @@ def refuse_files_that_lead_elsewhere(model: str, revision: str | None) -> None:
 
     Args:
         model: Local folder or hub id.
-        revision: Of a hub id.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         UnsupportedModelError: A file leads elsewhere; the message names the file and the reason.
@@ -53,10 +53,10 @@ def refuse_files_that_lead_elsewhere(model: str, revision: str | None) -> None:
 
 
 def refuse_unbounded_template(model: str, processor: Any) -> None:
-    """Refuse a chat template with an operator that may compute for ever in one step.
+    """Refuse a chat template with an operator whose single step may compute for ever.
 
     Raises:
-        UnsupportedModelError: It has one.
+        UnsupportedModelError: The template has such an operator.
     """
     for part in (processor, processor.tokenizer):
         templates = getattr(part, "chat_template", None) or {}
@@ -69,7 +69,7 @@ def refuse_unbounded_template(model: str, processor: Any) -> None:
 
 
 def _read_json(model: str, revision: str | None, name: str) -> Any:
-    """A file of the model; None where it has no such file. A damaged one is left to whatever loads it."""
+    """A file of the model; None if there is no such file. The loader reports a damaged file."""
     from transformers.utils import cached_file
 
     path = cached_file(
@@ -88,7 +88,7 @@ def _read_json(model: str, revision: str | None, name: str) -> Any:
 
 
 def _implementations(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Where a configuration, at any depth, names an attention or experts implementation, and which."""
+    """Each attention or experts implementation in a configuration, at any depth: its place and its value."""
     pending = [(place, value)]
     while pending:
         here, found = pending.pop()

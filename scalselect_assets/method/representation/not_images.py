@@ -1,4 +1,4 @@
-"""Bytes that stand where an image is expected: what they are, and what to do about it."""
+"""Descriptions of bytes that are not an image although one is expected, with a remedy."""
 
 import re
 
@@ -19,7 +19,7 @@ _HTML = re.compile(rb"<(?:!doctype\s+html|html|head|body)[\s>]", re.IGNORECASE)
 
 
 def describe(data: bytes) -> str:
-    """What bytes that Pillow does not know are, with the remedy where there is one."""
+    """A description of bytes that Pillow does not recognise, with a remedy if there is one."""
     head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     signed = (what for start, what in _SIGNATURES if head.startswith(start))
     found = _container(data) or _markup(head) or next(signed, None)

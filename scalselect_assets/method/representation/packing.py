@@ -1,4 +1,4 @@
-"""Samples of different lengths as one tensor: filled up to a rectangle, or end to end without any filling."""
+"""Samples of different lengths as one tensor: padded to a rectangle, or end to end without padding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from scalselect_assets.method.transfers import Transfers
 
 
 def rectangle(rows: Sequence[NDArray[Any]], fill: int = 0) -> torch.Tensor:
-    """Rows of different lengths as (B, longest) on the host, filled up at the end."""
+    """Rows of different lengths as one (B, longest) tensor on the host, padded at the end."""
     filled = np.full((len(rows), max(map(len, rows))), fill, dtype=rows[0].dtype)
     for target, row in zip(filled, rows, strict=True):
         target[: len(row)] = row
@@ -19,16 +19,16 @@ def rectangle(rows: Sequence[NDArray[Any]], fill: int = 0) -> torch.Tensor:
 
 
 class Packing:
-    """Takes tensors by token from samples padded on the right to samples end to end."""
+    """Converts per-token tensors from samples padded on the right to samples end to end."""
 
     def __init__(self, lengths: Sequence[int], transfers: Transfers) -> None:
-        """For samples of these lengths."""
+        """Prepare the conversion for samples of these lengths."""
         self._n_samples, self._length = len(lengths), max(lengths)
         real = np.arange(self._length) < np.asarray(lengths)[:, None]
         self._places = transfers.to_device(torch.from_numpy(np.flatnonzero(real)))
 
     def packed(self, value: Any) -> Any:
-        """Tensors of (..., B or 1, S, ·) as (..., 1, T, ·); anything else as it is."""
+        """A tensor of (..., B or 1, S, ·) as (..., 1, T, ·); any other value unchanged."""
         if isinstance(value, tuple):
             return tuple(self.packed(item) for item in value)
         if (

@@ -1,8 +1,8 @@
-"""Pixels as bytes until they are where the model is: a quarter of what passes between processes and to a GPU.
+"""Pixels stay bytes up to the model's device, which quarters the data between processes and to a GPU.
 
-An image processor ends with scaling bytes to [0, 1] and normalising each channel. Where that is all that it
-does to the bytes, it is asked to leave it out, and the model's device does the same in float32. Whether it is
-all is not looked up by family: the processor's own result for some pictures decides.
+The last steps of an image processor scale bytes to [0, 1] and normalise each channel. If it does nothing else
+to the bytes, these steps are switched off and the model's device does them in float32. A test decides this,
+not a list of families: the processor's own result for some pictures has to agree.
 """
 
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 
 LEFT_OUT: Final = {"do_rescale": False, "do_normalize": False}
-"""Options of an image processor that gives bytes."""
+"""Options that make an image processor return bytes."""
 
-_SIZES: Final = ((56, 56), (90, 30), (30, 100), (420, 300))  # of pictures that are cropped, padded or tiled
-_TOLERANCE: Final = 1e-5  # of a normalised value
+_SIZES: Final = ((56, 56), (90, 30), (30, 100), (420, 300))  # of test pictures: cropped, padded or tiled
+_TOLERANCE: Final = 1e-5  # largest difference in a normalised value
 
 
 @dataclass(frozen=True, slots=True)
 class PixelScale:
-    """What an image processor does to bytes at its end.
+    """The last steps of an image processor: value = (byte · factor - mean) / deviation.
 
     Attributes:
-        factor: What they are multiplied by.
-        mean: Of each channel, what is subtracted then.
-        deviation: Of each channel, what is divided by last.
+        factor: Factor on every byte.
+        mean: Mean of each channel, subtracted after the multiplication.
+        deviation: Deviation of each channel, the divisor of the last step.
     """
 
     factor: float
@@ -35,7 +35,7 @@ class PixelScale:
     deviation: tuple[float, ...]
 
     def applied(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Float32 values of bytes as (..., 3, H, W), or as (patches, 3 · values)."""
+        """The float32 values of bytes of shape (..., 3, H, W) or (patches, 3 · values)."""
         mean, deviation = _channels(self, pixels.device)
         by_channel = pixels.view(len(pixels), len(self.mean), -1, 1) if pixels.ndim == 2 else pixels
         values = by_channel.float().mul_(self.factor).sub_(mean).div_(deviation)
@@ -44,7 +44,7 @@ class PixelScale:
 
 @lru_cache(maxsize=8)
 def _channels(scale: PixelScale, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation on the device, where they stay: copying them would wait for it."""
+    """Mean and deviation on the device. They are cached there, since each copy would wait for the device."""
     mean, deviation = (
         torch.tensor(values, device=device)[:, None, None] for values in (scale.mean, scale.deviation)
     )
@@ -52,7 +52,7 @@ def _channels(scale: PixelScale, device: torch.device) -> tuple[torch.Tensor, to
 
 
 def pixel_scale(image_processor: Any) -> PixelScale | None:
-    """The scale of a processor, if bytes and this scale give what the processor gives; else None."""
+    """The scale of a processor, or None if bytes and this scale do not give the processor's own values."""
     if not all(getattr(image_processor, step, False) for step in LEFT_OUT):
         return None
     mean, deviation = (
@@ -67,7 +67,7 @@ def pixel_scale(image_processor: Any) -> PixelScale | None:
 
 
 def as_bytes(pixels: Any) -> Any:
-    """Bytes that a processor gives as other numbers, as bytes; anything else as it is."""
+    """Pixels as bytes, if the processor returned byte values in another dtype; anything else unchanged."""
     if not isinstance(pixels, torch.Tensor) or pixels.dtype == torch.uint8:
         return pixels
     whole = pixels.to(torch.uint8)
@@ -75,12 +75,12 @@ def as_bytes(pixels: Any) -> Any:
 
 
 def _agrees(image_processor: Any, scale: PixelScale, pictures: list[Image.Image]) -> bool:
-    """Whether the processor gives the same with its last steps left out and done here."""
+    """Whether doing the processor's last steps here gives the same values as the processor does."""
     try:
         expected = dict(image_processor(pictures, return_tensors="pt"))
         found = dict(image_processor(pictures, return_tensors="pt", **LEFT_OUT))
     except (ValueError, TypeError, KeyError):
-        return False  # it does not take the options, or not these pictures
+        return False  # the processor refuses the options or these pictures
     pixels, values = as_bytes(found.get("pixel_values")), expected.get("pixel_values")
     return (
         isinstance(pixels, torch.Tensor)
@@ -94,6 +94,6 @@ def _agrees(image_processor: Any, scale: PixelScale, pictures: list[Image.Image]
 
 
 def _picture(width: int, height: int) -> Image.Image:
-    """Noise: no two pixels of it are the same."""
+    """A picture of noise: no two of its pixels are the same."""
     pixels = np.random.default_rng((width, height)).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)

@@ -1,9 +1,9 @@
-"""From a conversation and its images to what a model reads, with the role of every token.
+"""The preparation of a model's input from a conversation and its images, with the role of every token.
 
 An instruction token is every token that is neither vision nor content of an assistant turn: questions, system
 text, role words, separators, BOS and the tokens around and between images all count. The published code does
-the same but for the tokens around Qwen's images (docs/representation.md has all differences). Everything here
-is plain data and runs as well in a worker process.
+the same except for the tokens around Qwen's images (docs/representation.md lists all differences). Everything
+here is plain data and can also run in a worker process.
 """
 
 import copy
@@ -37,7 +37,7 @@ from scalselect_assets.method.representation.pixel_scale import (
 from scalselect_assets.method.representation.rejection import Rejection, RejectionReason
 
 _CHARACTERS_PER_TOKEN = 64
-"""No prose or code comes near so many; a longer text is refused before work is done on it."""
+"""No prose or code comes near this number. A longer text is refused before any work is done on it."""
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -57,7 +57,7 @@ class Prepared:
 
 
 class Preparer:
-    """Prepares samples for one model. Picklable; not for several threads at once."""
+    """Prepares samples for one model. A preparer is picklable, but only one thread may use it at a time."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class Preparer:
 
         Args:
             processor: A Transformers processor with a chat template and a fast tokenizer.
-            image_token_id: Of the tokens that carry image features.
-            max_tokens: Longer samples are rejected.
-            max_pixels: Images with more pixels are rejected, not decoded.
-            image_place: Where a row's images stand in its prompt.
+            image_token_id: Id of the tokens that carry image features.
+            max_tokens: Largest number of tokens of a sample; a longer sample is rejected.
+            max_pixels: Largest number of pixels of an image; a larger image is rejected without decoding.
+            image_place: The place of a row's images in its prompt.
         """
         self.pad_token_id: int = processor.tokenizer.pad_token_id or 0
         self._processor = processor
@@ -88,12 +88,12 @@ class Preparer:
 
     @property
     def image_processor(self) -> Any:
-        """The Transformers image processor within."""
+        """The processor's own Transformers image processor."""
         return self._image_processor
 
     @property
     def modules(self) -> list[str]:
-        """What a process has to import for preparing."""
+        """The names of the modules that a process must import before it can prepare samples."""
         parts = (self._processor, self._processor.tokenizer, self._image_processor)
         return sorted({type(part).__module__ for part in parts})
 
@@ -106,12 +106,12 @@ class Preparer:
         """Prepare samples that share their images, which are read, decoded and processed once.
 
         Args:
-            images: References, in the order of the image marks.
-            conversations: One per sample.
-            read_image: From a reference to the bytes of the image.
+            images: References to the images, in the order of the image marks.
+            conversations: The conversations, one per sample.
+            read_image: Function that returns the bytes of an image for its reference.
 
         Raises:
-            OSError: An image cannot be read for reasons other than that it is not there.
+            OSError: An image cannot be read, for another reason than that it is missing.
         """
         if not images:
             text_only = Rejection(RejectionReason.TEXT_ONLY, "it has no image; add one or leave the row out")
@@ -136,7 +136,7 @@ class Preparer:
     def _decode(
         self, images: Sequence[str], read_image: Callable[[str], bytes]
     ) -> tuple[list[Image.Image], tuple[str, ...]] | Rejection:
-        """The pixels and the SHA-256 of each image; one that a row shows several times is decoded once."""
+        """The pixels and the SHA-256 of each image. An image that a row repeats is decoded once."""
         known: dict[str, tuple[Image.Image, str]] = {}
         budget = PixelBudget(self.max_pixels)
         for position, reference in enumerate(images, start=1):
@@ -155,7 +155,7 @@ class Preparer:
         return [known[name][0] for name in images], tuple(known[name][1] for name in images)
 
     def _beyond_length(self, conversation: Conversation) -> Rejection | None:
-        """Why a conversation cannot fit the model's length, where its size alone shows that."""
+        """The rejection of a conversation if its size alone shows that it cannot fit the model's length."""
         n_characters = sum(map(len, conversation.texts("system", "user", "assistant")))
         found = (
             f"{conversation.n_images:,} images"
@@ -180,14 +180,14 @@ class Preparer:
         digests: tuple[str, ...],
         shared: tuple[VisionInput, ...] | None,
     ) -> Prepared | Rejection:
-        """One sample; ``shared`` is what the processor made of the same images for another one."""
+        """Prepare one sample; ``shared`` holds the same images as processed for another sample."""
         try:
             chat = self._rendered(conversation)
         except ChatTemplateError as error:
             return Rejection(RejectionReason.TEMPLATE_REFUSED, str(error))
         try:
             inputs = self.model_inputs(chat, images, LEFT_OUT if self._pixel_scale else {})
-        # The tokenizer's own complaint about a lone surrogate is a TypeError.
+        # The tokenizer itself raises a TypeError for a lone surrogate.
         except (ValueError, TypeError) as error:
             return Rejection(RejectionReason.PROCESSOR_REFUSED, f"the model's processor refuses it: {error}")
         except MemoryError:
@@ -201,7 +201,7 @@ class Preparer:
         return self._with_roles(chat, inputs, digests, shared)
 
     def _rendered(self, conversation: Conversation) -> RenderedChat:
-        """The prompt of a sample, with its images where they are to stand."""
+        """The prompt of a sample, with its images moved to their place."""
         return render_chat(self._processor, placed(conversation, self._image_place))
 
     def model_inputs(
@@ -211,7 +211,7 @@ class Preparer:
 
         Args:
             chat: The prompt.
-            images: What its image marks stand for.
+            images: The images for the prompt's image marks, in order.
             about_images: Further options of the image processor.
         """
         bos = self._processor.tokenizer.bos_token
@@ -219,14 +219,14 @@ class Preparer:
             self._processor(
                 text=[chat.text],
                 images=[images],
-                # Not for the text: converting its lists would take longer than everything else.
+                # Only for images: converting the text's lists would take longer than everything else.
                 images_kwargs={"return_tensors": "pt", **about_images},
                 # A template that writes the BOS token itself must not get a second one.
                 add_special_tokens=not (bos and chat.text.startswith(bos)),
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
-                # Rows beyond the model's length are rejected with their counts, never cut, whatever the
-                # tokenizer's own settings say.
+                # Rows beyond the model's length are rejected with their counts. They are never cut, even if
+                # the tokenizer's own settings ask for it.
                 truncation=False,
                 padding=False,
                 verbose=False,
@@ -242,18 +242,18 @@ class Preparer:
     def stand_in(
         self, conversation: Conversation, images: list[Image.Image]
     ) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """What the processor makes of other images in the places of a conversation's own.
+        """The processor's outputs for a conversation when other images replace the conversation's own.
 
         Args:
             conversation: A whole sample that can be prepared.
-            images: One per image mark, of the sizes of the sample's own.
+            images: One image per image mark, with the sizes of the sample's own images.
 
         Returns:
-            The processor's vision inputs by name, and the vision tokens that each image fills.
+            The processor's vision inputs by name, and the number of vision tokens that each image fills.
 
         Raises:
             ChatTemplateError: The template refuses the conversation.
-            ValueError: The processor refuses it.
+            ValueError: The processor refuses the conversation or an image.
         """
         inputs = self.model_inputs(self._rendered(conversation), images)
         return self._vision_inputs(inputs), self._tokens_by_image(inputs)
@@ -262,7 +262,7 @@ class Preparer:
         return {name: inputs[name] for name in self._image_processor.model_input_names if name in inputs}
 
     def _tokens_by_image(self, inputs: dict[str, Any]) -> list[int]:
-        """How many image tokens stand in the text that the processor has put in each image's place."""
+        """The number of image tokens in the text that the processor wrote in the place of each image."""
         vision = inputs["input_ids"][0] == self._image_token_id
         starts, ends = inputs["offset_mapping"][0].unbind(-1)
         (replacements,) = inputs["text_replacement_offsets"]
@@ -278,7 +278,7 @@ class Preparer:
         digests: tuple[str, ...],
         shared: tuple[VisionInput, ...] | None,
     ) -> Prepared | Rejection:
-        """Tell vision, instruction and answer tokens apart."""
+        """Separate vision, instruction and answer tokens."""
         input_ids = inputs["input_ids"][0]
         if len(input_ids) > self._max_tokens:
             return Rejection(
@@ -291,9 +291,9 @@ class Preparer:
         answer = torch.zeros_like(input_ids, dtype=torch.bool)
         for begin, end in _expanded_spans(chat.answer_spans, replacements):
             if begin == end:
-                continue  # an empty answer has no content that a token around it could carry
-            # A token that spans the border belongs to the answer: it carries part of its content. One without
-            # width is white space, which some tokenizers leave out of their offsets.
+                continue  # an empty answer has no content, so no token belongs to it
+            # A token across the border belongs to the answer, since it carries part of its content. A token
+            # of width zero is white space, which some tokenizers leave out of their offsets.
             answer |= (starts < end) & (ends > begin) | (starts == ends) & (begin < starts) & (starts <= end)
         vision = input_ids == self._image_token_id
         n_tokens = self._tokens_by_image(inputs)
@@ -314,9 +314,9 @@ class Preparer:
 
 
 class _OncePerGroup:
-    """An image processor that remembers what it made of the images that it was given last.
+    """An image processor that remembers its result for the last images.
 
-    The processor classes call it for every conversation; conversations about the same images come together.
+    The processor classes call it for every conversation; conversations with the same images come together.
     """
 
     def __init__(self, image_processor: Any) -> None:
@@ -327,7 +327,7 @@ class _OncePerGroup:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_image_processor":
-            raise AttributeError(name)  # before it is set up, as in unpickling
+            raise AttributeError(name)  # not set up yet, for example during unpickling
         return getattr(self._image_processor, name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -349,7 +349,7 @@ class _OncePerGroup:
         if not same or options != self._options:
             self._processed = self._image_processor(images, **options)
             self._images, self._options = flat, options
-        # A copy of the container: some processors take out what they have used.
+        # The container is copied because some processors remove entries that they have used.
         return copy.copy(self._processed)
 
 
@@ -371,10 +371,10 @@ def _by_image(
     n_tokens: Sequence[int],
     scale: PixelScale | None,
 ) -> tuple[VisionInput, ...]:
-    """Take the processor's vision inputs of one sample apart by image, where that can be done.
+    """Split the processor's vision inputs of one sample by image, if that is possible.
 
     An input has either one entry per image, or entries in proportion to the image's tokens (patches, crops).
-    Inputs by sample (padded together, or counts) keep the sample's images together.
+    If an input is per sample (padded together, or counts), the sample's images stay together.
     """
     sizes: dict[str, list[int]] = {}
     for name, value in inputs.items():
@@ -396,7 +396,7 @@ def _by_image(
 def for_transport(prepared: Sequence[Prepared | Rejection]) -> list[Prepared | Rejection]:
     """A group with NumPy arrays, which pass between processes several times as fast as tensors.
 
-    What its samples share, the pixels above all, is passed once.
+    Data that its samples share, mainly the pixels, is passed once.
     """
     seen: dict[int, Any] = {}
     return [
@@ -412,7 +412,7 @@ def for_transport(prepared: Sequence[Prepared | Rejection]) -> list[Prepared | R
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
     """The same structure of dataclasses, dictionaries and tuples with every ``kind`` in it changed.
 
-    ``seen`` holds what images became, by their identity, so that shared ones stay shared.
+    ``seen`` maps the identity of each image to its changed image, so that shared images stay shared.
     """
     if id(value) in seen:
         return seen[id(value)]

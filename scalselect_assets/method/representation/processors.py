@@ -1,7 +1,7 @@
-"""Transformers processors for images and text, also where their video part cannot be built.
+"""Transformers processors for images and text, even on machines where their video part cannot be built.
 
-Several processors take videos too, and the classes for that need torchvision, which not every machine can
-have. Images and text never pass through them.
+Several processors take videos too. Their video classes need torchvision, which cannot be installed on every
+machine. Images and text never pass through the video classes.
 """
 
 from functools import cache
@@ -12,17 +12,17 @@ from scalselect_assets.method.representation.families import UnsupportedModelErr
 
 
 def load_processor(model: str, revision: str | None, config: Any) -> Any:
-    """The processor of a model; without its video part where torchvision is missing.
+    """The processor of a model, without its video part if torchvision is missing.
 
     Args:
         model: Local folder or hub id.
-        revision: Of a hub id.
+        revision: Branch, tag or commit of a hub id.
         config: The model's Transformers configuration.
 
     Raises:
-        OSError: Its files cannot be read.
-        ImportError: It needs a package that is not installed; the message names it.
-        UnsupportedModelError: It is not one that reads images and chats.
+        OSError: The processor's files cannot be read.
+        ImportError: The processor needs a package that is not installed; the message names the package.
+        UnsupportedModelError: The model's processor does not take images and chats.
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -48,7 +48,7 @@ def load_processor(model: str, revision: str | None, config: Any) -> Any:
             f"{model!r} has no processor with an image processor and a fast tokenizer; both are needed"
         )
     if not getattr(processor, "chat_template", None):
-        # Earlier checkpoints keep it with the tokenizer, where a processor does not look for it.
+        # Older checkpoints keep the chat template with the tokenizer, where a processor does not look for it.
         processor.chat_template = tokenizer.chat_template
     if not processor.chat_template:
         raise UnsupportedModelError(f"{model!r} has no chat template; add chat_template.jinja to its files")
@@ -60,7 +60,7 @@ def _for_images(kind: Any) -> Any:
     """The processor class without its video part."""
 
     class ImagesOnly(kind):  # type: ignore[misc]
-        # SmolVLM's chat template asks for these, also where no video is in the chat.
+        # SmolVLM's chat template asks for these values even when the chat has no video.
         video_processor = SimpleNamespace(num_frames=None, fps=None)
 
         @classmethod
@@ -70,12 +70,12 @@ def _for_images(kind: Any) -> Any:
         def __reduce__(self) -> tuple[Any, ...]:
             return _rebuilt, (kind, self.__dict__)
 
-    ImagesOnly.__name__ = kind.__name__  # it stands in the settings that are part of a model's fingerprint
+    ImagesOnly.__name__ = kind.__name__  # the name is among the settings in a model's fingerprint
     return ImagesOnly
 
 
 def _rebuilt(kind: Any, state: dict[str, Any]) -> Any:
-    """Inverse of the class's ``__reduce__``: a class made in a function has no name to pickle it by."""
+    """Inverse of the class's ``__reduce__``. A class made inside a function cannot be pickled by name."""
     processor = object.__new__(_for_images(kind))
     processor.__dict__.update(state)
     return processor

@@ -1,4 +1,4 @@
-"""Keep Transformers from reporting what is meant to be so."""
+"""Keep Transformers from warning about things that are intended."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

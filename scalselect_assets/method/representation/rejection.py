@@ -1,4 +1,4 @@
-"""Why a row has no representation: the closed list of reasons, shared by everything that can reject a row."""
+"""The closed list of reasons why a row has no representation, shared by all code that can reject a row."""
 
 import enum
 from collections.abc import Mapping
@@ -48,12 +48,12 @@ MEANINGS: Mapping[RejectionReason, str] = {
     RejectionReason.TOO_LARGE: "alone, it does not fit the memory of the device",
     RejectionReason.NON_FINITE: "the model's first layer gave infinity or NaN",
 }
-"""What each reason means, for the report and the documentation."""
+"""The meaning of each reason, for the report and the documentation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why one row is not embedded: the typed reason and one sentence with what was found and the remedy."""
+    """The reason why one row is not embedded, and one sentence that names the finding and the remedy."""
 
     reason: RejectionReason
     detail: str

@@ -1,9 +1,9 @@
 """A limit on the work of a chat template, which is a program that comes with a model and may never end.
 
-Python's sandbox for templates bounds what a template can reach, and not how long it runs. Here its steps are
-counted: one for each line that it executes and each function that it calls, as many on every machine.
-Steps that are slow in themselves are bounded by the processor time that the thread spends. Costs: about half
-a microsecond for each step.
+Python's sandbox for templates limits what a template can access, but not how long it runs. This module
+counts its steps: one for each line that it executes and each function that it calls. The count is the same on
+every machine. A limit on the thread's processor time covers slow single steps. Counting costs about half a
+microsecond per step.
 """
 
 import sys
@@ -16,25 +16,25 @@ from typing import Any
 import jinja2
 
 MAX_STEPS = 2_000_000
-"""A conversation of 10,000 turns takes a template about a million."""
+"""A template takes about a million steps for a conversation of 10,000 turns."""
 
 MAX_SECONDS = 60.0
-"""Processor time of one rendering, which takes a fraction of a millisecond for an ordinary conversation."""
+"""The limit on one rendering's processor time. An ordinary conversation takes a fraction of a millisecond."""
 
 _TEMPLATE_FILE = "<template>"  # Jinja's name for the code of a template that comes from a string
-_STEPS_PER_LOOK = 64  # at the clock
+_STEPS_PER_LOOK = 64  # the clock is read once in so many steps
 
 
 class TemplateStepsError(RuntimeError):
-    """A template was stopped, since it takes more steps or more time than any real one needs."""
+    """A template was stopped because it takes more steps or more time than any real template needs."""
 
 
 @contextmanager
 def limited_template_steps(max_steps: int = MAX_STEPS, max_seconds: float = MAX_SECONDS) -> Iterator[None]:
-    """Stop a template that this thread renders within the block, where it exceeds a limit.
+    """Stop a template that this thread renders within the block if it exceeds a limit.
 
     Raises:
-        TemplateStepsError: It was stopped.
+        TemplateStepsError: The template was stopped.
     """
     steps, started = 0, time.thread_time()
 
@@ -64,11 +64,11 @@ def limited_template_steps(max_steps: int = MAX_STEPS, max_seconds: float = MAX_
 def unbounded_operator(template: str) -> str | None:
     """The operator of a template that no limit can stop, if it has one.
 
-    ``9 ** 9 ** 9`` is a single step that takes hours. A template that raises numbers to a power is none that
-    writes a conversation.
+    ``9 ** 9 ** 9`` is a single step that takes hours. No template that writes a conversation
+    needs to raise numbers to a power.
 
     Raises:
-        jinja2.TemplateSyntaxError: It is no template.
+        jinja2.TemplateSyntaxError: The text is no valid template.
     """
     tokens = jinja2.Environment(autoescape=False).lex(template)  # noqa: S701 - nothing is rendered with it
     return next((value for _, kind, value in tokens if kind == "operator" and value == "**"), None)

@@ -1,9 +1,9 @@
-"""Where the vision tokens of a sample lie in its images.
+"""The places of a sample's vision tokens in its images.
 
-How a processor cuts an image (resizing, cropping, padding, tiles) is measured, not calculated: it is given
-pictures in which the colour of each pixel says where the pixel is, in place of the sample's own images, and
-what comes out shows what each tile sees. What is known by family (`_FAMILIES`) is only in which order the
-vision tower's patches become tokens. For any other model nothing is claimed: its tokens are one strip.
+The way in which a processor cuts an image (resizing, cropping, padding, tiles) is measured, not calculated.
+The sample's own images are replaced by pictures in which each pixel's colour encodes its place, and the
+processor's output shows which part each tile sees. Only the order in which the vision tower's patches become
+tokens is known by family (`_FAMILIES`). For any other model, the tokens are one strip without places.
 
 ====================================  ====================================================================
 family                                layout of an image
@@ -33,11 +33,11 @@ from scalselect_assets.method.representation.conversation import Conversation
 from scalselect_assets.method.representation.preparation import Preparer
 
 Box: TypeAlias = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels of the upright image; beyond its edges where it was padded."""
+"""Left, top, right and bottom in pixels of the upright image; a padded image reaches beyond its edges."""
 
-_MARK = 0.98  # of the third channel, which is full where the image is; padding and its blurred edges are less
-_MIXED = 2  # pixels beside padding that its colour reaches into
-_RESIDUAL = 0.01  # of the image's side, root mean square: a tile that is off by more shows something else
+_MARK = 0.98  # least value of the third channel in the image; padding and its blurred edges are below it
+_MIXED = 2  # number of pixels beside padding that its colour mixes with
+_RESIDUAL = 0.01  # of the image's side, root mean square; with a larger error, a tile is not such a part
 _FEWEST_PIXELS = 16
 
 
@@ -46,8 +46,8 @@ class Grid:
     """Vision tokens that lie in rows and columns over a part of an image.
 
     Attributes:
-        tokens: (rows, columns) int64: which of the image's tokens, counted from 0, is where.
-        box: The part of the image that they show together, cell by cell of one size; none where unknown.
+        tokens: (rows, columns) int64: number of the image's token in each cell, counted from 0.
+        box: The part of the image that the grid shows, divided into cells of one size; None if unknown.
         line_ends: (e,) int64: tokens that end the grid's rows, or the grid, and show no part of the image.
     """
 
@@ -62,9 +62,9 @@ class ImageLayout:
 
     Attributes:
         size: Width and height of the upright image in pixels.
-        n_tokens: Of the image.
-        grids: In the model's order; together they hold each token once.
-        note: One sentence on how the layout is to be read.
+        n_tokens: Number of tokens of the image.
+        grids: The grids in the model's order; together they hold each token once.
+        note: One sentence that explains how to read the layout.
     """
 
     size: tuple[int, int]
@@ -78,17 +78,17 @@ def image_layouts(
 ) -> list[ImageLayout]:
     """The layout of each image of a sample.
 
-    Costs one more preparation of the sample, with other pixels; the vision tower does not run.
+    This costs one more preparation of the sample, with other pixels. The vision tower does not run.
 
     Args:
-        model: The base model, whose configuration and whose packing of tiles are asked.
-        preparer: Of this model.
+        model: The base model; its configuration and its packing of tiles are used.
+        preparer: Preparer of this model.
         conversation: A sample that was prepared before.
-        sizes: Width and height of its images, upright.
+        sizes: Width and height of each of its images, upright.
 
     Raises:
-        ChatTemplateError: As ``Preparer.stand_in``.
-        ValueError: Likewise.
+        ChatTemplateError: The template refuses the conversation.
+        ValueError: The processor refuses the conversation or an image.
     """
     pictures = [_picture_of_coordinates(*size) for size in sizes]
     inputs, n_tokens = preparer.stand_in(conversation, pictures)
@@ -116,7 +116,7 @@ def image_layouts(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sample:
-    """What the processor has made of the coordinates."""
+    """The processor's outputs for the pictures of coordinates."""
 
     model: Any
     image_processor: Any
@@ -150,7 +150,7 @@ def _strip(count: int) -> Grid:
 
 
 def _tiles(sample: _Sample) -> list[list[Grid]] | None:
-    """Each tile gives as many tokens as any other, row by row; tiles of an image follow each other."""
+    """Layout in which all tiles give equally many tokens, row by row, and an image's tiles are in order."""
     pixels = sample.inputs["pixel_values"]
     tiles = pixels.reshape(-1, *pixels.shape[-3:])
     per_tile, odd = divmod(sum(sample.n_tokens), len(tiles))
@@ -171,7 +171,7 @@ def _tiles(sample: _Sample) -> list[list[Grid]] | None:
 
 
 def _merged_patches(sample: _Sample) -> list[list[Grid]] | None:
-    """Patches come in blocks that become one token each, blocks row by row."""
+    """Layout in which each block of patches becomes one token, with the blocks row by row."""
     grids = sample.inputs["image_grid_thw"]
     merge = int(sample.config.vision_config.spatial_merge_size)
     side = int(sample.config.vision_config.patch_size)
@@ -189,9 +189,9 @@ def _merged_patches(sample: _Sample) -> list[list[Grid]] | None:
 
 
 def _any_resolution(sample: _Sample) -> list[list[Grid]] | None:
-    """The whole image, then all tiles together, less their padding, with a token after each row.
+    """Layout with the whole image, then all tiles together without padding, and a token after each row.
 
-    The model's own packing puts the tokens in order: it is given coordinates in the place of features.
+    The model's own packing gives the order of the tokens: it receives coordinates instead of features.
     """
     from transformers.models.llava_next.modeling_llava_next import (
         get_anyres_image_grid_shape,
@@ -225,7 +225,7 @@ def _any_resolution(sample: _Sample) -> list[list[Grid]] | None:
 
 
 def _tile_coordinates(n_tiles: int, shape: tuple[int, int], side: int) -> torch.Tensor:
-    """(n_tiles, side², 2): x and y in [0, 1] of each patch's centre, of the whole image and of the mosaic."""
+    """The x and y in [0, 1] of patch centres, in the whole image and in the mosaic: (n_tiles, side², 2)."""
     rows, columns = shape
     y, x = torch.meshgrid(
         (torch.arange(rows * side, dtype=torch.float64) + 0.5) / (rows * side),
@@ -238,7 +238,7 @@ def _tile_coordinates(n_tiles: int, shape: tuple[int, int], side: int) -> torch.
 
 
 def _pack(sample: _Sample, coordinates: torch.Tensor, image_size: torch.Tensor) -> NDArray[np.float64]:
-    """(n_tokens, 2): what the model's packing makes of coordinates; NaN where it puts a token of its own."""
+    """Coordinates as packed by the model, (n_tokens, 2); NaN for tokens that the packing adds."""
     options: dict[str, Any] = {
         "image_sizes": image_size[None],
         "image_newline": torch.full((2,), torch.nan, dtype=torch.float64),
@@ -255,9 +255,9 @@ def _part(whole: Box | None, centres: NDArray[np.float64], cells: tuple[int, int
     """The box of a grid within a larger one.
 
     Args:
-        whole: Box of the larger one.
-        centres: (rows, columns, 2): x and y of each cell's centre in it, in [0, 1].
-        cells: Rows and columns of the larger one.
+        whole: Box of the larger grid.
+        centres: (rows, columns, 2): x and y of each cell's centre in the larger grid, in [0, 1].
+        cells: Rows and columns of the larger grid.
     """
     if whole is None:
         return None
@@ -268,7 +268,7 @@ def _part(whole: Box | None, centres: NDArray[np.float64], cells: tuple[int, int
 
 
 def _extent(centres: NDArray[np.float64], cells: int) -> tuple[float, float]:
-    """From where to where evenly spaced cells reach."""
+    """The start and the end of a range of evenly spaced cells."""
     first, last = float(centres[0]), float(centres[-1])
     half = (last - first) / (len(centres) - 1) / 2 if len(centres) > 1 else 1 / cells / 2
     return first - half, last + half
@@ -290,11 +290,11 @@ _FAMILIES: Final[Mapping[str, Callable[[_Sample], list[list[Grid]] | None]]] = M
 )
 
 
-# What a tile shows
+# The part of an image that a tile shows
 
 
 def _picture_of_coordinates(width: int, height: int) -> Image.Image:
-    """Red tells how far to the right a pixel is and green how far down; blue is full, as padding is not."""
+    """A picture in which red grows to the right and green downwards; blue is full, unlike in padding."""
     x = np.rint(255 * (np.arange(width) + 0.5) / width)
     y = np.rint(255 * (np.arange(height) + 0.5) / height)
     pixels = np.full((height, width, 3), 255, dtype=np.uint8)
@@ -305,7 +305,7 @@ def _picture_of_coordinates(width: int, height: int) -> Image.Image:
 def _shown(sample: _Sample, tile: torch.Tensor, size: tuple[int, int]) -> Box | None:
     """The part of an image that a processed tile (3, H, W) of its picture of coordinates shows.
 
-    None where the tile does not show an upright, evenly scaled part.
+    It is None if the tile does not show an upright, evenly scaled part.
     """
     colours = _colours(sample.image_processor, tile)
     seen = _inner(colours[2] > _MARK)
@@ -316,7 +316,7 @@ def _shown(sample: _Sample, tile: torch.Tensor, size: tuple[int, int]) -> Box | 
             (np.arange(n_cells) + 0.5)[None, :] if axis == 0 else (np.arange(n_cells) + 0.5)[:, None],
             channel.shape,
         )
-        # Within a pixel and a half of the image's edge, resampling lacks what would lie beyond it.
+        # Less than 1.5 pixels from the image's edge, resampling lacks the pixels beyond the edge.
         clear = seen & (np.abs(channel - 0.5) < 0.5 - 1.5 / side)
         if clear.sum() < _FEWEST_PIXELS or np.ptp(cell[clear]) == 0:
             return None
@@ -333,7 +333,7 @@ def _shown(sample: _Sample, tile: torch.Tensor, size: tuple[int, int]) -> Box | 
 
 
 def _inner(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Without what is so close to padding that resampling mixes the two; all where nothing would stay."""
+    """The pixels that are not mixed with padding by resampling; all pixels if none would remain."""
     height, width = seen.shape
     around = np.pad(seen, _MIXED, constant_values=True)
     inner = np.ones_like(seen)
@@ -344,7 +344,7 @@ def _inner(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _colours(image_processor: Any, tile: torch.Tensor) -> NDArray[np.float64]:
-    """A processed tile's colours in [0, 1], as they were before they were scaled and normalised."""
+    """The colours of a processed tile in [0, 1], with scaling and normalisation undone."""
     values = np.asarray(tile.double().numpy())
     if getattr(image_processor, "do_normalize", False):
         mean, std = (

@@ -1,4 +1,4 @@
-"""The oldest versions of the libraries whose own code the representation runs."""
+"""The oldest versions of the libraries that the representation depends on."""
 
 import re
 from collections.abc import Mapping
@@ -9,11 +9,12 @@ from typing import Final
 OLDEST: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
     {"transformers": (5, 23), "torch": (2, 6), "tokenizers": (0, 22)}
 )
-"""As `pyproject.toml` has them; a machine with nothing but torch and Transformers has not installed by it."""
+"""The same versions as in `pyproject.toml`. A machine with only torch and Transformers
+did not install from that file."""
 
 
 def outdated_library() -> str | None:
-    """Which library is too old and what to install; None where all will do."""
+    """A message that names a library that is too old and the version to install; None if there is none."""
     for name, oldest in OLDEST.items():
         installed = version(name)
         release = tuple(int(part) for part in re.findall(r"\d+", installed)[: len(oldest)])

@@ -1,6 +1,6 @@
-"""Where samples are prepared while the model works: a thread, or processes for a device that outruns it.
+"""Preparation of samples while the model works: in a thread, or in processes if the device outruns a thread.
 
-Processes are started once and kept for the next shard, since each has to read the tokenizer.
+Processes are started once and kept for the next shard, because each of them has to load the tokenizer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +23,10 @@ Submit: TypeAlias = Callable[
 
 
 def start_server() -> None:
-    """Begin to start what worker processes are forked from, which imports for seconds; returns at once.
+    """Begin to start the server that worker processes are forked from, and return at once.
 
-    Called before a model is loaded, it is ready when the model is.
+    The server takes seconds to import its modules. If it is started before a model is loaded, both are ready
+    at about the same time.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.models.auto.processing_auto"])
@@ -36,7 +37,7 @@ class Preparation:
     """Prepares groups of samples ahead of their use."""
 
     def __init__(self, preparer: Preparer) -> None:
-        """Nothing is started yet."""
+        """Keep the preparer; no process is started yet."""
         self._preparer = preparer
         self._processes: ProcessPoolExecutor | None = None
         self._n_processes = 0
@@ -44,13 +45,13 @@ class Preparation:
 
     @contextmanager
     def by(self, workers: int) -> Iterator[Submit]:
-        """A function that takes what ``Preparer.prepare`` takes and returns a future of its result.
+        """A function that takes the arguments of ``Preparer.prepare`` and returns a future of its result.
 
         Args:
-            workers: Processes; 0 for a thread of this one, in which Pillow and tokenizers release the lock.
+            workers: Number of processes; 0 for a thread here (Pillow and tokenizers release the GIL).
 
         Raises:
-            BrokenProcessPool: A process died, of lack of memory for example; the next call starts new ones.
+            BrokenProcessPool: A process died, for example for lack of memory; the next call starts new ones.
         """
         if not workers:
             with ThreadPoolExecutor(1, thread_name_prefix="preparation") as thread:
@@ -67,24 +68,24 @@ class Preparation:
             raise
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the worker processes."""
         if self._end is not None:
             self._end()
         self._processes = self._end = None
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
-        # Forked from a process that has imported everything and runs nothing, never from this one.
+        # Workers are forked from an idle process that has imported everything, never from this process.
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__, *self._preparer.modules])
         processes = ProcessPoolExecutor(workers, context, _take, (self._preparer,))
-        # When this object goes, and at exit: a process that is itself a child (a step of a Dagster run)
-        # waits for its children then, and these would wait for work.
+        # Runs when this object is deleted, and at exit. A process that is a child itself (a Dagster step)
+        # then waits for its own children, which would wait for work for ever.
         self._end = util.Finalize(self, processes.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
         self._processes, self._n_processes = processes, workers
         return processes
 
 
-_PREPARERS: list[Preparer] = []  # in a worker process, the one that it works with
+_PREPARERS: list[Preparer] = []  # in a worker process: its one preparer
 
 
 def _take(preparer: Preparer) -> None:

@@ -57,7 +57,7 @@ class Subspace:
 
     @property
     def whitening(self) -> NDArray[np.float64]:
-        """What turns a centred row into its row of U_k, (d, k) float64, computed at each access.
+        """The matrix that maps a centred row to its row of U_k, (d, k) float64, computed at each access.
 
         The leverage of a row x is ‖(x - mean) · whitening‖².
         """

@@ -68,7 +68,7 @@ def strongest_directions(subspace: Subspace, vectors: NDArray[Any], n: int = 3) 
     Args:
         subspace: The basis that the rows are scored with.
         vectors: (m, d) rows as they are scored (`preprocessing.prepared_rows`).
-        n: How many, from 1 on.
+        n: Number of directions, from 1 on.
 
     Raises:
         ValueError: ``vectors`` is not a matrix of the subspace's width, or ``n`` is less than 1.
@@ -85,7 +85,7 @@ def strongest_directions(subspace: Subspace, vectors: NDArray[Any], n: int = 3) 
 
 
 def variance_between(total: NDArray[np.float64], n_marked: int, n: int) -> NDArray[np.float64]:
-    """How much of each direction's variance lies between some marked rows and all others of the pool.
+    """The share of each direction's variance that lies between some marked rows and all others.
 
     1 where a direction does nothing but tell the marked rows from the others, 0 where it tells nothing of it.
     Over the pool, coordinates sum to 0 and their squares to 1, so the variance between the two groups follows
@@ -93,7 +93,7 @@ def variance_between(total: NDArray[np.float64], n_marked: int, n: int) -> NDArr
 
     Args:
         total: (j,) the sum of the marked rows' coordinates, or of the others'.
-        n_marked: How many rows are marked, 1 to n - 1.
+        n_marked: Number of marked rows, 1 to n - 1.
         n: Rows of the pool.
     """
     between: NDArray[np.float64] = np.square(total) * (n / (n_marked * (n - n_marked)))
@@ -101,7 +101,7 @@ def variance_between(total: NDArray[np.float64], n_marked: int, n: int) -> NDArr
 
 
 def centred_cosines(subspace: Subspace, x: NDArray[Any], row: NDArray[Any]) -> NDArray[np.float64]:
-    """How alike rows are to one row, as the basis sees them: centred on its mean and divided by its scale.
+    """The likeness of rows to one row, centred on the basis' mean and divided by its scale.
 
     Costs O(m·d) time and O(m) memory.
 

@@ -15,7 +15,7 @@ from scalselect_assets.method.subspace.moments import Moments
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """What distinguishes a new basis from an old one.
+    """The differences between a new basis and an old one.
 
     Attributes:
         score_change: At most this is the mean absolute change of the normalised score n/k · leverage, whose
@@ -32,7 +32,7 @@ class Drift:
 
 
 def basis_drift(old: Subspace, new: Subspace, moments: Moments) -> Drift:
-    """How far the scores of the new pool move from the old basis to the new one.
+    """The change of the new pool's scores from the old basis to the new one.
 
     The normalised score of a row x under a basis is the quadratic form (x - μ)ᵀP(x - μ) with P = (n/k)·WWᵀ
     and W its whitening. Let C be the new pool's covariance, y = x - μ_new, δ = μ_new - μ_old and

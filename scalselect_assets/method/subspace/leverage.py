@@ -58,7 +58,7 @@ class LeverageScorer:
 
     @property
     def normalisation(self) -> float:
-        """What scores are multiplied by to average 1 over the pool, n/k, and so compare between pools.
+        """The factor n/k, which makes scores average 1 over the pool, so that pools can be compared.
 
         0.0 where k is 0, and all scores are.
         """

@@ -1,4 +1,4 @@
-"""What is done to the embeddings before their subspace is taken.
+"""Preprocessing of the embeddings before their subspace is computed.
 
 The paper's own runs centre the columns and nothing else, and so does the default. Two further steps of its
 scoring script are offered, both off: rows of unit length (here, before the moments, since each row needs only

@@ -36,7 +36,7 @@ class RankRule(Protocol):
         ...
 
     def describe(self) -> dict[str, str | float | int]:
-        """What identifies the rule, for display and for hashing: its name and its knobs."""
+        """The name and the settings of the rule, for display and for hashing."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""How much the choice depends on the rank: the same rows chosen with fewer or more directions.
+"""The influence of the rank on the choice: the same rows chosen with fewer or more directions.
 
 The energy threshold is the method's one free choice, so whoever looks at a basis should see what another one
 would have done.
@@ -19,10 +19,10 @@ _BLOCK_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class RankAlternative:
-    """What another rank would choose.
+    """The choice under another rank.
 
     Attributes:
-        rule: How the rank was found.
+        rule: The rule that gave the rank.
         k: The rank.
         overlap: Share of the rows chosen with the present rank that would be chosen with this one, too.
     """

@@ -24,7 +24,7 @@ _SHORTEST = 64
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where an embedded image lies.
+    """The place of an embedded image.
 
     Attributes:
         shard: The shard's path from the pool's folder.
@@ -62,7 +62,7 @@ class Extraction:
         """``value`` with an address in the place of each image; members that are null are left out of tables.
 
         Args:
-            value: What a JSON row or a table's cell holds.
+            value: The value of a JSON row or a table's cell.
             key: The member or column that holds it.
         """
         match value:

@@ -1,4 +1,4 @@
-"""What every form of shard has in common: its rows as JSON texts, and the images that it holds.
+"""The protocol of all forms of shards: rows as JSON texts, and the images that a shard holds.
 
 The file's suffix names the form. Its rows are JSON texts whatever it is; embedded images leave the text and
 are named by their address (`forms.embedded`). Opening one such image must not cost the reading
@@ -43,7 +43,7 @@ class ShardFile:
 
     @property
     def path(self) -> UPath:
-        """Where it lies, for messages."""
+        """Its place, for messages."""
         return self.folder / self.name
 
     def open(self) -> BinaryIO:
@@ -58,7 +58,7 @@ class ShardFile:
 
 
 class Digest(Protocol):
-    """What hashes the bytes of a file as they are read."""
+    """A hash of the bytes of a file as they are read."""
 
     def update(self, data: bytes, /) -> object:
         """Take in more bytes."""
@@ -100,8 +100,8 @@ class Form(Protocol):
 
         Args:
             file: The file.
-            version: Of the file as it is now: what was unpacked of another version is forgotten.
-            address: Of the image.
+            version: Version of the file now; images unpacked from another version are forgotten.
+            address: Address of the image.
 
         Raises:
             FileNotFoundError: The shard has no such row, or the row no such image.
@@ -158,7 +158,7 @@ class KeptFile:
         self._lock = threading.RLock()
 
     def get(self, file: ShardFile, version: str, make: Callable[[], T], use: Callable[[T], bytes]) -> bytes:
-        """What ``use`` finds in a shard's entry, which is made where there is none.
+        """The result of ``use`` on a shard's entry, which is made where there is none.
 
         Raises:
             Exception: Whatever ``make`` and ``use`` raise; an entry that failed is forgotten.

@@ -26,13 +26,13 @@ _WRITTEN_AS_JSON = (*dict(LAYOUTS), *STANDARD_FIELDS, *OTHER_FIELDS)
 
 
 class _TableForm:
-    """What both kinds of table have in common."""
+    """The common part of both kinds of table."""
 
     name: str
     suffixes: tuple[str, ...]
 
     def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
-        """As in `Form.rows`; a row's line is its number."""
+        """Every row of a table, in order; a row's line is its number."""
         if digest is not None:
             file.digest(digest)
         number = 0
@@ -53,7 +53,7 @@ class _TableForm:
         return "lines"
 
     def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
-        """As in `Form.read_image`."""
+        """An embedded image."""
         return read_unpacked(self, file, version, address)
 
     def _batches(self, file: ShardFile) -> Iterator[pa.RecordBatch]:

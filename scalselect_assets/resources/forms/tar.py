@@ -49,7 +49,7 @@ class Tar:
     suffixes: tuple[str, ...] = (".tar",)
 
     def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
-        """As in `Form.rows`; a row's line is its number."""
+        """Every row of an archive, in order; a row's line is its number."""
         if digest is not None:
             file.digest(digest)
         n_rows = 0
@@ -71,7 +71,7 @@ class Tar:
         return "lines"
 
     def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
-        """As in `Form.read_image`; the archive's headers are read once."""
+        """An image of the archive, whose headers are read once."""
         packed_away = False
 
         def read(packed: _Packed) -> bytes:

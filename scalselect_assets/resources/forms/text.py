@@ -28,7 +28,7 @@ _PLAIN_SUFFIXES = (".json", *LINES_SUFFIXES)
 
 
 class Decompressor(Protocol):
-    """What `zlib` and `zstandard` call a decompression object; it ends with its frame."""
+    """A decompression object of `zlib` or `zstandard`; it ends with its frame."""
 
     @property
     def eof(self) -> bool:
@@ -47,10 +47,10 @@ class TextForm:
     """A text shard.
 
     Attributes:
-        name: What it is called in messages.
-        ending: What its name has behind the suffix of the text.
+        name: Its name in messages.
+        ending: The ending of its files behind the suffix of the text.
         decompressor: Makes what unpacks one compressed frame; None for a plain file.
-        errors: What that raises on bytes that are not compressed so.
+        errors: The errors of that object on bytes that are compressed otherwise.
     """
 
     name: str
@@ -64,7 +64,7 @@ class TextForm:
         return tuple(f"{suffix}{self.ending}" for suffix in _PLAIN_SUFFIXES)
 
     def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
-        """As in `Form.rows`; memory of a few chunks or the longest row."""
+        """Every row of a text, in order; memory of a few chunks or the longest row."""
         with file.open() as stream:
             chunks = read_chunks(stream)
             if digest is not None:
@@ -83,7 +83,7 @@ class TextForm:
             return recognise(self._unpacked(read_chunks(stream), file), file.path)[0]
 
     def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
-        """As in `Form.read_image`."""
+        """An embedded image."""
         return read_unpacked(self, file, version, address)
 
     def _unpacked(self, chunks: Iterator[bytes], file: ShardFile) -> Iterator[bytes]:
