@@ -2,9 +2,9 @@
 
 One file per asset and shard, always replaced whole and atomically, so that a reader sees the old or the new
 content and a rerun changes nothing. Each file carries its own header (data version, provenance, what it was
-computed from), so that what is recorded is what was read, and a hash of its bytes (`resources.seal`), so that
-damage is noticed whenever it is read. A file without a hash, from an earlier release, is read as it is. What
-this costs: one file in memory at a time, and hashing it.
+computed from), so that the record always belongs to the content read, and a hash of its bytes
+(`resources.seal`), so that damage is noticed whenever the file is read. A file without a hash, from an
+earlier release, is read as it is. Costs: one file in memory at a time, and hashing it.
 """
 
 import io
@@ -61,7 +61,7 @@ class ArtifactStore:
     root: UPath
 
     def path(self, asset: str, shard: str | None = None, *, suffix: str) -> UPath:
-        """The place of the output of ``asset`` (for ``shard``), whether or not it exists."""
+        """The path of the output of ``asset`` (for ``shard``), whether or not it exists."""
         name = asset if shard is None else encode_name(shard)
         return self.root / f"{asset}/{name}{suffix}"
 
@@ -80,8 +80,9 @@ class ArtifactStore:
         """A Parquet file, or some of its columns, and its header.
 
         Raises:
-            ArtifactMissingError: Not materialized.
-            ArtifactCorruptError: Truncated or damaged. The whole file is checked, also for a few columns.
+            ArtifactMissingError: The asset is not materialized.
+            ArtifactCorruptError: The file is truncated or damaged. The whole file is checked, even if
+                only a few columns are read.
         """
         path = self.path(asset, shard, suffix=FRAME)
         data = self._read(asset, shard, path)
@@ -127,8 +128,8 @@ class ArtifactStore:
     ) -> tuple[UPath, int]:
         """Replace a JSON file; returns its path and size in bytes.
 
-        An object gets its hash as one more member. One that is only a memory need not be ``durable``: it is
-        written without waiting for the disk, and a power cut may leave it damaged, which reading it shows.
+        An object gets its hash as one more member. A file that is only a cache need not be ``durable``: it is
+        written without waiting for the disk. A power cut may damage it, and the next read notices that.
         """
         path = self.path(asset, shard, suffix=RECORD)
         if not isinstance(value, dict):
@@ -156,7 +157,7 @@ class ArtifactStore:
 
         Raises:
             ArtifactMissingError: There is no such file.
-            ArtifactCorruptError: It is truncated or damaged.
+            ArtifactCorruptError: The file is truncated or damaged.
         """
         what = path.path.removeprefix(f"{self.root.path}/")
         data = self._read(what, None, path)
@@ -172,7 +173,7 @@ class ArtifactStore:
                 seal.check(data, header)
 
     def write_bytes(self, path: UPath, data: bytes) -> None:
-        """Replace a file that is only a memory, without waiting for the disk."""
+        """Replace a file that is only a cache, without waiting for the disk."""
         self._replace(path, data, durable=False)
 
     def write_text(self, path: UPath, pieces: Iterable[str]) -> int:
@@ -183,7 +184,7 @@ class ArtifactStore:
             return int(target.tell())
 
     def rename(self, asset: str, shard: str, to_asset: str, to_shard: str, *, suffix: str) -> None:
-        """Give an output another name, replacing what has it; atomic on a local disk."""
+        """Rename an output, replacing any output of the new name; atomic on a local disk."""
         source, target = self.path(asset, shard, suffix=suffix), self.path(to_asset, to_shard, suffix=suffix)
         target.parent.mkdir(parents=True, exist_ok=True)
         if is_local(source):
@@ -192,12 +193,12 @@ class ArtifactStore:
             source.fs.mv(source.path, target.path)
 
     def paths(self, asset: str, *, suffix: str) -> list[UPath]:
-        """The files of all shards of ``asset``, in no promised order."""
+        """The files of all shards of ``asset``, in any order."""
         folder = self.root / asset
         return [path for path in folder.iterdir() if path.suffix == suffix] if folder.exists() else []
 
     def exists(self, asset: str, shard: str | None = None, *, suffix: str) -> bool:
-        """Whether the output is there."""
+        """Whether the output exists."""
         return bool(self.path(asset, shard, suffix=suffix).exists())
 
     def _read(self, asset: str, shard: str | None, path: UPath) -> bytes:
@@ -247,10 +248,10 @@ class ArtifactStore:
                 path.fs.put_file(upload.name, path.path)
             return
         target_path = Path(path.path)
-        # Opened by its name, as files of tempfile could be read by their owner only.
+        # The file is opened by name, because only their owner could read the files that tempfile makes.
         writing = target_path.with_name(f".writing-{uuid.uuid4().hex}")
         try:
-            # Around closing, too, which writes again what could not be written.
+            # The block includes closing, which retries a failed write.
             with named(path), writing.open("xb") as file:
                 yield file
                 file.flush()
@@ -266,14 +267,14 @@ def replace_text(path: Path, text: str) -> None:
     """Replace a small text file on this machine in one step, so that it is the old or the new one.
 
     Raises:
-        OSError: It cannot be written; the old one is still there.
+        OSError: The new file cannot be written; the old one is still there.
     """
     ArtifactStore(UPath(path.parent)).write_text(UPath(path), [text])
 
 
 @contextmanager
 def named(path: UPath) -> Iterator[None]:
-    """Let errors of writing and closing say where, as those of opening do by themselves."""
+    """Add the path to errors of writing and closing; errors of opening name it already."""
     try:
         yield
     except OSError as error:
@@ -283,10 +284,10 @@ def named(path: UPath) -> Iterator[None]:
 
 
 def _parquet_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, str]]:
-    """The header of an open Parquet file, as it stands there and without the hashes.
+    """The header of an open Parquet file, once as written and once without the hashes.
 
     Raises:
-        ValueError: Truncated or damaged.
+        ValueError: The file is truncated or damaged.
     """
     header = pl.read_parquet_metadata(file)
     size = file.seek(0, os.SEEK_END)
@@ -296,10 +297,10 @@ def _parquet_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _safetensors_header(file: BinaryIO) -> dict[str, str]:
-    """The header of an open safetensors file, known to be as long as it says.
+    """The header of an open safetensors file, after a check of the length that it states.
 
     Raises:
-        ValueError: Truncated or damaged.
+        ValueError: The file is truncated or damaged.
     """
     length = int.from_bytes(file.read(8), "little")
     if length > _MAX_SAFETENSORS_HEADER:
@@ -316,7 +317,7 @@ def _safetensors_header(file: BinaryIO) -> dict[str, str]:
 
 
 def _in_order(data: bytes) -> bytes:
-    """A safetensors file with its header in a fixed order; the library's differs from time to time."""
+    """A safetensors file with its header in a fixed order; the library's own order varies."""
     length = int.from_bytes(data[:8], "little")
     described = json.loads(data[8 : 8 + length])
     described["__metadata__"] = dict(sorted(described["__metadata__"].items()))

@@ -1,9 +1,9 @@
-"""Files below a folder, reached without ever leaving it, whoever changes the folder meanwhile.
+"""Access to files below a folder that never leaves it, even if the folder changes meanwhile.
 
 Checking a path and then opening it are two steps, and between them a file can become a link that leads
 elsewhere. Here a path is opened one component at a time, each below the one before and none through a link;
-a link's text is read and walked in the same way, from where it stands. So whatever is reached was reached
-through folders that lie below the root. Links that stay below it are followed, as the system follows them.
+a link's text is read and walked in the same way, from the link's own folder. So every file is reached only
+through folders below the root. Links that stay below it are followed, as the system follows them.
 Costs: a few system calls for each folder, which is kept open for the next files in it.
 """
 
@@ -27,7 +27,7 @@ _LONGEST_PATH = 4096  # of the system; a longer path names nothing
 
 
 class OutsideError(Exception):
-    """A path, or a link on it, leads out of the folder; nothing of what it leads to was opened."""
+    """A path, or a link on it, leads out of the folder; nothing outside was opened."""
 
 
 class NoRegularFileError(Exception):
@@ -52,7 +52,7 @@ class Beneath:
     def __init__(self, folder: str) -> None:
         """Take an absolute path; the folder is opened when the first file is asked for.
 
-        Links on the way to the folder are followed: who declares it says where it is.
+        Links on the way to the folder itself are followed, because the user declared that path.
         """
         self._path = posixpath.normpath(folder)
         self._folders: OrderedDict[tuple[str, ...], _Folder] = OrderedDict()
@@ -61,15 +61,15 @@ class Beneath:
         weakref.finalize(self, _close, self._open)
 
     def __reduce__(self) -> tuple[type["Beneath"], tuple[str]]:
-        """In another process, descriptors mean other files."""
+        """Pickle the path only: in another process, the open descriptors would mean other files."""
         return Beneath, (self._path,)
 
     def status(self, path: str) -> os.stat_result:
-        """The system's status of the regular file at a relative path.
+        """The status of the regular file at a relative path, from the system.
 
         Raises:
             OutsideError: The path leads out of the folder.
-            NoRegularFileError: It leads to something else than a file.
+            NoRegularFileError: The path leads to something other than a regular file.
             OSError: There is no such file, its links go in circles, or the system cannot say.
         """
         return self._find(path)[2]
@@ -91,7 +91,7 @@ class Beneath:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
     def _find(self, path: str) -> tuple[_Folder, str, os.stat_result]:
-        """The folder of a file, its name there, which was no link a moment ago, and its status."""
+        """The folder of a file, its name in it, and its status. The name was no link when it was checked."""
         names = tuple(path.split("/"))
         if len(path) > _LONGEST_PATH:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path[:200])
@@ -114,7 +114,7 @@ class Beneath:
         return folder, name, status
 
     def _folder(self, names: tuple[str, ...]) -> _Folder:
-        """A folder by its path; open, and kept so for a while."""
+        """The open folder at a path; it stays open for a while."""
         if names in self._folders:
             self._folders.move_to_end(names)
             return self._folders[names]
@@ -167,7 +167,7 @@ class Beneath:
                 os.close(folder.descriptor)
 
     def _behind_link(self, folder: _Folder, name: str) -> tuple[str, ...]:
-        """The names that a link in a folder stands for, from the root on."""
+        """The path, as names from the root, that a link in a folder stands for."""
         target = os.readlink(name, dir_fd=folder.descriptor)
         if target.startswith("/"):
             return self._below_root(target)
@@ -176,7 +176,7 @@ class Beneath:
     def _below_root(self, absolute: str) -> tuple[str, ...]:
         """An absolute path as names below the root, whichever way it names the root.
 
-        Only names come of it: they are walked like any others.
+        The result is only names, which are then walked like any others.
         """
         for root, path in (
             (self._path, posixpath.normpath(absolute)),
@@ -197,7 +197,7 @@ class Beneath:
 
 
 def _link_or_raise(name: str, folder: int, error: OSError) -> str:
-    """The text of a link; ``error`` where it is no link."""
+    """The text of a link; raises ``error`` if the name is no link."""
     try:
         return os.readlink(name, dir_fd=folder)
     except OSError as no_link:

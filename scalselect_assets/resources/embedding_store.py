@@ -4,7 +4,7 @@ Why not one table: replacing a shard in a shared table either needs memory in pr
 or takes two commits, and disjoint shards conflict. With a table each, memory is bounded by the shard, shards
 never meet, and a crash leaves the old version or the new one. A reader names the version that a receipt
 gives, so that nothing changes under it. There must be one writer per shard; the refresh holds a lock.
-Rows carry hashes (`resources.row_hashes`), and what is read is compared with them; a table from an earlier
+Rows carry hashes (`resources.row_hashes`), and rows are compared with them when read; a table from an earlier
 release has none and is read as it is.
 """
 
@@ -38,7 +38,7 @@ from scalselect_assets.resources.row_hashes import (
 _NOTE_PREFIX = "scalselect.note."
 _CONTENT_FIELD = "scalselect.content_sha256"  # in the table's own schema
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes it
-# What keeps a table from being read without anything being wrong with it.
+# System errors that prevent reading a table although the table itself may be sound.
 _NOT_THE_TABLE = {
     *(errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
@@ -46,7 +46,7 @@ _NOT_THE_TABLE = {
 
 
 class EmbeddingTableError(RuntimeError):
-    """A table is missing or does not hold what was recorded of it; the message names the remedy."""
+    """A table is missing or differs from its record; the message names the remedy."""
 
     def __init__(self, message: str, shard: str) -> None:
         super().__init__(message)
@@ -55,16 +55,16 @@ class EmbeddingTableError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTable:
-    """A committed table, as recorded for whoever reads it.
+    """The record of a committed table, for its readers.
 
     Attributes:
         fingerprint: Fingerprint of the model that made the vectors.
         shard: The shard's partition key.
-        table: Name in LanceDB.
+        table: Name of the table in LanceDB.
         version: Committed version.
         n_rows: Embedded samples.
         dimension: Length of each vector.
-        content_sha256: Over all columns in row order.
+        content_sha256: Hash over all columns in row order.
     """
 
     fingerprint: str
@@ -115,7 +115,7 @@ class EmbeddingStore:
         Args:
             fingerprint: Fingerprint of the model.
             shard: Partition key, any string.
-            dimension: d; needed where there are no rows.
+            dimension: Length d of each vector; needed if there are no rows.
             rows: (n,) row numbers within the shard.
             sample_keys: (n,) unique keys.
             source_ids: (n,) the rows' own ids.
@@ -124,7 +124,7 @@ class EmbeddingStore:
             notes: Kept with the table, for ``newest``.
 
         Raises:
-            ValueError: Shape, dtype, a non-finite vector or a repeated key; nothing was written.
+            ValueError: Wrong shape or dtype, a non-finite vector or a repeated key; nothing was written.
             OSError: The disk is full, read-only or not there; the old version stays in force.
         """
         _check_rows(shard, dimension, rows, sample_keys, vectors)
@@ -160,7 +160,7 @@ class EmbeddingStore:
             if not is_local(self.folder) or _is_whole(connection, name):
                 raise
             # LanceDB reads a table before it replaces it, and a power cut may leave one whose last commit is
-            # empty. Nothing of it can be read any more.
+            # empty. Such a table cannot be read any more.
             connection.drop_table(name)
             table = connection.create_table(name, data)
         return EmbeddingTable(
@@ -174,12 +174,12 @@ class EmbeddingStore:
         )
 
     def newest(self, fingerprint: str, shard: str) -> tuple[EmbeddingTable, dict[str, str]] | None:
-        """The last table of a shard under a model, whoever refers to it, with its notes; none where none is.
+        """The last table of a shard under a model, referred to or not, with its notes; None if there is none.
 
         A table that cannot be opened counts as none.
 
         Raises:
-            OSError: The system does not let it be read, which says nothing about the table.
+            OSError: The system refuses to read it, which says nothing about the table.
         """
         name = table_name(fingerprint, shard)
         if not (self.folder / f"{name}.lance").exists():
@@ -211,8 +211,8 @@ class EmbeddingStore:
         """Stream the vectors of the recorded version.
 
         Raises:
-            EmbeddingTableError: The table or the version is gone, damaged, or not what was recorded.
-            OSError: The system does not let it be read, which says nothing about the table.
+            EmbeddingTableError: The table or the version is gone, is damaged, or differs from the record.
+            OSError: The system refuses to read it, which says nothing about the table.
         """
         n_rows = 0
         with self._readable(table):
@@ -262,7 +262,7 @@ class EmbeddingStore:
     def verify(self, table: EmbeddingTable) -> None:
         """Read everything of the recorded version and compare it with the recorded hash; raises as ``read``.
 
-        Holds also for a table from an earlier release, whose rows carry no hashes.
+        This also works for a table from an earlier release, whose rows carry no hashes.
         """
         rows = self.read_all(table)
         own = {"vector", ROW_HASH, *NAMED}
@@ -300,8 +300,8 @@ class EmbeddingStore:
             (len(rows), d), in the order of ``rows``.
 
         Raises:
-            EmbeddingTableError: The table lacks one of the rows; or as ``read``.
-            OSError: The system does not let it be read, which says nothing about the table.
+            EmbeddingTableError: The table lacks one of the rows, or ``read`` would raise this error.
+            OSError: The system refuses to read it, which says nothing about the table.
         """
         if not len(rows):
             return np.empty((0, table.dimension), np.float32)
@@ -318,7 +318,7 @@ class EmbeddingStore:
             found = handle.take_offsets(order[at].tolist()).select(_vector_columns(handle)).to_arrow()
             vectors = _checked_vectors(found, table.dimension)
         got = found["row"].to_numpy()
-        # They come in no promised order.
+        # LanceDB returns the vectors in no promised order.
         place = np.argsort(got, kind="stable")[np.argsort(np.argsort(wanted, kind="stable"), kind="stable")]
         ordered: NDArray[np.float32] = vectors[place]
         return ordered
@@ -362,7 +362,7 @@ class EmbeddingStore:
     def _connect(self) -> Any:
         import lancedb
 
-        # A handle keeps its snapshot otherwise, and a stale one silently duplicates or skips rows.
+        # Otherwise a handle keeps its snapshot, and a stale one silently duplicates or skips rows.
         return lancedb.connect(
             str(self.folder),
             read_consistency_interval=timedelta(0),
@@ -376,22 +376,22 @@ def table_name(fingerprint: str, shard: str) -> str:
 
 
 def system_error(error: Exception, place: UPath) -> OSError | None:
-    """The operating system's error, which LanceDB gives as text in errors without a type."""
+    """The operating system's error, which LanceDB reports only as text; None for any other error."""
     number = _OS_ERROR.search(str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(place)) if number else None
 
 
 def _vector_columns(handle: Any) -> list[str]:
-    """The columns that are read with vectors: their rows' names, and the hashes where there are any."""
+    """The columns to read with the vectors: the names of the rows, and the hashes if there are any."""
     hashes = [ROW_HASH] if ROW_HASH in handle.schema.names else []
     return [*NAMED, "vector", *hashes]
 
 
 def _checked_vectors(rows: pa.RecordBatch | pa.Table, dimension: int) -> NDArray[np.float32]:
-    """The (n, d) vectors of rows, which are what was written.
+    """The (n, d) vectors of rows, after a check against their hashes.
 
     Raises:
-        ValueError: They are not, or have another length.
+        ValueError: The vectors differ from those written, or have another length.
     """
     vectors = _matrix(rows, dimension)
     if ROW_HASH in rows.schema.names:
@@ -424,7 +424,7 @@ def _check_rows(
     sample_keys: Sequence[str],
     vectors: NDArray[np.float32],
 ) -> None:
-    """LanceDB stores infinities, repeated keys and cast values silently, so nothing of them may reach it."""
+    """Refuse infinities, repeated keys and values that need a cast: LanceDB would store them silently."""
     if vectors.dtype != np.float32 or vectors.shape != (len(rows), dimension):
         raise ValueError(
             f"vectors of shard {shard!r} are {vectors.dtype} {vectors.shape}, expected float32 "

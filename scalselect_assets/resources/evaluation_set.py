@@ -1,8 +1,8 @@
-"""The evaluation set of a model: a folder of images, and texts one per line.
+"""The evaluation set of a model: a folder of images, and texts with one text per line.
 
-Evaluation files are the deployment's own, so other than in the pool nothing in them is forgiven: a file that
-cannot be read is an error that names it, since a benchmark that is silently not looked for looks like a clean
-pool. Costs: `files` asks for sizes and times only; bytes are read where they are new (`sha256_of`).
+Evaluation files belong to the deployment, so here, unlike in the pool, nothing is forgiven. A file that
+cannot be read is an error that names it: if a benchmark were silently skipped, the pool would look clean.
+Costs: `files` asks for sizes and times only; bytes are read only if they are new (`sha256_of`).
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class EvaluationFile:
 
     Attributes:
         name: Path relative to the declared folder; the file's own name where a file was declared.
-        path: Its place.
+        path: Location of the file.
     """
 
     name: str
@@ -59,9 +59,9 @@ class EvaluationText:
     """One text that a model is measured with.
 
     Attributes:
-        file: Name of its file.
-        line: Its line, from 1.
-        text: The line, or the value of the field in a JSON Lines file.
+        file: Name of the text's file.
+        line: Line number in the file, from 1.
+        text: The line as written, or the value of the field in a JSON Lines file.
     """
 
     file: str
@@ -72,8 +72,8 @@ class EvaluationText:
 def files(place: UPath, kind: EvaluationKind) -> list[EvaluationFile]:
     """The files of one kind in a folder and the folders below it, by name, or the one file that is given.
 
-    Hidden files and files of other kinds are passed over: benchmarks come with licences and annotations. What
-    of them may have been meant is counted by ``passed_over``.
+    Hidden files and files of other kinds are passed over: benchmarks come with licences and annotations.
+    ``passed_over`` counts those that the user may have meant.
 
     Raises:
         EvaluationSetError: The place does not exist, holds no file of that kind, or is a file of another.
@@ -137,14 +137,14 @@ def _note_passed_over(folder: UPath, below: str, kind: EvaluationKind, listing: 
 
 
 def sha256_of(found: Sequence[EvaluationFile], known: FileDigests) -> FileDigests:
-    """The digests of files, read only where size or time differ from what is ``known``.
+    """The digests of files. Only files whose size or time differs from ``known`` are read.
 
     Raises:
         OSError: A file cannot be read.
     """
     digests: FileDigests = {}
     for file in found:
-        # Asked before the bytes are read: what is written meanwhile shows as a change next time.
+        # The state is read before the bytes: a write in between then shows as a change next time.
         state = file_state(file.path)
         before = known.get(str(file.path))
         if before is not None and tuple(before[:2]) == (state.size, state.version):

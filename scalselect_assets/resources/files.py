@@ -30,7 +30,7 @@ def file_state(path: UPath) -> FileState:
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: It cannot be asked about.
+        OSError: The system cannot report on the file.
     """
     return local_file_state(path.path) if is_local(path) else store_state(path.fs.info(path.path))
 
@@ -40,7 +40,7 @@ def local_file_state(path: str) -> FileState:
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: It cannot be asked about.
+        OSError: The system cannot report on the file.
     """
     status = os.stat(path)  # noqa: PTH116 - see above
     return FileState(status.st_size, str(status.st_mtime_ns))

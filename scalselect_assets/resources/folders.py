@@ -2,9 +2,9 @@
 
 A new folder is written beside the one in force and takes its place once everything is in it. On a local disk
 that is two renames: between them there is no folder at all, never a mixture, and a reader that has opened a
-file keeps it. An object store has no renames; the objects are copied, the old ones go first, and whoever
-reads must compare sizes with what was recorded of the files. What a killed process leaves beside the folder
-is removed when it is written next. One writer per folder at a time; assets hold a lock.
+file keeps it. An object store has no renames: the old objects are removed first, then the new ones are
+copied, so a reader must compare sizes with those recorded for the files. Remains of a killed process beside
+the folder are removed when the folder is written next. One writer per folder at a time; assets hold a lock.
 """
 
 import hashlib
@@ -27,21 +27,21 @@ _REPLACED = ".replaced-"
 
 @dataclass(slots=True)
 class WrittenFile:
-    """A written file as its writer reports it; it is not read back."""
+    """A file as its writer reports it; the file is not read back."""
 
     sha256: str
     bytes: int
     rows: int | None = None
-    """Number of rows, where the file holds rows."""
+    """Number of rows; None for a file that holds no rows."""
 
 
 class HashedStream:
-    """A binary file for writing only, in one pass, that knows the hash and the size of what went through."""
+    """A binary file for writing only, in one pass, that hashes and counts the bytes written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self._size = file, hashlib.sha256(), 0
         self.rows: int | None = None
-        """For whoever writes rows to count them in."""
+        """Number of rows, set by the code that writes rows."""
 
     def write(self, data: bytes) -> int:
         """Append; returns the number of bytes."""
@@ -55,16 +55,16 @@ class HashedStream:
         return self._size
 
     def flush(self) -> None:
-        """For libraries that flush what they write to."""
+        """Flush the file; some libraries flush their output."""
         self._file.flush()
 
     @property
     def closed(self) -> bool:
-        """For libraries that ask."""
+        """Whether the stream is closed; some libraries ask."""
         return self._file.closed
 
     def written(self) -> WrittenFile:
-        """The file that was written, with the hash of the bytes that have passed."""
+        """The size and hash of all bytes written so far."""
         return WrittenFile(self._digest.hexdigest(), self._size, self.rows)
 
 
@@ -73,8 +73,8 @@ class NewFolder:
     """A folder that is being written, not in force yet.
 
     Attributes:
-        target: The final place of the folder.
-        files: The files that were written so far, by path below the folder.
+        target: Final location of the folder.
+        files: Files written so far, by path below the folder.
     """
 
     target: UPath
@@ -82,11 +82,11 @@ class NewFolder:
 
     @property
     def making(self) -> UPath:
-        """The temporary place of the folder."""
+        """The temporary location of the folder while it is written."""
         return _beside(self.target, _MAKING)
 
     def place(self, name: str) -> str:
-        """The final place of the file ``name``, for other files to name: an absolute path or a URI."""
+        """The final location of the file ``name``, for use in other files: an absolute path or a URI."""
         return str(self.target / name)
 
     @contextmanager
@@ -95,7 +95,7 @@ class NewFolder:
 
         Raises:
             ValueError: The name leads out of the folder, or there is such a file already.
-            OSError: It cannot be written; the message names the file.
+            OSError: The file cannot be written; the message names it.
         """
         self._require_new(name)
         path = self.making / name
@@ -125,7 +125,7 @@ class NewFolder:
         The file is found by its descriptor: its path may lead to another file by now.
 
         Raises:
-            ValueError: As in ``stream``, or the folder is not local.
+            ValueError: The name is refused as in ``stream``, or the folder is not local.
             OSError: The file system cannot (``EXDEV``: the two lie on different ones).
         """
         self._require_new(name)
@@ -156,7 +156,8 @@ def replaced_folder(target: UPath) -> Iterator[NewFolder]:
     """Write a folder that takes the place of ``target`` when the block ends without an error.
 
     Raises:
-        OSError: It cannot be written; what was at ``target`` is still there.
+        OSError: The folder cannot be written. The old content of ``target`` is still there, unless the
+            failure came while the folder took its place (see the module).
     """
     folder = NewFolder(target)
     remove_folder(folder.making)
@@ -170,7 +171,7 @@ def replaced_folder(target: UPath) -> Iterator[NewFolder]:
 
 
 def forget_folder(target: UPath) -> None:
-    """Remove a folder that `replaced_folder` wrote, and what a killed process left beside it.
+    """Remove a folder that `replaced_folder` wrote, and the remains of a killed process beside it.
 
     Raises:
         OSError: Something cannot be removed.
@@ -180,7 +181,7 @@ def forget_folder(target: UPath) -> None:
 
 
 def remove_folder(path: UPath) -> None:
-    """Remove a folder with all that is in it, if it is there.
+    """Remove a folder and everything in it, if it exists.
 
     Raises:
         OSError: Something in it cannot be removed.

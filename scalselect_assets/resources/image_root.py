@@ -1,4 +1,4 @@
-"""From an image reference in a row to a file below the image root, or to the reason why there is none.
+"""Resolution of an image reference in a row to a file below the image root, or to a reason for refusal.
 
 No image outside the root is ever opened, whatever a reference says: references are untrusted. They are read
 lexically (``a/../b.png`` is ``b.png``, as in a URL), and on a local file system a symbolic link must also
@@ -40,19 +40,19 @@ _NOT_A_FILE = "is not a regular file; refer to an image file"
 
 @dataclass(frozen=True, slots=True)
 class ResolvedImage:
-    """The file that a reference leads to."""
+    """The result of resolving one image reference."""
 
     path: str | None
-    """Normalised, relative to the root, with ``/``; None for what can never be a file below the root."""
+    """Normalised path from the root, with ``/``; None if it can never be a file below the root."""
     rejection: Rejection | None
-    """Why it cannot be opened now; None when it can."""
+    """The reason why the image cannot be opened now; None if it can."""
 
 
 class ImageRoot:
     """The folder that images may come from, seen from one place that refers to them.
 
-    What a reference resolves to is remembered, as many rows share an image: an instance serves one pass over
-    one shard, and the next pass, which may find other files, makes its own. Memory: the distinct references.
+    Results are kept, as many rows share an image. So an instance serves one pass over one shard, and the next
+    pass, which may find other files, makes a new one. Memory: the distinct references.
     """
 
     def __init__(self, root: UPath, base: UPath, shards: UPath | None = None, *, moved: bool = False) -> None:
@@ -61,10 +61,9 @@ class ImageRoot:
         Args:
             root: Folder that holds every image that may be opened.
             base: Folder that relative references start from: the shard's, or the root itself.
-            shards: The pool's folder, which the addresses of embedded images start from; the root itself
-                where it is not given.
-            moved: Whether an absolute path that lies elsewhere, as one of another machine does, means the
-                file below the root that its longest possible end names.
+            shards: The pool's folder, from which the addresses of embedded images start; None means the root.
+            moved: Whether an absolute path outside the root, for example from another machine, is matched to
+                the file below the root that the longest possible end of the path names.
 
         Raises:
             ValueError: ``base`` is not at or below ``root``.
@@ -97,8 +96,8 @@ class ImageRoot:
     def path_of(self, reference: str) -> str | None:
         """The normalised path that ``reference`` means, whether or not there is such a file.
 
-        None for what can never be a file below the root. Asks the file system about nothing but the links in
-        an absolute path.
+        None if it can never be a file below the root. The file system is asked only about links in an
+        absolute path.
         """
         try:
             return self._path(reference)
@@ -109,7 +108,7 @@ class ImageRoot:
         """Size and version of the image at a normalised path, or why it cannot be opened.
 
         Raises:
-            OSError: As in ``resolve``.
+            OSError: The file system cannot say, as in ``resolve``.
         """
         try:
             return self._state(path)
@@ -131,7 +130,7 @@ class ImageRoot:
             try:
                 return form.read_image(file, state.version, address)
             except ShardFormatError as error:
-                # The shard is reported as damaged by itself; its images are as good as gone.
+                # The damaged shard is reported elsewhere; here its images count as missing.
                 raise FileNotFoundError(f"image {path} cannot be read: {error}") from error
         if self._local:
             with self.open(path) as image:
@@ -144,7 +143,7 @@ class ImageRoot:
     def open(self, path: str) -> BinaryIO:
         """Open the image at a normalised path of a local root; raises as ``read``.
 
-        What is then read from the open file, or linked to, is the file that was checked.
+        Reading or linking the open file is safe: it is the very file that was checked.
         """
         with self._refusals_as_errors(path):
             normal = self._name_there(path)
@@ -189,7 +188,7 @@ class ImageRoot:
     def _end_below(self, path: str) -> str | None:
         """The longest end of an absolute path that names something below the root.
 
-        Remembered by folder: images that lay together lie together.
+        The answer is kept for each folder, as images of one folder stay together.
         """
         folder, _, name = path.rpartition("/")
         if folder in self._moved_from:
@@ -224,7 +223,7 @@ class ImageRoot:
         """The state of the image at a normalised path, or of the shard that it is in.
 
         Raises:
-            _RefusedError: It is not a file, or outside the root.
+            _RefusedError: The path is not a file, or is outside the root.
             OSError: The file system cannot say.
         """
         if embedded := _embedded(path):
@@ -312,7 +311,7 @@ class ImageRoot:
 
 @contextmanager
 def _refusals(path: str) -> Iterator[None]:
-    """Turn what is the matter with a path, and not with the file system, into a refusal."""
+    """Turn errors that concern a path, and not the file system, into a refusal."""
     if path.startswith("/") or path.split("/", maxsplit=1)[0] == "..":
         raise _RefusedError(RejectionReason.OUTSIDE_IMAGE_ROOT, "lies")
     try:
@@ -329,14 +328,14 @@ def _refusals(path: str) -> Iterator[None]:
 
 
 def _embedded(reference: str) -> tuple[Form, Address] | None:
-    """The form and the address, where a reference leads into a shard; None for a path."""
+    """The form and the address of a reference into a shard; None for a path."""
     address = address_of(reference) if "#" in reference else None
     form = address and form_of(address.shard)
     return (form, address) if form and address else None
 
 
 class _RefusedError(Exception):
-    """An image that cannot be opened: the reason, and what is the matter with it, to follow its name."""
+    """An image that cannot be opened, with the reason and a description to print after its name."""
 
     def __init__(self, reason: RejectionReason, what: str) -> None:
         super().__init__(what)

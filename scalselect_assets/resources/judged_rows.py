@@ -1,7 +1,7 @@
-"""One row of a shard as the pool sees it: a sample whose images are all there, or a rejection.
+"""The verdict on one row of a shard: a sample whose images all exist, or a rejection.
 
-Judged is what the row says and whether its images can be opened; pixels are not looked at. Whoever reads the
-whole shard finds the repeats of a row.
+The verdict depends on the row's content and on whether its images can be opened; pixels are not looked at.
+Repeats of a row are found only by the reader of the whole shard.
 """
 
 import hashlib
@@ -16,27 +16,27 @@ from scalselect_assets.resources.shard_reader import RowText
 
 @dataclass(frozen=True, slots=True)
 class PoolRow:
-    """One row of a shard: a sample whose images are all there, or a rejection."""
+    """One row of a shard: a sample whose images all exist, or a rejection."""
 
     row: int
     """Place in the shard, from 0."""
     line: int
-    """Line of the file on which it starts, from 1."""
+    """Line of the file on which the row starts, from 1."""
     text: str
     """The row's JSON text verbatim."""
     sample_key: str
-    """Hash of its content, unique within the shard."""
+    """Hash of the row's content, unique within the shard."""
     source_id: str | None
-    """The row's ``id`` as a string, where it has one."""
+    """The row's ``id`` as a string; None if it has none."""
     sample: Sample | None
-    """None exactly where ``rejection`` is given."""
+    """The sample; None exactly if ``rejection`` is set."""
     image_paths: tuple[str, ...]
-    """The images, for ``SampleSource.open_image``; empty where the row is rejected."""
+    """The images, for ``SampleSource.open_image``; empty if the row is rejected."""
     rejection: Rejection | None
 
 
 def judge(row: RowText, images: ImageRoot) -> tuple[PoolRow, str | None]:
-    """The row as it is judged by itself. Its key is the base key, which its repeats share."""
+    """The verdict on a row by itself. Its key is the base key, which its repeats share."""
 
     def judged(
         base: str,

@@ -1,4 +1,4 @@
-"""Locks of a store between processes: one writer per shard, one refresh, cleaning alone.
+"""Locks between the processes that write to a store: one writer per shard, one refresh, cleaning alone.
 
 Locks are `flock` locks on files below the store, so the kernel releases them when their holder dies, however
 it dies, and readers never wait. A store in an object store is locked for this user on this machine only (its
@@ -23,7 +23,7 @@ from scalselect_assets.resources.names import encode_name
 
 
 class StoreBusyError(RuntimeError):
-    """Somebody else holds what is asked for; the message names who and what to do."""
+    """Another process holds the lock; the message names the process and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class StoreLocks:
     def writing(self, work: str, on_wait: Callable[[str], None]) -> Iterator[None]:
         """Be the only writer of ``work`` (a shard, an asset), beside the writers of other work.
 
-        Waits for whoever writes it now, and for cleaning.
+        Waits for the current writer of the same work, and for cleaning.
 
         Args:
             work: Any string.
-            on_wait: Called once with what is waited for, if anything.
+            on_wait: Called before a wait, with a description of the lock's holder.
         """
         with (
             self._held("store", fcntl.LOCK_SH, on_wait=on_wait),
@@ -59,7 +59,7 @@ class StoreLocks:
         """Be the only refresh of the store.
 
         Raises:
-            StoreBusyError: There is another one.
+            StoreBusyError: Another refresh is running.
         """
         with self._held("refresh", fcntl.LOCK_EX):
             yield
@@ -69,14 +69,14 @@ class StoreLocks:
         """Be the only one at work on the store: no refresh, and no writer of anything.
 
         Raises:
-            StoreBusyError: Somebody is at work.
+            StoreBusyError: Another process is at work on the store.
         """
         with self._held("refresh", fcntl.LOCK_EX), self._held("store", fcntl.LOCK_EX):
             yield
 
     @contextmanager
     def _held(self, name: str, kind: int, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Hold one lock; without ``on_wait``, busy is an error."""
+        """Hold one lock. Without ``on_wait``, a busy lock is an error."""
         path = self.folder / f"{name}.lock"
         with _writable(path):
             descriptor = self._open(path.name)
@@ -98,13 +98,13 @@ class StoreLocks:
             try:
                 yield
             finally:
-                file.truncate(0)  # those who share the lock next leave no name
+                file.truncate(0)  # later holders of a shared lock write no name
 
     def _open(self, name: str) -> int:
-        """Open a lock's file, made where there is none; it is not written to before it is known to be one.
+        """Open a lock's file, or make it; nothing is written to it before it is known to be a lock's file.
 
         Raises:
-            OSError: The folder or the file is a link, or is somebody else's; or it cannot be made.
+            OSError: The folder or the file is a link, belongs to another user, or cannot be made.
         """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700 if self.private else 0o777)
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -125,7 +125,7 @@ class StoreLocks:
 
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Say of errors that concern ``path`` what to do."""
+    """Add advice to errors that concern ``path``."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
 """Partition keys as file and table names: ASCII, reversible, legal in LanceDB and on file systems.
 
-Names of keys that differ in case differ in case only, as the shard files themselves do.
+If two keys differ only in case, so do their names, like the shard files themselves.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ def encode_name(key: str) -> str:
     """Write any string with ASCII letters, digits, ``-`` and ``_`` only.
 
     Every other byte of the UTF-8 text becomes ``_`` and two hexadecimal digits, which ``decode_name``
-    reverses. A result beyond 180 characters is cut and closed with ``__`` and a hash of the key, which no
-    other key encodes to but which cannot be decoded; what is stored under it carries its key inside.
+    reverses. A result beyond 180 characters is cut and closed with ``__`` and a hash of the key, which is
+    unique to the key but cannot be decoded. Files and tables with such a name carry the key inside.
     """
     encoded = _UNSAFE.sub(lambda unsafe: b"_%02x" % unsafe[0][0], key.encode("utf-8")).decode("ascii")
     if len(encoded) <= _MAX_LENGTH:

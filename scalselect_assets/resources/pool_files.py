@@ -1,7 +1,7 @@
 """The shard files of a pool, opened under the rule that holds for images: no link leads out of the pool.
 
 A link to another file of the pool is followed. One that leads out of it, in circles or nowhere is a shard
-that cannot be read: it fails by itself, and nothing of what it points to is opened.
+that cannot be read: only this shard fails, and the target of the link is not opened.
 """
 
 import errno
@@ -23,9 +23,9 @@ def open_shard_file(folder: UPath, relative: str) -> BinaryIO:
     """Open the shard at a path below the pool's folder.
 
     Raises:
-        ShardFormatError: It is a link that cannot be followed, or no regular file.
+        ShardFormatError: The path is a link that cannot be followed, or no regular file.
         FileNotFoundError: There is no such file.
-        OSError: It cannot be opened.
+        OSError: The file cannot be opened.
     """
     path = folder / relative
     if not is_local(folder):
@@ -54,7 +54,7 @@ def shard_file_state(folder: UPath, relative: str) -> FileState:
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: It cannot be asked about.
+        OSError: The system cannot report on the file.
     """
     if not is_local(folder):
         return file_state(folder / relative)

@@ -1,6 +1,6 @@
-"""The files of a pool's folder: which are shards, and which are passed over and why.
+"""The files of a pool's folder: the shards, and the files passed over, with the reason.
 
-Nothing is passed over in silence: what is neither a shard nor an image is counted by kind, with an example.
+Nothing is passed over in silence: files other than shards and images are counted by kind, with examples.
 """
 
 import os
@@ -32,11 +32,11 @@ DEFAULT_IGNORE = (
     *("README*", "LICENSE*", "LICENCE*", "*.md", "*.py", "*.sh", "*.yaml", "*.yml", "*.toml", "*.lock"),
     *(".git", ".gitattributes", ".gitignore", ".DS_Store", "._*", "Thumbs.db", ".cache", ".huggingface"),
 )
-"""Names that are no shards in anybody's pool: what libraries write beside a dataset, and documentation."""
+"""Names that are no shards in any pool: files that libraries write beside a dataset, and documentation."""
 
 
 def ignore_patterns(declared: Sequence[str]) -> tuple[str, ...]:
-    """The patterns of a declaration on top of the defaults, of which ``!pattern`` takes one back."""
+    """The default patterns and those of a declaration, in which ``!pattern`` removes a default."""
     taken_back = {pattern.removeprefix("!") for pattern in declared if pattern.startswith("!")}
     defaults = (pattern for pattern in DEFAULT_IGNORE if pattern not in taken_back)
     return (*defaults, *(pattern for pattern in declared if not pattern.startswith("!")))
@@ -44,7 +44,7 @@ def ignore_patterns(declared: Sequence[str]) -> tuple[str, ...]:
 
 EXPORT_MARK = "selected_ids.jsonl"
 _EXPORT_RECORDS = (EXPORT_MARK, "rejected.jsonl", "images.jsonl", "meta.json", "shards.json", "arguments.txt")
-"""The files of our exports beside their rows; they are ignored, so that an export can be a pool again."""
+"""Files that our export writes beside its rows; listing skips them, so the folder can be a pool again."""
 
 _EXAMPLES = 3
 
@@ -54,7 +54,7 @@ class PassedOver:
     """Files or folders of one kind that are not read.
 
     Attributes:
-        count: Their number; files inside a folder are not counted.
+        count: Number of such files or folders; the content of a folder is not counted.
         examples: The first of them, as paths from the pool's folder.
     """
 
@@ -87,7 +87,7 @@ class PoolListing:
 
     @property
     def unexpected(self) -> dict[str, PassedOver]:
-        """The files that are passed over although no pattern ignores them."""
+        """The files and folders passed over although no pattern asked for it."""
         return {kind: found for kind, found in sorted(self.passed_over.items()) if kind != "ignored"}
 
     def to_json(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class PoolListing:
 
 
 def in_words(passed_over: Mapping[str, Mapping[str, Any]]) -> str:
-    """``PoolListing.to_json`` as one phrase; empty where nothing is passed over but what is ignored."""
+    """``PoolListing.to_json`` as one phrase; empty if only ignored files are passed over."""
     return ", ".join(
         f"{found['count']} {_WORDS.get(kind, kind.removeprefix('other:'))} (such as {found['examples'][0]})"
         for kind, found in passed_over.items()
@@ -121,7 +121,7 @@ def list_shards(folder: UPath, excluded: frozenset[str], ignore: Sequence[str]) 
     Args:
         folder: The folder.
         excluded: Identities (``folder_identity``) of folders that hold no shards.
-        ignore: Patterns as the shell has them, for names or for paths from the folder.
+        ignore: Shell patterns for names or for paths from the folder.
 
     Raises:
         OSError: A folder cannot be listed; a partial answer would look like deleted shards.
@@ -132,7 +132,7 @@ def list_shards(folder: UPath, excluded: frozenset[str], ignore: Sequence[str]) 
 
 
 def folder_identity(folder: UPath) -> str:
-    """The identity of a folder, which all paths to it share."""
+    """A text that is equal for two paths to the same folder."""
     if is_local(folder):
         return os.path.realpath(folder.path)
     return f"{folder.protocol}:{folder.path.strip('/')}"
@@ -173,7 +173,7 @@ def _sort(name: str, path: str, listing: PoolListing) -> None:
     if form_of(name):
         listing.shards.append(path)
     elif not name.lower().endswith((*IMAGE_SUFFIXES, *MEDIA_SUFFIXES)):
-        # Images and the like are what rows name; the rows that need them say so.
+        # Rows name images and similar files, and a row that lacks one reports it.
         listing.pass_over(f"other:{suffixes_of(name)}", path)
 
 
@@ -209,7 +209,7 @@ def entries_of(folder: UPath) -> Iterator[Entry]:
 
 def _kind(entry: "os.DirEntry[str]") -> str:
     if entry.is_symlink():
-        # A link that leads nowhere, or in a circle, is a shard that fails, and not one that is gone.
+        # A link that leads nowhere, or in a circle, is a shard that fails, not one that was removed.
         return "linked_folder" if os.path.isdir(entry.path) else "file"  # noqa: PTH112
     if entry.is_dir():
         return "folder"

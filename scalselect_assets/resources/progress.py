@@ -21,7 +21,7 @@ class Progress(Protocol):
 
 
 class LogProgress:
-    """A line in the run's log now and then: rows done, rows per second, time left."""
+    """Progress as an occasional line in the run's log: rows done, rows per second, time left."""
 
     def __init__(self, interval_seconds: float = 30.0) -> None:
         self._interval = interval_seconds

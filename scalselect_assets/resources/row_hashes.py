@@ -2,7 +2,7 @@
 
 Vectors are read row by row and in parts, so each row has a hash, in a column of its own, of its vector, its
 number and its names. The other columns are always read whole, so each has one hash, in the table's schema.
-Costs: one pass of SHA-256 over what is read, about a second for each gigabyte, and 16 bytes a row.
+Costs: one pass of SHA-256 over the data read, about a second for each gigabyte, and 16 bytes a row.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _BYTES = 16
 
 
 class ChangedRowsError(ValueError):
-    """Rows are not what was written."""
+    """Rows differ from those written."""
 
 
 def row_hashes(
@@ -52,7 +52,7 @@ def check_rows(rows: pa.RecordBatch | pa.Table, vectors: NDArray[np.float32]) ->
         vectors: (n, d) of these rows.
 
     Raises:
-        ChangedRowsError: A row is not what was written.
+        ChangedRowsError: A row differs from the one written.
     """
     named = [rows.column(name).to_pylist() for name in NAMED]
     found = row_hashes(named[0], named[1], named[2], vectors)
@@ -77,7 +77,7 @@ def check_columns(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> None:
     A table that was written before there were hashes passes.
 
     Raises:
-        ChangedRowsError: A column is not what was written.
+        ChangedRowsError: A column differs from the one written.
     """
     if COLUMN_HASHES not in metadata:
         return
@@ -94,7 +94,7 @@ def content_hash(
     vectors: NDArray[np.float32],
     attributes: Mapping[str, pa.Array],
 ) -> str:
-    """The hash of everything in a table; rows that moved or were renamed change it, too."""
+    """The hash of everything in a table. It also changes if rows only move or are renamed."""
     values = [list(rows), list(sample_keys), list(source_ids)]
     named = {name: array.to_pylist() for name, array in attributes.items()}
     digest = hashlib.sha256(json.dumps([values, named], sort_keys=True).encode())

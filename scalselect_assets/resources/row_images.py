@@ -1,7 +1,7 @@
-"""The places in which a row names its images: fields of many names, parts of a turn, and its text.
+"""The places where a row names its images: fields of many names, parts of a turn, and its text.
 
-Every image is a `Reference` that knows all the places that name it, so that it can be renamed where it
-stands. Also holds the marks that other models write for an image, and the signs of media that are not read.
+Every image is a `Reference` with all the places that name it, so that it can be renamed in place. The module
+also defines the marks that other models write for an image, and the signs of media that are not read.
 """
 
 import re
@@ -28,7 +28,7 @@ OTHER_FIELDS = (
     *("image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "image_list"),
     *("img", "imgs", "img_path", "img_paths", "jpg", "jpeg", "png", "webp"),
 )
-"""Names that some pools give to `images`; read where a row has none of the standard ones."""
+"""Other names for `images` in some pools; read only if a row has no standard field."""
 
 MEDIA_FIELDS = tuple(
     f"{kind}{ending}"
@@ -60,7 +60,7 @@ OTHER_MEDIA_MARKS = re.compile(
 
 
 def may_hold_marks(text: str) -> bool:
-    """Whether a text may hold anything of the patterns above but plain marks; most hold none."""
+    """Whether a text may match one of the patterns above apart from plain marks; most texts do not."""
     return "<" in text.replace(IMAGE_MARK, "") or "[IM" in text or "<image>./" in text
 
 
@@ -89,7 +89,7 @@ class Slot:
     span: tuple[int, int] | None = None
 
     def put(self, name: str) -> None:
-        """Write another name there. Of several spans of one text, the last goes first."""
+        """Write another name in this place. With several spans in one text, start with the last."""
         if self.span is None:
             self.holder[self.key] = name
         else:
@@ -109,7 +109,7 @@ def references_of(holder: Mapping[str, object], name: str) -> list[Reference]:
     """The images that a field names: a path, an object with one, or a list of either.
 
     Raises:
-        RowError: It holds something else.
+        RowError: The field holds something else.
     """
     value = holder[name]
     if isinstance(value, list):
@@ -119,7 +119,7 @@ def references_of(holder: Mapping[str, object], name: str) -> list[Reference]:
 
 def _reference(value: object, slot: Slot, name: str) -> Reference:
     if isinstance(value, dict):
-        # A table's export spells a key that a row lacks as null.
+        # A table's export writes null for a key that a row lacks.
         key = next((key for key in _REFERENCE_KEYS if value.get(key) not in (None, "")), None)
         if key is not None:
             return _reference(value[key], Slot(value, key), name)
@@ -141,8 +141,8 @@ def images_of(holder: Mapping[str, object], where: str, *, any_name: bool = True
 
     Args:
         holder: The row or the turn.
-        where: Its name in messages.
-        any_name: Whether `OTHER_FIELDS` are looked at where there is no standard one.
+        where: Name of the row or turn in messages.
+        any_name: Whether `OTHER_FIELDS` are read if there is no standard field.
 
     Raises:
         RowError: Two fields name different images, or a field holds something else than images.
@@ -182,7 +182,7 @@ def require_no_other_media(holder: Mapping[str, object], where: str) -> None:
     """Refuse a row or turn that has video or audio.
 
     Raises:
-        RowError: As ``other_media``.
+        RowError: The row or turn has such media; ``other_media`` makes the error.
     """
     if _MEDIA_FIELDS.isdisjoint(holder):
         return
@@ -201,7 +201,7 @@ def other_media(found: str) -> RowError:
 
 
 def unread_image(holder: Mapping[str, object]) -> str | None:
-    """The part of a row or turn without an image that looks like an unread one; None if there is none."""
+    """Describe a field that looks like an unread image in a row or turn without images, or return None."""
     for name, value in holder.items():
         for text in _strings(value):
             if _looks_like(text, IMAGE_SUFFIXES) or text[:11].lower() == "data:image/":
@@ -210,7 +210,7 @@ def unread_image(holder: Mapping[str, object]) -> str | None:
 
 
 def unread_media(holder: Mapping[str, object]) -> str | None:
-    """The part of a row without an image that looks like video or audio; None if there is none."""
+    """Describe a field that looks like video or audio in a row without an image, or return None."""
     for name, value in holder.items():
         if any(_looks_like(text, MEDIA_SUFFIXES) for text in _strings(value)):
             return f"`{name}` seems to name video or audio"

@@ -1,4 +1,4 @@
-"""The layout of a row: which turns it has, who speaks them, and which image stands where.
+"""The layout of a row: its turns, their roles, and the place of each image.
 
 The key that holds the turns decides the layout: ``messages`` with ``role`` and ``content``
 (ShareGPT as LLaMA-Factory and most trainers write it) and ``conversations`` with ``from`` and ``value``
@@ -54,9 +54,9 @@ class WrittenTurn:
     """A turn as the row has it.
 
     Attributes:
-        role: The speaker.
-        text: The text, with a mark for each image.
-        images: The image of each mark; None for the next one of the row's own images.
+        role: Role of the speaker.
+        text: Text of the turn, with a mark for each image.
+        images: Image of each mark; None stands for the next one of the row's own images.
         fields: The turn's object in the row; None for the row's own system text.
     """
 
@@ -84,7 +84,7 @@ def lay_out(row: Mapping[str, object]) -> LaidOutRow:
     """Read a decoded row.
 
     Raises:
-        RowError: It is malformed, has media that are not read, or its images cannot be distinguished.
+        RowError: The row is malformed, has unread media, or its images cannot be told apart.
     """
     turns, row_format = _turns(row)
     require_no_other_media(row, "row")
@@ -160,7 +160,7 @@ def _turn(item: object, place: int, row_format: RowFormat) -> WrittenTurn:
 
 
 def _first(item: dict[str, object], fields: tuple[str, str]) -> tuple[str, object]:
-    # A table's export spells a column that a row lacks as null.
+    # A table's export writes null for a column that a row lacks.
     key = fields[1] if item.get(fields[0]) is None else fields[0]
     return key, item.get(key)
 
@@ -249,7 +249,7 @@ def _require_images_only(turn: WrittenTurn) -> None:
 
 
 def _place(turns: list[WrittenTurn], n_images: int) -> None:
-    """Give a row without marks one for each image: where another model's marks stand, or before all text."""
+    """Give a row without marks one for each image: in place of another model's marks, or before all text."""
     marked = (turn.text for turn in turns if may_hold_marks(turn.text))
     found = [mark for text in marked for mark in FOREIGN_MARKS.finditer(text)]
     numbers = [int(mark["number"]) for mark in found if mark["number"]]
@@ -262,7 +262,7 @@ def _place(turns: list[WrittenTurn], n_images: int) -> None:
             turn.images = [None] * n_marks
         return
     if found:
-        return  # refused by the next rule, which says why
+        return  # the next rule refuses the row with a reason
     users = [turn for turn in turns if turn.role == "user"]
     if not users:
         raise RowError(f"the row has {n_images} image(s) but no user turn to show them in; add a user turn")
@@ -283,7 +283,7 @@ def _require_no_foreign_marks(turns: list[WrittenTurn]) -> None:
 
 
 def _matched(turns: list[WrittenTurn], own: list[Reference], given: list[Reference]) -> list[Reference]:
-    """The images in the order of the marks; as many as the row names where the numbers differ."""
+    """The images in the order of the marks. If the numbers differ, all images that the row names."""
     waiting = sum(image is None for turn in turns for image in turn.images)
     if given and own and not waiting:
         if [image.name for image in given] != [image.name for image in own]:
@@ -303,7 +303,7 @@ def _require_nothing_unread(row: Mapping[str, object], turns: list[WrittenTurn])
     """Refuse a row that would count as text only although something in it looks like an image or a video.
 
     Raises:
-        RowError: As ``unread_image`` or ``other_media``.
+        RowError: The row seems to hold an unread image, or video or audio.
     """
     fields = {key: value for key, value in row.items() if key not in dict(LAYOUTS)}
     for holder in (fields, *(_beside_text(turn) for turn in turns)):
@@ -330,7 +330,7 @@ def _beside_text(turn: WrittenTurn) -> dict[str, object]:
 
 
 def plain(value: object) -> object:
-    """A decoded value with Python's numbers, for fields that are passed on."""
+    """A decoded value with its numbers as Python numbers, for fields that are passed on."""
     match value:
         case Number():
             return _number(value.text)

@@ -1,4 +1,4 @@
-"""The sample pool: which shards there are, what each holds, and whether it is still the same.
+"""The sample pool: its shards, the content of each, and whether that content has changed.
 
 A shard is one file of the pool, of any form that `forms` reads. Its key is its path below the
 source, escaped where Dagster's partition keys do not allow a character. Reading streams; discovery keeps a
@@ -48,16 +48,16 @@ _NOT_IN_KEYS = re.compile(r"[%\a\b\f\n\r\t\v\0\udc80-\udcff]|\.(?=\.\.)")
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """The record of a shard file that discovery keeps."""
+    """The facts about a shard file that discovery keeps."""
 
     size: int
     version: str
     """Modification time in nanoseconds or ETag, when the bytes were read."""
     sha256: str
     n_rows: int | None
-    """None where the file is not readable as rows."""
+    """Number of rows; None if the file is not readable as rows."""
     images: tuple[str, ...]
-    """The distinct images that it names, relative to the image root, sorted; missing ones included."""
+    """The distinct images that the shard names, relative to the image root, sorted; missing ones included."""
     source: str
     """The sample source and the image root that ``images`` belong to."""
     image_root: str | None
@@ -85,12 +85,12 @@ class ShardState:
     """A shard as it is now."""
 
     fingerprint: str
-    """Hash of its bytes and of size and time of every image it names."""
+    """Hash of the shard's bytes, and of size and time of every image that it names."""
     changed_at: float | None
     """Latest modification of the file or an image, in seconds since the epoch; None in an object store,
     where files appear whole."""
     missing_images: tuple[str, ...] = ()
-    """The images that it names and that are not there."""
+    """The images that the shard names but that do not exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class SampleSource:
     """
 
     source: UPath
-    """A folder, all of whose files of the forms that are read are shards, or one such file."""
+    """A folder, in which every file of a known form is a shard, or one such file."""
     image_root: UPath | None = None
     exclude: tuple[UPath, ...] = ()
     """Folders below the source that hold no shards, such as the artifacts of the selection itself."""
@@ -124,7 +124,7 @@ class SampleSource:
         return dict(sorted((self.shard_key(path), folder / path) for path in listing.shards))
 
     def listing(self) -> PoolListing:
-        """The shards there are now, and what is passed over.
+        """The shards there are now, and the files and folders passed over.
 
         Hidden files and folders, ignored ones and stores of selections are skipped, and links to folders are
         not followed.
@@ -155,7 +155,7 @@ class SampleSource:
         """The file of a shard key, whether or not it exists.
 
         Raises:
-            ValueError: It is not a key that ``shard_key`` gives, or it leads out of the source.
+            ValueError: ``key`` is not a key that ``shard_key`` gives, or it leads out of the source.
             FileNotFoundError: The source does not exist.
         """
         return self._folder() / self._relative_path(key)
@@ -192,17 +192,17 @@ class SampleSource:
         """Whether the shard is a JSON array or JSON Lines.
 
         Raises:
-            ShardFormatError: It begins like neither.
-            OSError: It cannot be read.
+            ShardFormatError: The shard begins like neither.
+            OSError: The file cannot be read.
         """
         file = self.shard_file(key)
         return _form(file).container(file)
 
     def shard_file(self, key: str) -> ShardFile:
-        """A shard's file, which lies in the pool whatever links say.
+        """A shard's file. Opening it never follows a link out of the pool.
 
         Raises:
-            ValueError: It is not a key that ``shard_key`` gives.
+            ValueError: ``key`` is not a key that ``shard_key`` gives.
             FileNotFoundError: The source does not exist.
         """
         return ShardFile(*self._place(key))
@@ -210,9 +210,9 @@ class SampleSource:
     def export_text(self, key: str, text: str, image_paths: Sequence[str]) -> str:
         """A row's text for a file of rows from all over the pool, read with the image root beside it.
 
-        Verbatim, except that in a pool without a declared image root the references of a shard in a
-        subfolder, which start there, are rewritten to start from the source folder, and that images which a
-        text shard holds as Base64 stand in the row again. Those of a table or an archive keep their address.
+        The text is verbatim, with two exceptions. In a pool without a declared image root, references of a
+        shard in a subfolder start there and are rewritten to start from the source folder. Images that a text
+        shard holds as Base64 are put back into the row; those of tables and archives keep their address.
 
         Args:
             key: The row's shard.
@@ -237,10 +237,10 @@ class SampleSource:
         )
 
     def index_shard(self, key: str) -> ShardIndex:
-        """Read a shard once for what discovery remembers of it.
+        """Read a shard once and build the index that discovery keeps of it.
 
-        A file that is not readable as rows is indexed by its bytes, so that its failure stays its own and
-        ends when the file is replaced.
+        A file that is not readable as rows is indexed by its bytes. So it alone fails, and only until the
+        file is replaced.
 
         Raises:
             FileNotFoundError: The shard or the image root does not exist.
@@ -248,7 +248,7 @@ class SampleSource:
         """
         file = self.shard_file(key)
         images = self._images(key)
-        # Asked before the bytes are read: what is written meanwhile shows as a change next time.
+        # The state is read before the bytes: a write in between then shows as a change next time.
         state = self._file_state(key)
         digest = hashlib.sha256()
         named: set[str] = set()
@@ -292,7 +292,7 @@ class SampleSource:
         return now == (index.size, index.version, index.source, index.image_root)
 
     def changed_at(self, key: str) -> float | None:
-        """When the shard file was last modified, as in `ShardState`; its images are not looked at.
+        """The time when the shard file was last modified, as in `ShardState`; its images are not looked at.
 
         Raises:
             FileNotFoundError: The shard does not exist.
@@ -328,7 +328,7 @@ class SampleSource:
         return ShardState(fingerprint, changed_at, tuple(map(str, missing)))
 
     def shard_fingerprint(self, key: str, index: ShardIndex) -> str:
-        """The fingerprint of ``shard_state``; raises likewise."""
+        """The fingerprint of ``shard_state``; raises as ``shard_state``."""
         return self.shard_state(key, index).fingerprint
 
     def open_image(self, relative_path: str) -> bytes:
@@ -337,7 +337,7 @@ class SampleSource:
         Raises:
             FileNotFoundError: There is no such image, or the shard that holds it is damaged.
             PermissionError: The path leads out of the image root.
-            OSError: It cannot be read.
+            OSError: The file cannot be read.
         """
         return self.image_files().read(relative_path)
 
@@ -351,7 +351,7 @@ class SampleSource:
         return ImageRoot(root, root, self.shards_folder())
 
     def images_folder(self) -> UPath:
-        """The folder that image paths start from: the image root, else the source folder.
+        """The folder that image paths are relative to: the image root, or the source folder if none is set.
 
         Raises:
             FileNotFoundError: The source does not exist.
@@ -371,7 +371,7 @@ class SampleSource:
         return None if self.image_root is None else str(self.image_root)
 
     def _relative_path(self, key: str) -> str:
-        """The place of the shard below the source's folder."""
+        """The path of the shard below the source's folder."""
         relative = unquote(key, errors="surrogateescape")
         normal = posixpath.normpath(relative)
         leads_out = normal.startswith("/") or normal.split("/")[0] in (".", "..")
@@ -381,7 +381,7 @@ class SampleSource:
         return relative
 
     def _file_state(self, key: str) -> FileState:
-        """State of a shard file; asked of every shard in every discovery."""
+        """The state of a shard file; every discovery reads it for every shard."""
         return shard_file_state(*self._place(key))
 
     def _place(self, key: str) -> tuple[UPath, str]:
@@ -390,7 +390,7 @@ class SampleSource:
         return (folder, relative) if folder is self.source else self._own_place(folder)
 
     def _own_place(self, folder: UPath) -> tuple[UPath, str]:
-        """The place of one file that is declared, which may be a link: who declares it says where it is."""
+        """The place of a single declared file. It may be a link, because the user declared it."""
         if not is_local(folder):
             return folder, self.source.name
         real = UPath(os.path.realpath(self.source.path))
@@ -415,11 +415,11 @@ class SampleSource:
         return ImageRoot(root, root, self.shards_folder(), moved=True)
 
     def _present_images_folder(self) -> UPath:
-        """``images_folder``, which is there."""
+        """``images_folder``, after a check that the folder exists."""
         if self.image_root is None:
             return self._folder()
         if not _is_folder(self.image_root):
-            # Not one rejection for each row: a disk that is not mounted says nothing about the data.
+            # An error, not a rejection of each row: an unmounted disk says nothing about the data.
             msg = (
                 f"The image root {self.image_root} is not a folder. Correct the selection's image root, or "
                 "mount the file system that holds it."
@@ -429,7 +429,7 @@ class SampleSource:
 
 
 def _form(file: ShardFile) -> Form:
-    """The form of a shard; one file that is declared by itself may have any name, and is text then."""
+    """The form of a shard. A single declared file may have any name; an unknown suffix means text."""
     return form_of(file.name) or PLAIN
 
 

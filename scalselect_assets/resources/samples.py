@@ -1,7 +1,7 @@
-"""From one row's JSON text to a sample, or to the reason why it is none.
+"""Parsing of one row's JSON text into a sample, or into the reason why the row is refused.
 
-What a row may look like is `row_layout`'s concern; here it becomes a conversation with a key.
-Nothing here looks at files: whether the images exist is `image_root`'s concern.
+`row_layout` reads the layout of a row; this module makes a conversation with a key from it.
+Nothing here looks at files: `image_root` checks whether the images exist.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ KEY_LENGTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row that says what a training sample has to say; its images are references still."""
+    """A row with everything that a training sample needs; its images are still references."""
 
     row: int
     """Place in the shard, from 0."""
@@ -35,10 +35,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class ParsedRow:
-    """One row, read: exactly one of ``sample`` and ``rejection`` is there."""
+    """The result of reading one row: exactly one of ``sample`` and ``rejection`` is set."""
 
     source_id: str | None
-    """Also for a rejected row, where its ``id`` could be read."""
+    """The row's ``id``, also of a rejected row if it could be read."""
     sample: Sample | None = None
     rejection: Rejection | None = None
 
@@ -46,12 +46,12 @@ class ParsedRow:
 def parse_row(text: str, row: int = 0, *, keep_text_only: bool = False) -> ParsedRow:
     """Read one row.
 
-    Of a key that occurs twice the last value counts, as in every common JSON reader.
+    If a key occurs twice, the last value counts, as in every common JSON reader.
 
     Args:
         text: The row's JSON text.
         row: Its place in the shard, kept in the sample.
-        keep_text_only: A row without an image is a sample, too: for who trains on rows and scores none.
+        keep_text_only: Whether a row without an image is a sample, too, for training without scoring.
 
     Returns:
         The sample or the rejection. Reasons are tried in this order: ``malformed_row``, ``other_media``,
@@ -117,7 +117,7 @@ def with_image_paths(text: str, image_paths: Sequence[str]) -> str:
 
 def _rename(laid_out: LaidOutRow, image_names: Sequence[str]) -> None:
     """Write other names of the images into the row that was laid out."""
-    # Of several images in one text, the last is renamed first: the places of the others stay.
+    # The last image in a text is renamed first, so that the places of the others stay valid.
     for image, name in reversed(list(zip(laid_out.images, image_names, strict=True))):
         for slot in image.slots:
             slot.put(name)
@@ -154,7 +154,7 @@ def written_turns(text: str) -> tuple[tuple[Role, str], ...]:
 
 
 def conversation_of(turns: Iterable[tuple[Role, str]]) -> Conversation:
-    """Turns as written, their texts split at the image marks, as the model is given them."""
+    """The conversation that the model is given: turns whose texts are split at the image marks."""
     return Conversation(tuple(Turn(role, _parts(content)) for role, content in turns))
 
 
@@ -175,11 +175,11 @@ def content_key(sample: Sample, image_names: Sequence[str]) -> str:
 
 
 def repeat_key(text: str, image_names: Sequence[str]) -> str:
-    """A key that only rows share which are equal in everything but their id: repeats of each other.
+    """A key shared only by repeats: rows that are equal in everything but their id.
 
     Args:
         text: The JSON text of a row that ``parse_row`` accepts.
-        image_names: The names of the images, as ``content_key`` takes them.
+        image_names: Names of its images in order, in the form that ``content_key`` takes.
     """
     row = decoded_row(text)
     row.pop("id", None)
@@ -187,7 +187,7 @@ def repeat_key(text: str, image_names: Sequence[str]) -> str:
     try:
         return _digest(canonical(row))
     except RecursionError:
-        return _digest(text)  # so deep a field is compared as it is written
+        return _digest(text)  # a field this deep is compared as written
 
 
 def text_key(text: str) -> str:
@@ -201,10 +201,10 @@ def occurrence_key(base: str, occurrence: int) -> str:
 
 
 def decoded_row(text: str) -> dict[str, object]:
-    """The object that a row is.
+    """The JSON object of a row.
 
     Raises:
-        RowError: It is none.
+        RowError: The row is not a JSON object.
     """
     try:
         value = decode(text)
@@ -222,7 +222,7 @@ def _source_id(value: object) -> str | None:
         written = value if isinstance(value, str) else encode(value)
     except RecursionError as error:
         raise RowError("the row's `id` is nested too deeply to be read; give a string or a number") from error
-    # A lone surrogate has no UTF-8; its escape does, and it is how the file spells it.
+    # A lone surrogate has no UTF-8 form. Its escape has one, and the file spells it that way.
     return written.encode(errors="backslashreplace").decode()
 
 

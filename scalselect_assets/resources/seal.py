@@ -1,8 +1,8 @@
 """A hash inside a file of all its other bytes, so that a byte that changes on the disk is noticed on reading.
 
-The hash stands among what a file says of itself: in the metadata of Parquet and safetensors, under a key of
-JSON. A second hash covers what the file says of itself alone, which is often read without the rest. Files
-that were written before there were seals have neither and are taken as they are. Costs: one pass of SHA-256
+The hash stands in the header of a file: in the metadata of Parquet and safetensors, under a key of JSON. A
+second hash covers the header alone, which is often read without the rest. Files from before seals existed
+have neither hash and are read as they are. Costs: one pass of SHA-256
 over the bytes, about a second for each gigabyte.
 """
 
@@ -24,16 +24,16 @@ Pieces: TypeAlias = tuple[memoryview, bytes, memoryview]
 
 
 class SealError(ValueError):
-    """A file does not hold what was written to it."""
+    """A file differs from what was written to it."""
 
 
 def to_be_sealed(header: Mapping[str, str]) -> dict[str, str]:
-    """The header of a file with the places of its hashes; ``seal`` fills in the file's own."""
+    """The header of a file with room for its hashes; ``seal`` fills in the hash of the whole file."""
     return {**header, HEADER: digest(dict(header)), PAYLOAD: secrets.token_hex(32)}
 
 
 def seal(data: bytes, header: Mapping[str, str]) -> Pieces:
-    """Fill the hash of a file into the place that ``header``, from ``to_be_sealed``, has for it.
+    """Fill the hash of a file into the place that ``header``, made by ``to_be_sealed``, reserves for it.
 
     Raises:
         ValueError: The bytes do not hold the header.
@@ -44,14 +44,14 @@ def seal(data: bytes, header: Mapping[str, str]) -> Pieces:
 
 
 def checked_header(header: Mapping[str, str], written: bytes = b"") -> dict[str, str]:
-    """The header of a file, without the hashes.
+    """The checked header of a file, without the hashes.
 
     Args:
-        header: The header that a library read.
-        written: The bytes that it was read from, where damage may hide parts of it from the library.
+        header: Header as a library read it.
+        written: Bytes of the header in the file, if damage may hide parts of it from the library.
 
     Raises:
-        SealError: It is not what was written.
+        SealError: The header differs from the one written.
     """
     hidden = [name for name in (HEADER, PAYLOAD) if name not in header and name.encode() in written]
     if hidden:
@@ -68,7 +68,7 @@ def check(data: bytes, header: Mapping[str, Any]) -> None:
     """Compare a file with the hash in its header, as read; a file without one passes.
 
     Raises:
-        SealError: A byte of it has changed.
+        SealError: A byte of the file has changed.
     """
     if PAYLOAD not in header:
         return
@@ -80,7 +80,7 @@ def check(data: bytes, header: Mapping[str, Any]) -> None:
 
 
 def _place(data: bytes, value: str) -> int:
-    """The place of a hash; no other part of a file can hold it, since it is a hash of them all, or drawn."""
+    """The place of a hash. The hash covers all other parts, or is random, so none of them can contain it."""
     place = data.rfind(value.encode())
     if place < 0:
         raise SealError("its hash cannot be found in it")

@@ -1,10 +1,10 @@
 """A table of all vectors of a pool for one search, in LanceDB beside the shards' own; made and dropped again.
 
-What is searched are directions from the pool's mean, which moves whenever any shard changes, so no row of
-such a table would be right for the next search, and nothing is kept. Whoever is killed leaves one behind,
-which the next search replaces: there must be one search per store at a time. Its name is no shard table's,
-which all hold ``--``, so cleaning leaves it alone. Costs: the vectors once more on the disk, and with an
-index twice.
+The table holds directions from the pool's mean. The mean moves whenever any shard changes, so no row can be
+reused by the next search, and the table is dropped. A killed search leaves its table behind, and the next
+search replaces it: there must be one search per store at a time. The names of all shard tables contain
+``--`` and this one's does not, so cleaning leaves it alone. Costs: the vectors once more on the disk, and
+twice with an index.
 """
 
 import math
@@ -37,7 +37,7 @@ class SearchTable:
 
     Attributes:
         table: LanceDB's handle.
-        place: Place of the table, for messages.
+        place: Location of the table, for messages.
         n: Number of vectors.
         dimension: Length of each.
         indexed: Whether there is an index; without one, every search reads the whole table.
@@ -75,9 +75,9 @@ class SearchTable:
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """All rows, without an index; with one, those that it finds within ``cosine`` of a query.
 
-        A query that has more rows within the cosine than were asked for is asked again for more, so that no
-        number of copies hides one; what the index misses, it misses in the partitions that it does not look
-        into. Raises as ``take``.
+        A query with more rows within the cosine than were asked for is repeated with a higher limit, so that
+        many copies cannot hide a row. The index misses only rows in partitions that it does not search.
+        Raises as ``take``.
         """
         if not self.indexed:
             yield from self.scan()
@@ -101,7 +101,7 @@ class SearchTable:
     def _search(
         self, queries: NDArray[np.float32], cosine: float, limit: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Number of the query and position of what the index finds."""
+        """The query number and position of each row that the index finds."""
         with _system_errors(self.place):
             rows = (
                 self.table.search(list(queries), vector_column_name="vector")
@@ -130,11 +130,11 @@ def search_table(
     """A search table for the length of a block.
 
     Args:
-        store: Beside whose tables it lies.
-        dimension: d.
+        store: Store in which the search table is made, beside the shards' tables.
+        dimension: Length d of each vector.
         batches: (m, d) float32 unit vectors, in the order of their positions.
-        exact_up_to: Up to so many vectors (and up to 100) every search reads them all; above, they are
-            indexed (IVF, with the vectors as they are).
+        exact_up_to: Largest number of vectors (100 if less is given) that every search reads in full; more
+            vectors are indexed (IVF, with uncompressed vectors).
 
     Raises:
         OSError: The disk is full, read-only or not there.
@@ -177,7 +177,7 @@ def _records(schema: pa.Schema, batches: Iterable[NDArray[np.float32]]) -> Itera
 
 @contextmanager
 def _system_errors(place: UPath) -> Iterator[None]:
-    """Turn what the operating system said, which LanceDB gives as text, into its own error again."""
+    """Raise an ``OSError`` for an operating system error that LanceDB reports only as text."""
     try:
         yield
     except (ValueError, RuntimeError) as error:

@@ -1,9 +1,9 @@
-"""From the bytes of a text shard to its rows' verbatim JSON texts, streaming.
+"""Streaming split of a text shard's bytes into the verbatim JSON texts of its rows.
 
 A text shard is a JSON array of rows or JSON Lines, in UTF-8; the first character decides which, never the
 file's name. A file that is neither raises ``ShardFormatError``; in JSON Lines a broken line is still a row,
-so that one bad line costs one row and not the shard. What a row means is `samples`'s concern, and
-which other forms there are is that of `forms`.
+so that one bad line costs one row and not the shard. `samples` reads the meaning of a row, and
+`forms` knows the other forms of shard.
 
 Memory: a few chunks, or a few times the longest row where that is more.
 """
@@ -38,7 +38,7 @@ _SPACE = re.compile(rf"[{_JSON_SPACE}]*")
 
 _CUT_MARGIN = 16
 """Longer than any token that a chunk's end can cut so that it reads as another one (``-Infinity``, ``1e+5``,
-``\\ud83d``): nearer to the end than this, an error or a complete value may be the cut's doing."""
+``\\ud83d``): nearer to the end than this, the cut may have caused an error or a seemingly complete value."""
 
 # Numbers stay text: a long integer must not meet Python's digit limit when only the row's extent is wanted.
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str)
@@ -59,14 +59,14 @@ class RowText:
     line: int
     """Line of the file on which the row starts, from 1."""
     error: str | None = None
-    """Why ``text`` is not what the file says, and what to do; None where it is."""
+    """The reason why ``text`` differs from the file, and the remedy; None if it does not differ."""
     images: tuple[bytes, ...] = ()
-    """The images that are embedded in the row, in the order of the addresses in ``text``."""
+    """The images embedded in the row, in the order of the addresses in ``text``."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitResult:
-    """The files that ``split_shard`` wrote."""
+    """The files and the number of rows that ``split_shard`` wrote."""
 
     files: tuple[Path, ...]
     n_rows: int
@@ -77,7 +77,7 @@ def iter_rows(path: UPath, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[RowTex
 
     Args:
         path: The file.
-        chunk_bytes: Bytes that are read at a time.
+        chunk_bytes: Number of bytes read at a time.
 
     Yields:
         Rows as they are read. When the iteration raises, the rows already given belong to a broken file.
@@ -97,10 +97,10 @@ def read_chunks(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Iterator[by
 
 
 def rows_of(chunks: Iterator[bytes], path: UPath) -> Iterator[RowText]:
-    """``iter_rows`` for bytes that somebody else reads; ``path`` only names them in messages.
+    """``iter_rows`` for bytes that the caller reads; ``path`` only names them in messages.
 
     Raises:
-        ShardFormatError: As in ``iter_rows``.
+        ShardFormatError: The bytes are not readable as rows, as in ``iter_rows``.
     """
     kind, body = recognise(chunks, path)
     if kind == "array":
@@ -129,7 +129,7 @@ def split_shard(
         path: The file to cut.
         rows_per_shard: Rows in every shard but the last, at least 1.
         out: Folder for the shards; made when absent.
-        chunk_bytes: Bytes that are read at a time.
+        chunk_bytes: Number of bytes read at a time.
 
     Returns:
         The shards in order, and the number of rows in all. A file without rows gives no shard.
@@ -137,7 +137,7 @@ def split_shard(
     Raises:
         ValueError: ``rows_per_shard`` is below 1.
         FileExistsError: ``out`` already holds shards of this name.
-        ShardFormatError: As in ``iter_rows``; nothing is written then.
+        ShardFormatError: The file is not readable as rows, as in ``iter_rows``; nothing is written.
     """
     if rows_per_shard < 1:
         msg = f"Got rows_per_shard={rows_per_shard}; a shard has at least 1 row. Give a positive number."
@@ -188,10 +188,10 @@ def _refuse(path: UPath, found: str, remedy: str) -> NoReturn:
 
 
 def recognise(chunks: Iterator[bytes], path: UPath) -> tuple[Container, Iterator[bytes]]:
-    """The kind of the content, and the chunks again, less a byte order mark.
+    """The container of the content, and its chunks without a byte order mark.
 
     Raises:
-        ShardFormatError: It is neither.
+        ShardFormatError: The content is neither a JSON array nor JSON Lines.
     """
     head = b""
     for chunk in chunks:
@@ -247,8 +247,8 @@ def _line_rows(chunks: Iterator[bytes], path: UPath) -> Iterator[tuple[int, byte
                 first_is_json = is_json
         n_rows += 1
         yield line, data
-    # A pretty-printed object may well have whole objects on lines of its own, turns for example: what tells
-    # it from JSON Lines is a first line that is only a beginning, and no row that holds turns.
+    # A pretty-printed object may have whole objects, such as turns, on lines of their own. It differs from
+    # JSON Lines in two ways: its first line is only a beginning, and no line is a row with turns.
     if n_rows and not any_sample and not (first_is_json and _claims_lines(path)):
         _refuse(
             path,
@@ -261,7 +261,7 @@ def _line_rows(chunks: Iterator[bytes], path: UPath) -> Iterator[tuple[int, byte
 def _look_at(data: bytes) -> tuple[bool, bool]:
     """Whether a line is JSON, and whether it is an object that holds turns.
 
-    A comma at its end makes the row malformed; the file is still one of lines.
+    A comma at the end makes the row malformed, but the file still counts as JSON Lines.
     """
     try:
         value = _DECODER.decode(data.decode().rstrip(f",{_JSON_SPACE}"))
@@ -333,7 +333,7 @@ def _array_rows(chunks: Iterator[bytes], path: UPath) -> Iterator[RowText]:
 
 
 def _row_end(window: "_Window", row: int) -> int:
-    """The end in ``window.text`` of the row that starts at ``window.position``."""
+    """The end, in ``window.text``, of the row that starts at ``window.position``."""
     while True:
         try:
             _, end = _DECODER.raw_decode(window.text, window.position)
@@ -381,7 +381,7 @@ class _Window:
         self._decode: Callable[[bytes, bool], str] = codecs.getincrementaldecoder("utf-8")().decode
 
     def near_end(self, index: int) -> bool:
-        """Whether the end of what has been read may have a part in what stands at ``index``."""
+        """Whether ``index`` is so near the end of the text read so far that the cut may matter there."""
         return index > len(self.text) - _CUT_MARGIN
 
     def advance(self, index: int) -> None:
@@ -401,7 +401,7 @@ class _Window:
             self.grow()
 
     def grow(self) -> None:
-        """Forget what lies behind and read at least as much as lies ahead."""
+        """Drop the text behind the position and read at least as much as lies ahead."""
         pieces = [self.text[self.position :]]
         wanted = max(1, len(pieces[0]))
         while wanted > 0 and not self.ended:

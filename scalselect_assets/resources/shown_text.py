@@ -1,6 +1,6 @@
-"""Text from data as a terminal, a log or a message may show it: nothing in it acts, and no secret is in it.
+"""Text from data, made safe for a terminal, a log or a message: it has no active characters and no secrets.
 
-File names, ids and answers are somebody else's. A terminal obeys escape sequences in them, a reader is misled
+File names, ids and answers come from others. A terminal obeys escape sequences in them, a reader is misled
 by characters that turn the direction of writing, and a URI may carry a password.
 """
 
@@ -14,7 +14,7 @@ _QUIET = re.compile(r"[\x20-\x7e\n]*")
 
 
 def shown(text: str) -> str:
-    """Text with every character that acts written as its escape, and credentials masked; new lines stay."""
+    """Text with every active character written as its escape, and credentials masked; new lines stay."""
     text = masked(text)
     if _QUIET.fullmatch(text):
         return text
@@ -32,7 +32,7 @@ def has_credentials(uri: str) -> bool:
 
 
 def json_shown(text: str) -> str:
-    """A JSON text in which every character that acts is written as JSON's own escape."""
+    """A JSON text in which every active character is written as JSON's own escape."""
     if _QUIET.fullmatch(text):
         return text
     return "".join(f"\\u{ord(one):04x}" if _acts(one) and one != "\n" else one for one in text)

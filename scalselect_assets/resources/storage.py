@@ -1,4 +1,4 @@
-"""The places of all things: every location is a URI, resolved here and nowhere else.
+"""Storage locations: every location is a URI, resolved here and nowhere else.
 
 Pools and stores on the local disk and on object stores differ in configuration only: files go through
 fsspec (``UPath``), tables through LanceDB's own URIs.
@@ -49,7 +49,7 @@ class StorageResource(dg.ConfigurableResource):
         return EmbeddingStore(folder, {} if is_local(folder) else self.lance_options)
 
     def locks(self, store: str) -> StoreLocks:
-        """The locks of the store at ``store``; for a remote one, those of this user on this machine."""
+        """The locks of the store at ``store``; a remote store is locked for this user on this machine."""
         root = self.path(store)
         if is_local(root):
             return StoreLocks(Path(root.path) / ".locks")
@@ -63,7 +63,7 @@ class StorageResource(dg.ConfigurableResource):
 
         Args:
             source: Folder or file of the shards.
-            image_root: Folder that image paths start from; None for the folder of each shard.
+            image_root: Folder that image paths are relative to; None for the folder of each shard.
             store: The selection's store.
             ignore: Patterns of files that are no shards, as a declaration has them; for listing the pool.
         """

@@ -19,7 +19,7 @@ _NO_VERSION = timedelta(days=36_500)
 
 
 class TableRefusedError(RuntimeError):
-    """LanceDB did not remove what it was to remove; the message says why."""
+    """LanceDB did not remove the versions that it was asked to remove; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class TableVersion:
 
 @dataclass(frozen=True)
 class TableVersions:
-    """The questions and deletions of a cleaning, as LanceDB calls."""
+    """The operations on LanceDB tables that cleaning needs."""
 
     store: EmbeddingStore
 
@@ -47,15 +47,15 @@ class TableVersions:
         )
 
     def drop(self, table: str) -> None:
-        """Remove a table, or what a killed removal left of it."""
+        """Remove a table, or the remains of one whose removal was killed."""
         self._connection.drop_table(table, ignore_missing=True)
 
     def versions(self, table: str) -> list[TableVersion]:
-        """The versions that there are, by number.
+        """The existing versions, by number.
 
         Raises:
             ValueError: There is no such table, or nothing that can be opened.
-            RuntimeError: It is damaged.
+            RuntimeError: The table is damaged.
         """
         listed = self._connection.open_table(table).list_versions()
         versions = [
@@ -94,7 +94,7 @@ def _optimize(handle: Any, older_than: timedelta, *, delete_unverified: bool) ->
 
 @contextmanager
 def _pinned(handle: Any, versions: Sequence[int]) -> Iterator[None]:
-    """Tag versions meanwhile, so that LanceDB refuses to remove them; tags of a killed cleaning go first."""
+    """Tag versions for the length of a block, so that LanceDB keeps them; a killed run's tags go first."""
     _unpin(handle)
     try:
         for version in versions:

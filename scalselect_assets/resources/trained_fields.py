@@ -1,7 +1,7 @@
 """The fields of a row that a trainer acts on: boxes, tools, and which turns are to be learnt.
 
-A trainer that does not read such a field trains on something else than the row says: on a bare placeholder,
-or on an answer that must not be learnt. Whoever writes rows for a trainer asks here what a row has.
+A trainer that does not read such a field trains on the wrong content: on a bare placeholder, or on an
+answer that must not be learnt. Code that writes rows for a trainer uses this module to find these fields.
 """
 
 import json
@@ -22,13 +22,13 @@ _UNTAUGHT_FIELDS = ("mask", "masked", "loss_mask", "ignore")
 
 @dataclass(frozen=True, slots=True)
 class TrainedFields:
-    """The fields of a row that a trainer must read beside its turns and images.
+    """The fields of a row, beside its turns and images, that a trainer must read.
 
     Attributes:
         objects: Boxes and names that placeholders in the turns stand for; None where there are none.
         tools: The tools that the model may call, as JSON text; None where there are none.
-        weights: For each turn how much it is to be learnt; 1 unless the row says otherwise.
-        loss_scales: For each turn its own ``loss_scale`` as written, None where it has none.
+        weights: Training weight of each turn; 1 unless the row says otherwise.
+        loss_scales: The ``loss_scale`` of each turn as written; None for a turn without one.
     """
 
     objects: dict[str, Any] | None
@@ -83,7 +83,7 @@ def _tools(value: Any) -> str | None:
 
 
 def _weight(turn: WrittenTurn) -> float:
-    """The weight of a turn in training; only answers have one."""
+    """The training weight of a turn. It matters for answers only: other turns are never learnt."""
     if turn.role != "assistant" or turn.fields is None:
         return 1
     said = [
@@ -98,7 +98,7 @@ def _says(fields: Mapping[str, object], name: str) -> bool:
 
 
 def _as_weight(value: object) -> float:
-    """A weight; what cannot be read as one is neither 0 nor 1, so that no trainer gets the row."""
+    """The weight in a field. An unreadable one becomes neither 0 nor 1, so that no trainer gets the row."""
     if isinstance(value, bool | int | float):
         return float(value)
     if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):

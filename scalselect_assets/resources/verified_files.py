@@ -1,9 +1,9 @@
-"""Which files of a store hold what was written to them: each is read once, and again when it has changed.
+"""A check that a store's files are undamaged. Each file is read once, and again when it has changed.
 
-A file whose size and time are those of its last reading is not read again, so asking costs one file status.
-The memory lies in the store; a file system that changes bytes and keeps the time is found out only by
-`scalselect verify --deep`, which does not ask it. Files in an object store are not asked about here: they are
-compared with their hash whenever they are read.
+A file with the same size and time as at its last reading is not read again, so a check costs one file status.
+The results are kept in the store. If a file system changes bytes and keeps the time, only
+`scalselect verify --deep` notices, because it ignores these results. Files in an object store are not checked
+here: they are compared with their hash whenever they are read.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ _Known = dict[str, tuple[int, int, str]]
 
 @dataclass
 class VerifiedFiles:
-    """The known state of one store's files, for one pass over them.
+    """The knowledge about the files of one store, for one pass over them.
 
     Attributes:
         artifacts: The store.
-        damaged: The files that were found not to hold what was written, each with what is the matter.
+        damaged: Files found to be damaged, each with a description of the damage.
     """
 
     artifacts: ArtifactStore
@@ -36,7 +36,7 @@ class VerifiedFiles:
     _known: _Known | None = None
 
     def is_whole(self, path: UPath) -> bool:
-        """Whether a file that carries its own hash is there and holds what was written."""
+        """Whether a file that carries its own hash exists and is undamaged."""
         if not is_local(self.artifacts.root):
             return bool(path.exists())
         name, state = self._name(path), _state(path)
@@ -54,7 +54,7 @@ class VerifiedFiles:
         return True
 
     def sha256(self, path: UPath) -> str | None:
-        """The SHA-256 of a file; none where it is not there, or lies in an object store."""
+        """The SHA-256 of a file; None if it does not exist or lies in an object store."""
         state = _state(path) if is_local(self.artifacts.root) else None
         if state is None:
             return None
@@ -64,7 +64,7 @@ class VerifiedFiles:
         return found
 
     def save(self) -> None:
-        """Remember what was asked about in this pass, and nothing else."""
+        """Save the results of this pass, and nothing else."""
         if is_local(self.artifacts.root) and self._asked and self._asked != self._memory():
             self.artifacts.write_json(NAME, {"files": self._asked}, durable=False)
             self._known = dict(self._asked)
@@ -81,7 +81,7 @@ class VerifiedFiles:
             try:
                 read = self.artifacts.read_json(NAME, shape=dict[str, _Known])
             except (ArtifactMissingError, ArtifactCorruptError):
-                read = {}  # it is only a memory
+                read = {}  # the file is only a cache
             self._known = read.get("files", {})
         return self._known
 

@@ -1,4 +1,4 @@
-"""The target VLM as a Dagster resource: how it runs here. Which model it is, each selection says.
+"""The target VLM as a Dagster resource: its device and batching. Each selection names its own model.
 
 A loaded model is kept for the life of the process, so a refresh of many shards loads it once. Memory: the
 vision tower, the projector, the token embeddings and one decoder layer. Importing this module imports no
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 CARDS = "model_cards"
 COMMITS = "model_commits"
-"""By hub id and revision, the commit that the store began with."""
+"""The commit that the store began with, by hub id and revision."""
 
 _LOADED: dict[tuple[str, str, int], "VlmEncoder"] = {}
 
 
 class TargetModel(TypedDict):
-    """A selection's settings of its model; see `method.representation.loading.load_encoder`."""
+    """The part of a selection that describes its model; see `method.representation.loading.load_encoder`."""
 
     model: str
     revision: str | None
@@ -83,13 +83,13 @@ class VlmResource(dg.ConfigurableResource):
         if self.device != "auto":
             return self.device
         if version("torch").endswith("+cpu"):
-            return "cpu"  # and spares a process without a model the seconds that importing torch takes
+            return "cpu"  # a process without a model need not import torch, which takes seconds
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def speed(self, encoder: "VlmEncoder") -> "Speed":
-        """The settings for the encoder's speed on this machine; none of them changes a representation."""
+        """The options for encoding samples on this machine; none of them changes a representation."""
         on_gpu = encoder.device.type == "cuda"
         return {
             "batch_tokens": self.batch_tokens or (16_384 if on_gpu else 4_096),
@@ -106,11 +106,11 @@ class VlmResource(dg.ConfigurableResource):
         """The loaded model; its card is kept in the store.
 
         Raises:
-            ModelLoadError: See `method.representation.loading.load_encoder`.
-            UnsupportedModelError: The same.
+            ModelLoadError: The model cannot be loaded; see `method.representation.loading.load_encoder`.
+            UnsupportedModelError: The model is not supported; see the same function.
         """
-        # Threads that wait by spinning take the processor from those that compute; read when torch is
-        # first imported, so what the environment says, or a process that has imported torch, prevails.
+        # Threads that wait by spinning take the processor from those that compute. Torch reads the setting
+        # when it is first imported, so a value from the environment, or an earlier import, prevails.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from scalselect_assets.method.representation import workers
         from scalselect_assets.method.representation.loading import ModelLoadError, load_encoder
@@ -149,9 +149,9 @@ class VlmResource(dg.ConfigurableResource):
         return encoder
 
     def card(self, artifacts: ArtifactStore, **target: Unpack[TargetModel]) -> dict[str, Any]:
-        """The model's card, with its fingerprint: from the store if its files have not changed since.
+        """The model's card, with its fingerprint; read from the store if the model's files are unchanged.
 
-        Loads the model, and raises as ``encoder``, only where the store does not know it yet.
+        Loads the model, and raises as ``encoder``, only if the store has no card of it yet.
         """
         known = _known_card(artifacts, model_signature(**target))
         return known if known is not None else self.encoder(artifacts, **target).card.to_json()
@@ -163,7 +163,7 @@ def _usable_cores() -> int:
 
 
 def _known_card(artifacts: ArtifactStore, signature: str) -> dict[str, Any] | None:
-    """The card that the store remembers; none where it is missing or damaged, since it is only a memory."""
+    """The card in the store; None where it is missing or damaged, since the file is only a cache."""
     try:
         card: dict[str, Any] = artifacts.read_json(CARDS, signature, shape=dict[str, Any])
     except (ArtifactMissingError, ArtifactCorruptError):
@@ -172,7 +172,7 @@ def _known_card(artifacts: ArtifactStore, signature: str) -> dict[str, Any] | No
 
 
 def _first_commit(artifacts: ArtifactStore, target: TargetModel) -> str | None:
-    """The commit of a hub id at its first use in the store: a branch moves on, a store stays with it."""
+    """The commit of a hub id at its first use in the store. The store keeps it when the branch moves on."""
     key = digest(target["model"], target["revision"])
     try:
         kept: dict[str, Any] = artifacts.read_json(COMMITS, key, shape=dict[str, Any])
@@ -205,7 +205,7 @@ def model_signature(**target: Unpack[TargetModel]) -> str:
     )
     identity = str(folder.resolve()) if folder.is_dir() else target["model"]
     libraries: dict[str, str | None] = {name: version(name) for name in ("transformers", "tokenizers")}
-    # With it, image processors are of another class, whose pixels differ by rounding.
+    # If it is installed, image processors are of another class, whose pixels differ by rounding.
     libraries["torchvision"] = version("torchvision") if find_spec("torchvision") else None
     settings = {name: value for name, value in target.items() if name != "model"}
     return digest(identity, settings, files, libraries, REPRESENTATION_VERSION)

@@ -1,7 +1,7 @@
-"""JSON as a row has it: numbers keep their spelling, and a value can be replaced without touching the rest.
+"""JSON in a row's own spelling: numbers stay as written, and one value can be replaced alone.
 
-Holds the decoder for rows, its inverse, and the places of an object's members. What the values mean is
-`row_layout`'s concern.
+Holds the decoder for rows, its inverse, and the places of an object's members. `row_layout` reads
+the meaning of the values.
 """
 
 import json
@@ -27,10 +27,10 @@ _DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant
 
 
 def decode(text: str) -> object:
-    """The value that ``text`` says, its numbers as `Number`.
+    """The value in ``text``, with its numbers as `Number`.
 
     Raises:
-        NotJsonError: It is not JSON.
+        NotJsonError: The text is not JSON, or is nested too deeply.
     """
     try:
         value: object = _DECODER.decode(text)
@@ -55,7 +55,7 @@ def encode(value: object) -> str:
     """``value`` as JSON text, numbers as they were written.
 
     Raises:
-        RecursionError: It is nested too deeply.
+        RecursionError: The value is nested too deeply.
     """
     pieces: list[str] = []
     _write(value, pieces)
@@ -89,10 +89,10 @@ _CANONICAL = json.JSONEncoder(
 
 
 def canonical(value: object) -> str:
-    """A text that only equal values share, whatever the order of their members.
+    """A text shared only by equal values; the order of members does not matter.
 
     Raises:
-        RecursionError: It is nested too deeply.
+        RecursionError: The value is nested too deeply.
     """
     return _CANONICAL.encode(value)
 

@@ -1,4 +1,4 @@
-"""Images inside a row: taken out of it, so that its text says where they are instead of holding them.
+"""Extraction of images from a row: the row's text then holds an address in the place of each image.
 
 Base64 in JSON (data URIs, ``bytes``) and binary cells of tables are treated alike. An image's address is
 ``<shard>#<row>/<n>``: the shard's path from the pool's folder, the row from 0, and the image's place among
@@ -17,19 +17,19 @@ from scalselect_assets.resources.row_images import ADDRESS
 _DATA_URI = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w.+=-]+)*;base64,", re.IGNORECASE)
 _BYTES_KEYS = ("bytes", "base64")
 _SAID = ("content", "value", "text", "system")
-"""Members whose strings are what somebody says, never an image."""
+"""Members whose strings are spoken text, never an image."""
 _SHORTEST = 64
-"""A string under ``bytes`` that is shorter is no picture in Base64, but a number or a name."""
+"""The shortest Base64 image. A shorter string under ``bytes`` is a number or a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The place of an embedded image.
+    """The address of an embedded image.
 
     Attributes:
         shard: The shard's path from the pool's folder.
-        row: From 0.
-        place: Among everything that is embedded in the row, from 0.
+        row: Number of the row, from 0.
+        place: Number of the image among everything embedded in the row, from 0.
     """
 
     shard: str
@@ -41,7 +41,7 @@ class Address:
 
 
 def address_of(reference: str) -> Address | None:
-    """The address that a reference is; None for a path."""
+    """The address in a reference; None for a path."""
     found = ADDRESS.fullmatch(reference)
     return found and Address(found["shard"], int(found["row"]), int(found["place"]))
 
@@ -62,7 +62,7 @@ class Extraction:
         """``value`` with an address in the place of each image; members that are null are left out of tables.
 
         Args:
-            value: The value of a JSON row or a table's cell.
+            value: Content of a JSON row or of a table's cell.
             key: The member or column that holds it.
         """
         match value:

@@ -1,8 +1,8 @@
-"""The protocol of all forms of shards: rows as JSON texts, and the images that a shard holds.
+"""The common interface of all forms of shard: rows as JSON texts, and embedded images.
 
-The file's suffix names the form. Its rows are JSON texts whatever it is; embedded images leave the text and
+The file's suffix names the form. Rows are JSON texts in every form; embedded images leave the text and
 are named by their address (`forms.embedded`). Opening one such image must not cost the reading
-of the whole shard each time, so what has been unpacked is kept in a temporary file: see ``Unpacked``.
+of the whole shard each time, so unpacked images are kept in a temporary file: see ``Unpacked``.
 """
 
 import atexit
@@ -32,7 +32,7 @@ class ShardFile:
 
     Attributes:
         folder: The pool's folder.
-        name: The file's path from there, which is also what addresses of embedded images name it by.
+        name: The file's path from that folder, also used in the addresses of embedded images.
     """
 
     folder: UPath
@@ -43,7 +43,7 @@ class ShardFile:
 
     @property
     def path(self) -> UPath:
-        """Its place, for messages."""
+        """The location of the file, for messages."""
         return self.folder / self.name
 
     def open(self) -> BinaryIO:
@@ -58,7 +58,7 @@ class ShardFile:
 
 
 class Digest(Protocol):
-    """A hash of the bytes of a file as they are read."""
+    """A running hash over the bytes of a file as they are read."""
 
     def update(self, data: bytes, /) -> object:
         """Take in more bytes."""
@@ -76,11 +76,11 @@ class Form(Protocol):
         """Endings of the files' names, in lower case."""
 
     def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
-        """Every row of a shard, in order, memory of some rows.
+        """Every row of a shard, in order, in the memory of a few rows.
 
         Args:
             file: The file.
-            digest: Is given all bytes of the file, also of one that turns out to be no shard.
+            digest: Hash that receives all bytes of the file, even if it turns out to be no shard.
 
         Raises:
             ShardFormatError: The file is not what its name says, or is cut off.
@@ -91,7 +91,7 @@ class Form(Protocol):
         """Whether a training file of its rows is to be an array or lines.
 
         Raises:
-            ShardFormatError: As in ``rows``.
+            ShardFormatError: The file is damaged or of another form, as in ``rows``.
             OSError: The file cannot be read.
         """
 
@@ -100,12 +100,12 @@ class Form(Protocol):
 
         Args:
             file: The file.
-            version: Version of the file now; images unpacked from another version are forgotten.
+            version: Current version of the file; images unpacked from another version are forgotten.
             address: Address of the image.
 
         Raises:
             FileNotFoundError: The shard has no such row, or the row no such image.
-            ShardFormatError: As in ``rows``.
+            ShardFormatError: The file is damaged or of another form, as in ``rows``.
             OSError: The file cannot be read.
         """
 
@@ -126,7 +126,7 @@ class Unpacked:
         """An image by its address.
 
         Raises:
-            FileNotFoundError: There is none.
+            FileNotFoundError: There is no such image.
         """
         while len(self._places) <= address.row and (row := next(self._rows, None)) is not None:
             self._keep(row)
@@ -158,7 +158,7 @@ class KeptFile:
         self._lock = threading.RLock()
 
     def get(self, file: ShardFile, version: str, make: Callable[[], T], use: Callable[[T], bytes]) -> bytes:
-        """The result of ``use`` on a shard's entry, which is made where there is none.
+        """The result of ``use`` on a shard's entry; ``make`` makes a missing entry.
 
         Raises:
             Exception: Whatever ``make`` and ``use`` raise; an entry that failed is forgotten.

@@ -32,7 +32,7 @@ class _TableForm:
     suffixes: tuple[str, ...]
 
     def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
-        """Every row of a table, in order; a row's line is its number."""
+        """Every row, by the rules of `Form.rows`; a row's line is its number."""
         if digest is not None:
             file.digest(digest)
         number = 0
@@ -53,7 +53,7 @@ class _TableForm:
         return "lines"
 
     def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
-        """An embedded image."""
+        """An embedded image, by the rules of `Form.read_image`."""
         return read_unpacked(self, file, version, address)
 
     def _batches(self, file: ShardFile) -> Iterator[pa.RecordBatch]:
@@ -68,7 +68,7 @@ class Parquet(_TableForm):
     suffixes: tuple[str, ...] = (".parquet", ".pq")
 
     def _batches(self, file: ShardFile) -> Iterator[pa.RecordBatch]:
-        # Not read ahead: a row group may be as large as the file.
+        # Reading ahead is off, because a row group may be as large as the file.
         with (
             file.open() as stream,
             pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False) as parquet,
@@ -136,7 +136,7 @@ def _parsed(column: str, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A cell without the nulls that a table puts where a struct lacks a member, as JSON can say it."""
+    """A cell as JSON values, without the nulls that a table puts where a struct lacks a member."""
     match value:
         case dict():
             return {str(key): _plain(item) for key, item in value.items() if item is not None}

@@ -36,7 +36,7 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """The samples of one archive: where the images of each lie."""
+    """The samples of one archive, with the places of their images."""
 
     images: list[list[_File]] = field(default_factory=list)
 
@@ -49,7 +49,7 @@ class Tar:
     suffixes: tuple[str, ...] = (".tar",)
 
     def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
-        """Every row of an archive, in order; a row's line is its number."""
+        """Every row, by the rules of `Form.rows`; a row's line is its number."""
         if digest is not None:
             file.digest(digest)
         n_rows = 0
@@ -71,7 +71,7 @@ class Tar:
         return "lines"
 
     def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
-        """An image of the archive, whose headers are read once."""
+        """An image, by the rules of `Form.read_image`; the archive's headers are read once."""
         packed_away = False
 
         def read(packed: _Packed) -> bytes:
@@ -160,7 +160,7 @@ def _row_text(
         error = f"the json of sample {key!r} is not UTF-8; save it as UTF-8"
         return RowText(number, raw.decode(errors="backslashreplace"), number + 1, error)
     except NotJsonError:
-        return RowText(number, text, number + 1)  # refused by whoever reads the row
+        return RowText(number, text, number + 1)  # the reader of the row refuses it
     if not isinstance(value, dict):
         return RowText(number, text, number + 1)
     extraction = Extraction(first.shard, number)
@@ -174,7 +174,7 @@ def _row_text(
 
 
 def _as_row(value: object) -> object:
-    """A row, also where the sample's json is only the list of turns."""
+    """The row of a sample, even if the sample's JSON is only the list of turns."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return {"conversations" if "from" in value[0] else "messages": value}
     return value
@@ -189,7 +189,7 @@ def _name_images(row: dict[str, Any], key: str, images: list[_File], first: Addr
         named = lay_out(row).images
     except RowError as error:
         if error.reason is not RejectionReason.UNREAD_IMAGE:
-            return  # refused by whoever reads the row
+            return  # the reader of the row refuses it
         named = ()
     if not named:
         row["images"] = addresses

@@ -1,7 +1,7 @@
 """JSON Lines and JSON arrays, plain or compressed with gzip or Zstandard.
 
-The rows are those of `shard_reader`; here bytes are unpacked before it, and images that are
-embedded as Base64 are taken out of the rows behind it.
+`shard_reader` splits the rows. This module unpacks the bytes before that, and then takes images that are
+embedded as Base64 out of the rows.
 """
 
 import zlib
@@ -47,10 +47,10 @@ class TextForm:
     """A text shard.
 
     Attributes:
-        name: Its name in messages.
-        ending: The ending of its files behind the suffix of the text.
-        decompressor: Makes what unpacks one compressed frame; None for a plain file.
-        errors: The errors of that object on bytes that are compressed otherwise.
+        name: Name of the form in messages.
+        ending: Ending of the file's name after the suffix of the text.
+        decompressor: Factory of an object that unpacks one compressed frame; None for a plain file.
+        errors: Errors that the decompressor raises on bytes of another compression.
     """
 
     name: str
@@ -64,7 +64,7 @@ class TextForm:
         return tuple(f"{suffix}{self.ending}" for suffix in _PLAIN_SUFFIXES)
 
     def rows(self, file: ShardFile, digest: Digest | None = None) -> Iterator[RowText]:
-        """Every row of a text, in order; memory of a few chunks or the longest row."""
+        """Every row, by the rules of `Form.rows`, in the memory of a few chunks or the longest row."""
         with file.open() as stream:
             chunks = read_chunks(stream)
             if digest is not None:
@@ -83,7 +83,7 @@ class TextForm:
             return recognise(self._unpacked(read_chunks(stream), file), file.path)[0]
 
     def read_image(self, file: ShardFile, version: str, address: Address) -> bytes:
-        """An embedded image."""
+        """An embedded image, by the rules of `Form.read_image`."""
         return read_unpacked(self, file, version, address)
 
     def _unpacked(self, chunks: Iterator[bytes], file: ShardFile) -> Iterator[bytes]:
@@ -110,7 +110,7 @@ class TextForm:
 
 
 def _without_images(row: RowText, shard: str) -> RowText:
-    """A row with addresses in the place of what is embedded in it; the row itself where there is nothing."""
+    """A row with an address in the place of each embedded image; the same row if it has none."""
     if row.error:
         return row
     try:
@@ -121,7 +121,7 @@ def _without_images(row: RowText, shard: str) -> RowText:
             return row
         return replace(row, text=encode(said), images=tuple(extraction.images))
     except (NotJsonError, RecursionError):
-        return row  # refused by whoever reads the row
+        return row  # the reader of the row refuses it
 
 
 def _digested(chunks: Iterator[bytes], digest: Digest) -> Iterator[bytes]:
