@@ -1,9 +1,10 @@
-"""Step 7, all shards: the chosen rows as a trainer reads them, with a manifest of where they come from.
+"""Step 7, all shards: the chosen rows as files for a trainer, with a manifest that names all inputs.
 
-Holds: one JSON or JSON Lines file, in pool order, each row's text as it stood in its shard when it was
-embedded, and `manifest.json`; where the selection declares exports, a folder for each in `exports`, in the
-trainers' own formats (`dataset.exports`). Costs: one pass over the texts of the shards, one shard's
-in memory; exports add a temporary file of the chosen texts and what `exports.publish` says.
+The output is one JSON or JSON Lines file in pool order, with each row's text as it was in its shard at the
+time of embedding, and `manifest.json`. If the selection declares exports, `exports` holds a folder for each,
+in the trainers' own formats (`dataset.exports`). Costs: one pass over the texts of the shards, with one
+shard's texts in memory; exports add a temporary file of the chosen texts and the costs that `exports.publish`
+states.
 """
 
 import hashlib
@@ -96,14 +97,14 @@ def write_dataset(
     """Write the training file, the exports and the manifest.
 
     Args:
-        selection: The selection that the dataset belongs to.
+        selection: The selection whose dataset is written.
         storage: Opens pool and store.
         vlm: Describes the target model.
-        shards: All shards of the pool; the manifest names those that were left out.
+        shards: All shards of the pool; the manifest names the shards that are not in the basis.
 
     Raises:
         dg.Failure: The files cannot be written as declared.
-        FailedCheckError: Rows are missing in a file; the last files are still in force.
+        FailedCheckError: Rows are missing in a file; the last files stay.
     """
     start = time.monotonic()
     artifacts = storage.artifacts(selection.store)
@@ -185,7 +186,7 @@ def _every_row_check(writer: DatasetWriter, subset: pl.DataFrame) -> dg.AssetChe
 
 
 def _every_file_check(passed_over: Mapping[str, Any]) -> dg.AssetCheckResult:
-    """Whether nothing in the pool's folder is passed over without having been asked for."""
+    """Whether no file in the pool's folder is passed over, except those that are ignored on request."""
     unexpected = {kind: found for kind, found in passed_over.items() if kind != "ignored"}
     return dg.AssetCheckResult(
         check_name="every_file_of_the_pool_is_read",
@@ -196,7 +197,7 @@ def _every_file_check(passed_over: Mapping[str, Any]) -> dg.AssetCheckResult:
 
 
 def _export_checks(selection: Selection) -> list[dg.AssetCheckSpec]:
-    """The check that a selection with exports has beside."""
+    """The additional check of a selection with exports."""
     if not selection.exports:
         return []
     return [
@@ -231,10 +232,10 @@ def _export_results(exports: Mapping[str, publish.Report]) -> list[dg.AssetCheck
 def _write_exports(
     selection: Selection, artifacts: ArtifactStore, spool: RowSpool | None, source: SampleSource
 ) -> dict[str, publish.Report]:
-    """The declared exports, each in its folder; none where none are declared.
+    """Write the declared exports, each in its folder, and return their reports.
 
     Raises:
-        dg.Failure: One cannot be made as declared.
+        dg.Failure: An export cannot be made as declared.
     """
     if spool is None:
         return {}
@@ -253,14 +254,14 @@ def _write_exports(
 
 
 def _data_version(sha256: str, exports: Mapping[str, publish.Report]) -> str:
-    """The data version: the hash of the training file, and of the exports where there are any."""
+    """The data version: a hash of all files, or that of the training file if there are no exports."""
     if not exports:
         return sha256
     return digest(sha256, {name: file["sha256"] for name, file in publish.files(exports).items()})
 
 
 def _settings(selection: Selection) -> dict[str, Any]:
-    """The declared settings, and the versions of the code."""
+    """The settings of the selection and the versions of the code."""
     return {
         "selection": selection.name,
         "source": selection.source,
@@ -280,7 +281,7 @@ def _settings(selection: Selection) -> dict[str, Any]:
 
 
 def _counts(subspace: "Subspace", subset: pl.DataFrame, writer: DatasetWriter) -> dict[str, Any]:
-    """The rows of the pool by outcome, and the numbers of the choice."""
+    """The counts of the pool's rows by outcome, and the rank, energy and threshold of the choice."""
     by_reason = Counter[str]()
     for counts in writer.rejected.values():
         by_reason.update(counts)
@@ -299,7 +300,7 @@ def _counts(subspace: "Subspace", subset: pl.DataFrame, writer: DatasetWriter) -
 
 
 def _shard_lineage(writer: DatasetWriter, shard: str, basis: BasisHeader) -> dict[str, Any]:
-    """The versions that one shard went in with."""
+    """The versions of one shard's outputs that the dataset was made from."""
     moments = basis.shards[shard]
     return {
         "raw_samples": writer.headers[shard]["raw_samples"],
@@ -329,7 +330,7 @@ def _files(
 
 
 def expected(state: StoreState) -> str:
-    """The provenance that the files would have now."""
+    """The provenance that the files would have if they were written now."""
     subset = state.header(selected_subset.ASSET)
     basis = state.header(subspace_basis.ASSET)
     in_basis = parse_basis_header(state.artifacts, basis).shards if basis else {}
@@ -343,7 +344,7 @@ def expected(state: StoreState) -> str:
 
 
 def header(state: StoreState) -> OutputHeader:
-    """The manifest; empty where it or a file that it names is missing or damaged."""
+    """The manifest, or an empty header if the manifest or a file that it names is missing or damaged."""
     complete = is_complete(state.artifacts, state.verified.sha256)
     return read_manifest(state.artifacts) if complete else {}
 

@@ -1,4 +1,4 @@
-"""The manifest of a training dataset, and when the dataset counts as complete."""
+"""The manifest of a training dataset, and the test for a complete dataset."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeAlias
@@ -23,7 +23,7 @@ def provenance(
     basis_version: str,
     left_out: Sequence[str],
 ) -> str:
-    """The hash of what the files are computed from; the basis version covers vectors and texts."""
+    """The hash of all inputs of the files; the basis version covers the vectors, and so the texts."""
     return data_versions.provenance(
         NAME,
         CODE_VERSION,
@@ -36,7 +36,7 @@ def provenance(
 
 
 def result_settings(selection: Selection) -> dict[str, Any]:
-    """The selection's settings; one that declares no exports is what it was before there were any."""
+    """The selection's settings, without the key ``exports`` if none are declared, like older versions."""
     settings = {**selection.result_settings(), **RETIRED_SETTINGS}
     return settings if selection.exports else {key: settings[key] for key in settings if key != "exports"}
 
@@ -45,8 +45,8 @@ def read_manifest(artifacts: ArtifactStore) -> dict[str, Any]:
     """The manifest of the last training dataset.
 
     Raises:
-        ArtifactMissingError: There is none yet.
-        ArtifactCorruptError: It is damaged.
+        ArtifactMissingError: There is no manifest yet.
+        ArtifactCorruptError: The manifest is damaged.
     """
     manifest: dict[str, Any] = artifacts.read_json(NAME, MANIFEST, shape=_Manifest)
     return manifest
@@ -66,13 +66,13 @@ _Manifest: TypeAlias = Annotated[dict[str, Any], AfterValidator(_whole)]
 
 
 def is_complete(artifacts: ArtifactStore, sha256: Callable[[UPath], str | None] | None = None) -> bool:
-    """Whether the manifest is there, and the training file and those of the exports are as it states.
+    """Whether the manifest exists and describes the training file and the exports' files correctly.
 
-    Images that exports copied or linked are not looked at.
+    Images that exports copied or linked are not checked.
 
     Args:
         artifacts: The store.
-        sha256: Gives the hash of a file, where it is to be compared beside the size.
+        sha256: Returns the hash of a file, or None if only its size is to be compared.
     """
     try:
         manifest = read_manifest(artifacts)

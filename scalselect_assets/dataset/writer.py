@@ -22,7 +22,7 @@ from scalselect_assets.resources.embedding_store import EmbeddingStore, Embeddin
 from scalselect_assets.resources.sample_source import SampleSource
 
 _ROWS = pl.Schema({"row": pl.Int64(), "text": pl.String(), "images": pl.List(pl.String())})
-# What exports tell of a row beside.
+# The additional columns that exports need.
 _EXPORT_ROWS = pl.Schema(
     {
         **_ROWS,
@@ -42,10 +42,10 @@ def text_only_rows(
 ) -> dict[str, set[int]]:
     """The rows without an image that are kept, by shard: all, none, or a seeded draw within their budget.
 
-    Each row's place in the draw is a hash of its key, so that most stay when the pool grows.
+    Each row's place in the draw is a hash of its key, so that most rows stay when the pool grows.
 
     Raises:
-        dg.Failure: Their budget is more rows than there are.
+        dg.Failure: The budget asks for more rows without an image than there are.
     """
     if selection.text_only == "drop":
         return {}
@@ -76,7 +76,7 @@ def text_only_rows(
 
 
 class DatasetWriter:
-    """Streams the chosen rows of all shards into one file, and the exports' spool; keeps count."""
+    """Writes the chosen rows of all shards into one file and into the exports' spool, and counts them."""
 
     def __init__(
         self,
@@ -102,20 +102,22 @@ class DatasetWriter:
 
     @property
     def sha256(self) -> str:
-        """The hash of everything that was written so far."""
+        """The hash of the bytes written so far."""
         return self._digest.hexdigest()
 
     def write(
         self, subset: pl.DataFrame, before_it_counts: Callable[[], None] = lambda: None
     ) -> tuple[UPath, int]:
-        """Replace the file: a JSON array, or JSON Lines if all shards are; path and size in bytes.
+        """Replace the file, and return its path and its size in bytes.
+
+        The file is JSON Lines if all shards are, else a JSON array.
 
         Args:
             subset: The chosen rows.
-            before_it_counts: Called once all rows are written and before the file takes the place of the last
-                one; what it raises leaves that in force.
+            before_it_counts: Called when all rows are written, before the file replaces the last one; if it
+                raises an error, the last file stays.
         """
-        # A shard without rows has no say in the format.
+        # A shard without rows does not affect the format.
         lines = all(
             header["container"] == "lines" for header in self.headers.values() if header["raw_rows"] != "0"
         )
@@ -125,7 +127,7 @@ class DatasetWriter:
         )
         pieces = self._lines(subset) if lines else self._array(subset)
         size = self._artifacts.write_text(path, self._hashed(pieces, before_it_counts))
-        other.unlink(missing_ok=True)  # of an earlier pool in the other format
+        other.unlink(missing_ok=True)  # the file of an earlier pool in the other format
         return path, size
 
     def _lines(self, subset: pl.DataFrame) -> Iterator[str]:
@@ -145,7 +147,7 @@ class DatasetWriter:
         at_the_end()
 
     def _texts(self, subset: pl.DataFrame) -> Iterator[str]:
-        """The chosen rows' texts in pool order, as they were when they were embedded."""
+        """The chosen rows' texts in pool order, unchanged since the embedding."""
         chosen = {str(shard): rows for (shard,), rows in subset.group_by("shard")}
         for shard in self.tables:
             rows = self._chosen_rows(shard, chosen[shard]) if shard in chosen else self._none()
@@ -165,7 +167,7 @@ class DatasetWriter:
         """Rows of the shard's table by sample key.
 
         Raises:
-            dg.Failure: The table is not the one that was scored: a chosen key is not in it.
+            dg.Failure: A chosen key is not in the table, so the table is not the scored one.
         """
         table = self.tables[shard]
         columns = ["sample_key", "text", "images"]
@@ -185,7 +187,7 @@ class DatasetWriter:
         return pl.DataFrame(schema=self._schema)
 
     def text_only_rows(self, shard: str) -> pl.DataFrame:
-        """The shard's rows without an image that are kept; counts all rejected rows."""
+        """The kept rows of the shard that have no image; all rejected rows are counted as well."""
         version = self.headers[shard]["data_version"]
         rejected = receipts.read_rejected(self._artifacts, shard, version)
         self.rejected[shard] = raw_samples.reason_counts(rejected)

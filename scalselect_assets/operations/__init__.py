@@ -1,1 +1,1 @@
-"""Keeping a selection up to date: staleness, the refresh, automation, cleaning."""
+"""The operations that keep a selection up to date: staleness, the refresh, automation, cleaning."""

@@ -52,7 +52,7 @@ AUTOMATION_TAG = "scalselect/automation"
 
 
 def automation_condition(selection: Selection, asset: str) -> Condition | None:
-    """The condition on which Dagster requests ``asset``; none where the refresh drives the selection.
+    """The condition on which Dagster requests ``asset``; None if the refresh drives the selection.
 
     An asset that has no condition of its own here follows the one before it on the path.
     """

@@ -46,7 +46,7 @@ def clean(
         selection: The selection whose store is cleaned.
         storage: Opens pool and store.
         instance: The instance that knows the shards of the last refresh.
-        retention: Time that a thing must have been unneeded.
+        retention: The time for which a thing must have been unneeded.
         dry_run: Whether to delete nothing and only report what would be deleted.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Dagster's records of a store, where they cannot be written or are damaged.
+"""Handling of a store's Dagster records that are read-only or damaged.
 
-The records are SQLite files. A store on a read-only file system is looked at through a copy of them, since
+The records are SQLite files. For a store on a read-only file system a copy of them is read, since
 SQLite writes beside a file that it reads. Damage is reported with the file and the remedy.
 """
 
@@ -22,7 +22,7 @@ class DamagedRecordsError(RuntimeError):
 
 
 def is_fault_of_records(error: BaseException | None) -> bool:
-    """Whether an error, or what it comes from, is one of a SQLite file."""
+    """Whether an error, or one of its causes, is an error of a SQLite file."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, sqlite3.DatabaseError):
@@ -37,7 +37,7 @@ def named_damage(folder: Path) -> Iterator[None]:
     """Report errors of the SQLite files in a folder with the file that is damaged.
 
     Raises:
-        DamagedRecordsError: One of them is.
+        DamagedRecordsError: A SQLite file is damaged.
     """
     try:
         yield
@@ -64,7 +64,7 @@ def databases(folder: Path) -> list[Path]:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether SQLite finds a file in order; one that somebody holds is taken to be."""
+    """Whether SQLite finds no damage in a file; a file that another process has locked counts as whole."""
     try:
         connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)
         try:

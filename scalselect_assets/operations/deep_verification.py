@@ -1,8 +1,9 @@
-"""Reading everything that a store holds, and computing its scores anew, to find what nothing else reads.
+"""Deep verification: it reads the whole store and computes its scores anew, to find unnoticed damage.
 
-A refresh reads what it needs. Here every file and every table is compared with its hash, the basis is
-computed anew from the vectors, and the stored scores and the chosen rows are compared with it. Nothing is
-changed. Costs: reading the whole store, one pass over all vectors for the basis and one for the scores.
+A refresh reads only the files that it needs. The deep verification compares every file and every table with
+its hash, computes the basis anew from the vectors, and compares the stored scores and chosen rows with it.
+Nothing is changed. Costs: reading the whole store, one pass over all vectors for the basis and one for the
+scores.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from scalselect_assets.method.subspace.leverage import LeverageScorer
 
 SCORE_TOLERANCE = 5e-5
-"""Tolerance of normalised scores, whose mean is 1; it exceeds their possible error of 1e-5 and rounding."""
+"""The allowed error of normalised scores (mean 1). It exceeds their expected error, 1e-5 and rounding."""
 
 _NOT_ARTIFACTS = {"dagster", "lance", ".locks"}
 
@@ -56,13 +57,13 @@ class Problem:
 
 
 def deep_problems(selection: Selection, storage: StorageResource) -> list[Problem]:
-    """Everything in a store that is not what was written, or does not follow from the rest of it."""
+    """All faults of a store: files that changed after writing, and results that do not match the rest."""
     artifacts = storage.artifacts(selection.store)
     problems = [*_damaged_files(artifacts), *_damaged_outputs(artifacts)]
     try:
         subspace, basis = subspace_basis.read_basis(artifacts)
     except (ArtifactMissingError, ArtifactCorruptError):
-        return problems  # with a damaged basis, which is among them, nothing can be compared
+        return problems  # without a basis nothing can be compared; damage is listed already
     tables, damaged_tables = _tables(artifacts, storage, basis)
     problems += damaged_tables
     if not damaged_tables:
@@ -72,7 +73,7 @@ def deep_problems(selection: Selection, storage: StorageResource) -> list[Proble
 
 
 def _damaged_files(artifacts: ArtifactStore) -> Iterator[Problem]:
-    """The files that carry a hash and do not fit it."""
+    """The files that do not match the hash inside them."""
     for path in sorted(artifacts.root.rglob("*"), key=str):
         parts = path.path.removeprefix(f"{artifacts.root.path}/").split("/")
         in_exports = parts[0] == training_manifest.NAME and len(parts) > 2
@@ -85,11 +86,11 @@ def _damaged_files(artifacts: ArtifactStore) -> Iterator[Problem]:
         except ArtifactCorruptError as error:
             yield Problem(str(error), (path,))
         except ArtifactMissingError:
-            continue  # removed while the store was looked through
+            continue  # the file was removed during the search
 
 
 def _damaged_outputs(artifacts: ArtifactStore) -> Iterator[Problem]:
-    """The files that a manifest or a receipt describes, and that are others."""
+    """The files that do not match their description in the manifest or in a receipt."""
     folder = artifacts.root / training_manifest.NAME
     manifest_path = artifacts.path(training_manifest.NAME, training_manifest.MANIFEST, suffix=RECORD)
     try:
@@ -103,7 +104,7 @@ def _damaged_outputs(artifacts: ArtifactStore) -> Iterator[Problem]:
         page = page_receipt.page_path(artifacts)
         described[page] = str(page_receipt.read_receipt(artifacts)["data_version"])
     except (ArtifactMissingError, ArtifactCorruptError):
-        pass  # there is none, or it is among the damaged files
+        pass  # there is no page, or its receipt is listed as damaged
     for path, sha256 in described.items():
         try:
             found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -118,7 +119,7 @@ def _damaged_outputs(artifacts: ArtifactStore) -> Iterator[Problem]:
 def _tables(
     artifacts: ArtifactStore, storage: StorageResource, basis: BasisHeader
 ) -> tuple[dict[str, EmbeddingTable], list[Problem]]:
-    """The table of each shard in the basis, and those that do not hold what was recorded of them."""
+    """The table of each shard in the basis, and a problem for each table that does not match its record."""
     embeddings = storage.embeddings(str(artifacts.root))
     tables, problems = {}, []
     for shard in basis.shards:
@@ -129,7 +130,7 @@ def _tables(
         except EmbeddingTableError as error:
             problems.append(Problem(str(error), (receipt,)))
         except ArtifactCorruptError:
-            continue  # it is among the damaged files
+            continue  # the file is listed as damaged already
         except ArtifactMissingError as error:
             problems.append(Problem(str(error), ()))
     return tables, problems
@@ -142,7 +143,7 @@ def _wrong_scores(
     basis: BasisHeader,
     tables: dict[str, EmbeddingTable],
 ) -> Iterator[Problem]:
-    """The faults of basis and scores that do not follow from the vectors."""
+    """The faults in the stored basis and scores, compared with those computed from the vectors."""
     from scalselect_assets.method.subspace.basis import fit_subspace
     from scalselect_assets.method.subspace.leverage import LeverageScorer
     from scalselect_assets.method.subspace.moments import MomentsAccumulator
@@ -174,7 +175,7 @@ def _wrong_scores(
         try:
             frame, _ = artifacts.read_frame(importance_scores.NAME, shard)
         except (ArtifactMissingError, ArtifactCorruptError):
-            continue  # a refresh makes it
+            continue  # a refresh makes the scores
         if (off := _difference(frame, scores["anew"])) > SCORE_TOLERANCE:
             yield Problem(f"{importance_scores.NAME}[{shard}] is off by {off:.2g} ({place})", (place,))
 
@@ -195,7 +196,7 @@ def _scores(
 
 
 def _difference(found: pl.DataFrame, wanted: pl.DataFrame) -> float:
-    """The largest difference of a score; infinite where they are not of the same samples."""
+    """The largest difference of a score; infinite if the two tables hold different samples."""
     both = wanted.join(found, on="sample_key", suffix="_found")
     if both.height != wanted.height or found.height != wanted.height:
         return float("inf")
@@ -207,13 +208,13 @@ def _difference(found: pl.DataFrame, wanted: pl.DataFrame) -> float:
 
 
 def _wrong_choice(artifacts: ArtifactStore, basis: BasisHeader) -> Iterator[Problem]:
-    """The faults of chosen rows whose scores differ from those of their shards."""
+    """The faults in the chosen rows: scores that differ from those of their shards."""
     try:
         chosen, stated = artifacts.read_frame(selected_subset.NAME)
     except (ArtifactMissingError, ArtifactCorruptError):
         return
     if stated.get("subspace_basis") != basis.data_version:
-        return  # of an earlier basis: a refresh chooses anew
+        return  # the choice is of an earlier basis; a refresh chooses anew
     path = artifacts.path(selected_subset.NAME, suffix=FRAME)
     for (shard,), rows in chosen.group_by("shard"):
         try:

@@ -1,7 +1,7 @@
 """Mistakes in a declaration that can be known before hours of embedding.
 
-Holds what needs the declaration and the file system only, and what needs the rows' texts; nothing here loads
-a model. The choice and the exports check the same again, on what they then have.
+Some checks need only the declaration and the file system, the others need the rows' texts; none loads a
+model. The choice and the exports repeat these checks on their own inputs.
 """
 
 from collections.abc import Iterable
@@ -25,10 +25,10 @@ _VALUES_SHOWN = 10
 
 
 def check_declaration(selection: Selection, storage: StorageResource, vlm: VlmResource) -> None:
-    """Check that everything that the declaration names is there and can be used.
+    """Require that everything that the declaration names exists and can be used.
 
     Raises:
-        RefreshError: The device has no hardware, or the exports cannot be written as declared.
+        RefreshError: The declared device is not available, or the exports cannot be written as declared.
         SampleListError: A list cannot be read.
         EvaluationSetError: The evaluation set cannot be used.
     """
@@ -57,10 +57,10 @@ def _require_cuda() -> None:
 
 
 def check_quotas(selection: Selection, artifacts: ArtifactStore, shards: Iterable[str]) -> None:
-    """Every floor is of a source that some row has, and of no more rows than have it.
+    """Require that every floor names an existing source with enough rows.
 
     Raises:
-        RefreshError: One is not; the message names the sources that there are.
+        RefreshError: A floor has no such source, or too few rows; the message names the existing sources.
     """
     floors = {quota.label(selection.source_label): quota.floors for quota in selection.quotas if quota.floors}
     if not floors:

@@ -6,7 +6,7 @@ class RefreshError(RuntimeError):
 
 
 class NothingEmbeddedError(RefreshError):
-    """No row of the pool could be embedded; what was read of it is in the store, to be looked at."""
+    """No row of the pool could be embedded; the rows that were read are in the store, for inspection."""
 
 
 def error_cause(error: BaseException) -> BaseException:

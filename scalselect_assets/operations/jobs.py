@@ -93,7 +93,7 @@ def _table(groups: Sequence[dict[str, Any]]) -> dg.TableMetadataValue:
 
 
 class RefreshConfig(dg.Config):
-    """Settings of one refresh."""
+    """The settings of one refresh."""
 
     accept_missing_images: bool = Field(
         default=False,
@@ -188,7 +188,7 @@ def nightly_schedule(selection: Selection) -> dg.ScheduleDefinition:
 def _refresh_at_work(
     selection: Selection, instance: dg.DagsterInstance, storage: StorageResource
 ) -> str | None:
-    """A message that names the refresh at work, or about to start; none where there is none.
+    """A message that names the refresh at work or about to start; None if there is none.
 
     The record of a run whose process is dead does not count.
     """

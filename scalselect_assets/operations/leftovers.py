@@ -23,7 +23,7 @@ class Kind(StrEnum):
     UNFINISHED = "unfinished_files"
     """Leftovers of a killed process: files of artifacts, uncommitted data files of tables, a search table."""
     SET_ASIDE = "set_aside_parts"
-    """Vectors that were set aside, and that are in a committed table by now or whose shard is gone."""
+    """Vectors that were set aside and are now in a committed table, or belong to a shard that is gone."""
     RETIRED = "retired_moments"
     """Replaced moments that the pool's totals no longer hold."""
     GONE_SHARDS = "gone_shards"
@@ -57,7 +57,7 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceReport:
-    """The results of a cleaning; of a dry run, what a cleaning would do.
+    """The results of a cleaning, or the expected results in the case of a dry run.
 
     Attributes:
         removed: Leftovers that were deleted.
@@ -112,7 +112,7 @@ def _grouped(leftovers: Iterable[Leftover]) -> list[dict[str, Any]]:
 
 
 Found = tuple[Leftover, Callable[[], None] | None]
-"""A leftover with the function that deletes it; none where it is kept."""
+"""A leftover with the function that deletes it, or None if the leftover is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def total(files: Iterable[StoredFile]) -> int:
 
 
 def newest(files: Iterable[StoredFile]) -> float:
-    """The latest time of change; 0 where there is no file."""
+    """The latest time of change; 0 if there is no file."""
     return max((file.changed for file in files), default=0.0)
 
 

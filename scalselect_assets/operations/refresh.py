@@ -115,7 +115,7 @@ class Refresh:
             log_level: Log level of the runs' console output.
             rebuild_basis: Whether to add up the moments of all shards anew, even if nothing is stale.
             accept_missing_images: Whether a person agrees that missing images are gone, so that their rows
-                give up their vectors.
+                lose their vectors.
             should_stop: Called before every run; the refresh stops if it returns true.
         """
         self._selection, self._job, self._instance = selection, job, instance
@@ -181,10 +181,10 @@ class Refresh:
             return self._report
 
     def _require_images(self, discovery: Discovery) -> None:
-        """Stop before anything is computed, where too many images are gone at once.
+        """Stop before anything is computed if too many images are newly missing.
 
         Raises:
-            RefreshError: More than the declared share is newly missing.
+            RefreshError: More than the declared share of the images is newly missing.
         """
         found = newly_missing(self._artifacts, raw_samples.NAME, discovery.missing_images, discovery.n_images)
         if found.share > (most := self._selection.max_missing_images):
@@ -224,10 +224,10 @@ class Refresh:
                 self._report.embedded.append(shard)
 
     def _read_all(self, stale: Mapping[str, list[str]], discovery: Discovery) -> dict[str, list[str]]:
-        """Read every shard before any is embedded, and what is stale then.
+        """Read every shard before any is embedded, and return the assets that are stale then.
 
         Raises:
-            RefreshError: A floor is of a source that too few rows have.
+            RefreshError: A floor asks for more rows of a source than there are.
         """
         unread = [shard for shard, assets in stale.items() if assets[0] == raw_samples.NAME]
         read = [shard for shard in unread if self._materialize_shard([raw_samples.NAME], shard)]
@@ -361,7 +361,7 @@ class Refresh:
                 self._report.reused_rows += int(str(rows["reused_rows"].value))
 
     def _note_failed_checks(self, failure: dg.Failure, place: str) -> None:
-        """Keep what failed checks saw, by asset and check, for whoever reads the report by program."""
+        """Keep the metadata of failed checks, by asset and check, for programs that read the report."""
         failed = failure.metadata.get(FAILED_CHECKS)
         if isinstance(failed, dg.JsonMetadataValue) and isinstance(failed.value, Mapping):
             for name, seen in failed.value.items():

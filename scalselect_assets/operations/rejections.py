@@ -1,4 +1,4 @@
-"""Why no row of a pool could be embedded: reasons with an example each, and what would help."""
+"""The explanation for a pool without embedded rows: each reason with an example, and a remedy."""
 
 import os
 import posixpath
@@ -21,17 +21,17 @@ from scalselect_assets.resources.storage import StorageResource
 _ELSEWHERE = (RejectionReason.MISSING_IMAGE.value, RejectionReason.OUTSIDE_IMAGE_ROOT.value)
 _SAMPLED_ROWS = 50
 _LOOKED_AT = 100_000
-"""Files and folders near the pool that are looked at for images of the wanted names."""
+"""The maximum number of files and folders near the pool that are searched for images."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundImages:
-    """A folder that images of a pool were found below.
+    """A folder below which images of a pool were found.
 
     Attributes:
         root: The folder, to be declared as the image root.
-        found: Number of these images that are there.
-        wanted: Number of images that were looked for.
+        found: Number of images that were found below the folder.
+        wanted: Number of images that were searched for.
     """
 
     root: str
@@ -42,7 +42,7 @@ class FoundImages:
 def explain_rejections(
     selection: Selection, storage: StorageResource, artifacts: ArtifactStore, shards: Iterable[str]
 ) -> str:
-    """A summary of the rejected rows, for a pool of which no row is embedded."""
+    """The reasons for which rows of the shards were rejected, for a pool without embedded rows."""
     counts, examples, texts = Counter[str](), dict[str, str](), list[str]()
     for shard in shards:
         try:
@@ -70,7 +70,7 @@ def explain_rejections(
 
 
 def find_images(selection: Selection, storage: StorageResource, texts: Iterable[str]) -> FoundImages | None:
-    """The folder near a local pool from which most of the images that some rows name are found."""
+    """The folder near a local pool below which most of the images of some rows are found, or None."""
     source = storage.path(selection.source)
     if not is_local(source):
         return None
@@ -98,9 +98,9 @@ def _references(text: str) -> tuple[str, ...]:
 
 
 def _files_named(folder: Path, names: set[str]) -> Iterator[Path]:
-    """Files of these names in a folder and below it, the nearest first, of the first so many entries.
+    """Files with these names in a folder and below it, nearest first, among the first `_LOOKED_AT` entries.
 
-    Other file systems are left out: a hint is not worth waiting for a network.
+    Other file systems are not searched, since a hint is not worth waiting for a network.
     """
     waiting, looked_at, device = [folder], 0, folder.stat().st_dev
     while waiting and looked_at < _LOOKED_AT:
@@ -120,12 +120,12 @@ def _files_named(folder: Path, names: set[str]) -> Iterator[Path]:
 
 
 def _root_of(path: Path, reference: str, pool: Path) -> str:
-    """The folder that a reference would have to start from to lead to a file: less what both end with."""
+    """The folder from which a reference leads to a file: the file's path without their common end."""
     there, named = list(path.parts), [part for part in reference.split("/") if part not in ("", ".")]
     n_common = 0
     while n_common < min(len(there), len(named)) and there[-1 - n_common] == named[-1 - n_common]:
         n_common += 1
-    # A root that holds the pool itself says little: of an absolute path, a shorter end does as well.
+    # A root that holds the pool itself says little, so an absolute path keeps one more folder in the root.
     if reference.startswith("/") and pool.is_relative_to(Path(*there[: len(there) - n_common])):
         n_common = max(1, n_common - 1)
     return str(Path(*there[: len(there) - n_common]))

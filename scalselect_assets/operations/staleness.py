@@ -28,7 +28,7 @@ class Staleness:
         path: The assets of the selection, in order.
         first: The assets by shard that come before the first asset over the pool.
         rest: All further assets.
-        verified: Which of the store's files hold what was written to them.
+        verified: The store's files that are known to be unchanged since they were written.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Staleness:
     def stale_shards(self, shard_versions: Mapping[str, str]) -> dict[str, list[str]]:
         """The assets that must run for each stale shard: the first stale one and all after it.
 
-        Assets over the pool, and those after them, are not among them.
+        Assets over the pool and the assets after them are not included.
 
         Args:
             shard_versions: The fingerprint of each shard file to look at.
@@ -119,9 +119,9 @@ class Staleness:
         ]
 
     def pending(self, discovery: Discovery) -> list[str]:
-        """The names of what a refresh would compute now: shards, or else assets over the pool.
+        """The names of the shards, or else of the assets over the pool, that a refresh would compute now.
 
-        Where shards are pending, the assets after them are not listed: whether they change is not known yet.
+        If shards are pending, the assets after them are not listed, since it is unknown whether they change.
         """
         if shards := list(self.stale_shards(discovery.versions)):
             return shards
@@ -139,7 +139,7 @@ class Staleness:
         return checks.failed_checks(self._records, key, asset.error_checks)
 
     def _failed_by_shard(self, asset: ShardAsset) -> Mapping[str, str]:
-        """The findings of failed checks, for shards that the pool still has."""
+        """The findings of failed checks, by shard, for shards that are still in the pool."""
         key = self._selection.key(asset.name)
         failed = checks.shards_with_failed_checks(self._records, key, asset.error_checks)
         known = set(self._records.known_shards(self._selection.name)) if failed else set()
@@ -151,10 +151,10 @@ class Staleness:
 
 
 def _is_current(header: OutputHeader, found: Mapping[str, str], expected: str | None) -> bool:
-    """Whether the stored output and Dagster's record of it both are what would be computed now.
+    """Whether the stored output and Dagster's record of it both have the expected provenance.
 
-    Neither is enough alone: several Dagster instances may work on one store, and a process may be killed
-    between writing a file and recording it.
+    Neither is enough alone, since several Dagster instances may work on one store, and a process may be
+    killed between writing a file and recording it.
     """
     return header.get("provenance") == found.get("provenance") == expected and header.get(
         "data_version"

@@ -38,7 +38,7 @@ def summary(artifacts: ArtifactStore) -> dict[str, Any]:
 
 
 def _advice(artifacts: ArtifactStore) -> dict[str, Any]:
-    """Whether the choice repeats itself and what to try; nothing where it was not compared with random."""
+    """The finding on repetition in the choice and the advice; empty if no comparison with random exists."""
     try:
         compared, _ = artifacts.read_frame(comparison.NAME)
     except (ArtifactMissingError, ArtifactCorruptError):  # the next refresh makes it again

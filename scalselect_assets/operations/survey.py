@@ -53,7 +53,7 @@ _APART_SECONDS = 1.0
 
 
 class Survey:
-    """Lists what a store holds and who needs it, while nobody else works on the store."""
+    """Lists the contents of a store and their users, while nobody else works on the store."""
 
     def __init__(
         self, selection: Selection, storage: StorageResource, instance: dg.DagsterInstance, retention: float
@@ -379,7 +379,7 @@ def _shard_part(table: str) -> str:
 
 
 def shard_of_stem(stem: str) -> str:
-    """The shard with a given name in file names, where long names are cut."""
+    """The shard with a given name in file names; long names are cut there."""
     try:
         return decode_name(stem)
     except ValueError:
@@ -387,7 +387,7 @@ def shard_of_stem(stem: str) -> str:
 
 
 def _present_fingerprint(selection: Selection, artifacts: ArtifactStore) -> str | None:
-    """The fingerprint of the declared model; none where the store has no card of it yet."""
+    """The fingerprint of the declared model; None if the store has no card of it yet."""
     try:
         return str(artifacts.read_json(CARDS, model_signature(**selection.target))["fingerprint"])
     except (ArtifactMissingError, ArtifactCorruptError, KeyError, TypeError):

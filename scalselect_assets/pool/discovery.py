@@ -27,12 +27,12 @@ class Discovery:
 
     Attributes:
         versions: Fingerprint of each shard: its file's bytes and its images' sizes and times.
-        n_rows: Number of rows of each shard; ``None`` where the file cannot be read as rows.
+        n_rows: Number of rows of each shard; ``None`` if the file cannot be read as rows.
         unsettled: Shards whose file or images are still being written. They count as neither new nor changed
             nor gone until that has ended.
         passed_over: Files that are no shards, by kind, with count and examples; see `PoolListing`.
-        missing_images: The images that are not there, of each shard that names such.
-        n_images: Number of images that the shards name, counted in each of them.
+        missing_images: The missing images of each shard that names any.
+        n_images: Number of images that the shards name, counted per shard.
     """
 
     versions: Mapping[str, str]
@@ -82,7 +82,7 @@ def discover(
 
 
 def settled_discovery(source: SampleSource, artifacts: ArtifactStore, settle_seconds: float) -> Discovery:
-    """Discover the shards; where some have just been written, wait once and discover them again.
+    """Discover the shards; if some are still being written, wait once and discover them again.
 
     Raises:
         FileNotFoundError: The pool does not exist.
@@ -139,7 +139,7 @@ def report_discovery(
 
 
 def _report_manifest(selection: Selection, records: Records, pool: set[str]) -> None:
-    """Report the set of shards as a whole, if it is another one than was reported last."""
+    """Report the set of shards as a whole, if it differs from the one that was reported last."""
     manifest_version = _manifest_version(pool)
     seen = records.latest_observation(selection.key(SHARD_MANIFEST))
     if seen is None or seen.tags.get(DATA_VERSION_TAG) != manifest_version:

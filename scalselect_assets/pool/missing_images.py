@@ -1,9 +1,9 @@
 """Images that were there earlier and are missing now; their rows keep their vectors.
 
 A disk that is not mounted looks like a pool whose images were all deleted. So a row that had a vector keeps
-it while its image is missing, until a person agrees that the image is gone; and where more than a share of
-the images is missing at once, the refresh stops before anything is computed. Costs: for each shard that
-misses images, reading its rows of the last time.
+it while its image is missing, until a person agrees that the image is gone. If more than a given share of the
+images is missing at once, the refresh stops before anything is computed. Costs: for each shard with missing
+images, its rows of the last refresh are read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,18 +15,18 @@ from scalselect_assets.method.representation.rejection import RejectionReason
 from scalselect_assets.resources.artifacts import ArtifactCorruptError, ArtifactMissingError, ArtifactStore
 
 KEPT = "rows_without_image"
-"""In the header of a shard's rows: how many of them keep their vectors though their images are missing."""
+"""The key, in the header of a shard's rows, of the number of rows that keep vectors without an image."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewlyMissing:
-    """Images that rows had when they were last read, and that are not there now.
+    """Images that existed when their rows were last read and that are missing now.
 
     Attributes:
-        n_images: Number of these images, counted in each shard that names them.
-        n_named: Number of images that the pool names, counted in the same way.
-        shards: The shards that miss some, by how many.
-        example: One of them.
+        n_images: Number of newly missing images, counted per shard.
+        n_named: Number of images that the pool names, counted per shard.
+        shards: Number of newly missing images of each shard that has any.
+        example: One of the newly missing images.
     """
 
     n_images: int
@@ -43,12 +43,12 @@ class NewlyMissing:
 def newly_missing(
     artifacts: ArtifactStore, rows_asset: str, missing: Mapping[str, Sequence[str]], n_named: int
 ) -> NewlyMissing:
-    """Count the images that rows had before.
+    """Count the missing images that existed when their rows were last read.
 
     Args:
         artifacts: The store.
         rows_asset: The asset that holds the rows of each shard as they were read last.
-        missing: The images that each shard names and that are not there.
+        missing: The missing images of each shard.
         n_named: Number of images that the pool names.
     """
     shards, example = {}, ""
@@ -61,14 +61,14 @@ def newly_missing(
 
 
 def kept_rows(earlier: pl.DataFrame | None, now: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """The rows of a shard, in which rows that only miss an image stay as they were while it was there.
+    """The rows of a shard; a row whose only fault is a missing image is kept as it was before.
 
     Args:
-        earlier: The shard's rows of the last time, if there are any.
-        now: Its rows as they are.
+        earlier: The shard's rows of the last refresh, if there are any.
+        now: The shard's present rows.
 
     Returns:
-        The rows, and how many of them were kept.
+        The rows, and the number of rows that were kept.
     """
     if earlier is None:
         return now, 0
@@ -88,13 +88,13 @@ def kept_rows(earlier: pl.DataFrame | None, now: pl.DataFrame) -> tuple[pl.DataF
 
 
 def n_kept(artifacts: ArtifactStore, rows_asset: str, shards: Iterable[str]) -> dict[str, int]:
-    """The number of rows, for each shard that has some, that keep vectors although images are missing."""
+    """The number of rows of each shard, if any, that keep their vectors while their images are missing."""
     kept = {}
     for shard in shards:
         try:
             kept[shard] = int(artifacts.read_header(rows_asset, shard).get(KEPT, "0"))
         except (ArtifactMissingError, ArtifactCorruptError):
-            continue  # it is read anew
+            continue  # the shard is read anew
     return {shard: count for shard, count in kept.items() if count}
 
 

@@ -1,9 +1,9 @@
 """Step 1, by shard: every row of the shard file, read and judged.
 
 The output holds all rows, rejected ones too, each with its verbatim text. A row is judged by its content and
-by the presence of its images; step 2 looks at pixels. A row that only misses an image stays as it was while
-the image was there (`missing_images`). Costs: the file is read for its rows and hashed before and after, so
-that a change meanwhile is noticed; one stat per image; memory of one shard.
+by the presence of its images; step 2 reads the pixels. A row whose only fault is a missing image stays as it
+was before (`missing_images`). Costs: the file is read for its rows and hashed before and after, so
+that a change meanwhile is noticed; one stat per image; one shard is in memory.
 """
 
 import hashlib
@@ -112,7 +112,7 @@ def read_rows(source: SampleSource, shard: str) -> pl.DataFrame:
     """One shard as a frame of `RAW_SAMPLES`.
 
     Raises:
-        dg.Failure: The file is not a shard at all; not retried, since only another file helps.
+        dg.Failure: The file is not a shard; there is no retry, since only another file helps.
     """
     try:
         return pl.DataFrame(
@@ -125,7 +125,7 @@ def read_rows(source: SampleSource, shard: str) -> pl.DataFrame:
 
 
 def _last_rows(artifacts: ArtifactStore, shard: str) -> pl.DataFrame | None:
-    """The rows of a shard as they were read last; none at first, and none from a damaged file."""
+    """The rows of a shard as they were read last; None if there are none or the file is damaged."""
     try:
         return artifacts.read_frame(NAME, shard)[0]
     except (ArtifactMissingError, ArtifactCorruptError):
@@ -155,13 +155,13 @@ def _record(row: PoolRow) -> tuple[object, ...]:
 
 
 def expected(state: StoreState, shard: str) -> str | None:
-    """The provenance that a shard's rows would have now; none where discovery did not read the shard."""
+    """The provenance that a shard's rows would have now; None if discovery did not read the shard."""
     version = state.shard_versions.get(shard)
     return None if version is None else provenance(state.selection, version)
 
 
 def header(state: StoreState, shard: str) -> OutputHeader:
-    """The header of a shard's rows; empty where they are missing or damaged."""
+    """The header of a shard's rows; empty if the rows are missing or damaged."""
     return state.frame_header(NAME, shard)
 
 

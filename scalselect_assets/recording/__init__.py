@@ -1,1 +1,1 @@
-"""Dagster's records of an asset: versions, columns, partitions, materializations, and the door to them."""
+"""Dagster's records of an asset: versions, columns, partitions, materializations, and the access to them."""

@@ -16,7 +16,7 @@ from dagster._core.storage.asset_check_execution_record import (
 from scalselect_assets.recording.records import Records, RunRecords
 
 FAILED_CHECKS = "failed_checks"
-"""The metadata of a failure that holds what the failed checks saw, by name."""
+"""The key of a failure's metadata that holds the findings of the failed checks, by name."""
 
 
 class FailedCheckError(RuntimeError):
@@ -28,7 +28,7 @@ class FailedCheckError(RuntimeError):
 
 
 def require_passed(*checks: dg.AssetCheckResult) -> None:
-    """Let a result be written.
+    """Require that no check of severity ERROR has failed, so that the result can be written.
 
     Raises:
         FailedCheckError: A check of severity ERROR has failed.
@@ -46,8 +46,8 @@ def as_failure(
     Args:
         context: Context of the asset.
         what: Asset and shard, for the message.
-        error: The checks.
-        shard: The shard, where the asset has one output for each.
+        error: The error with the failed checks.
+        shard: The shard, if the asset has one output per shard.
     """
     records = RunRecords(context)
     for check in error.checks:

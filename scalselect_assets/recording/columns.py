@@ -1,4 +1,4 @@
-"""The columns of every table, once: for the files, for the UI's column schema and for the documentation."""
+"""The only definition of every table's columns, for files, the UI's column schema and the documentation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import polars as pl
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Type and meaning of one column; nullable only where the meaning says so."""
+    """Type and meaning of one column; it is nullable only if the meaning says so."""
 
     dtype: pl.DataType
     description: str

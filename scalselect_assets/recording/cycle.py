@@ -64,7 +64,7 @@ def since_last(
     Args:
         instance: The instance where materializations are recorded.
         subset: Key of the selected subset, whose last materialization began the cycle.
-        embeddings: Key of the embeddings, whose metadata say how many rows were computed.
+        embeddings: Key of the embeddings, whose metadata state the number of computed rows.
         others: Keys of further assets whose seconds count.
         rows: Number of embedded rows by shard of the pool.
     """
@@ -93,7 +93,7 @@ def since_last(
 
 
 def _number(materialization: dg.AssetMaterialization, name: str) -> float | int:
-    """A number in a materialization's metadata; 0 where it has none of this name."""
+    """A number in a materialization's metadata; 0 if no number has this name."""
     value = materialization.metadata.get(name)
     return (
         value.value if isinstance(value, dg.IntMetadataValue | dg.FloatMetadataValue) and value.value else 0

@@ -31,7 +31,7 @@ def recorded_versions(data_version: str, provenance: str) -> dict[str, str]:
 
 
 def recorded(materialization: dg.AssetMaterialization | None) -> dict[str, str]:
-    """Both versions that ``recorded_versions`` wrote, named as in a file's header; empty where it did not."""
+    """Both versions that ``recorded_versions`` wrote, named as in a file's header, or an empty dict."""
     metadata = materialization.metadata if materialization else {}
     names = {"data_version": _DATA_VERSION, "provenance": _PROVENANCE}
     return {name: str(metadata[key].value) for name, key in names.items() if key in metadata}

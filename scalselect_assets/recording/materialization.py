@@ -82,11 +82,11 @@ def at_work(
     Args:
         context: Context of the asset.
         locks: Locks of the store.
-        shard: The shard; none for an asset over all shards.
+        shard: The shard; None for an asset over all shards.
         work: Name of the lock; by default the shard, or else the asset.
 
     Raises:
-        dg.Failure: A fault stays, or did not pass in time.
+        dg.Failure: A fault is permanent, or did not pass in time.
         dg.RetryRequested: A fault may pass.
     """
     name = context.asset_key.path[-1]
@@ -111,7 +111,7 @@ def materialize_shards(
     """Make an asset for the run's shards: one, or a range of them.
 
     Over a range, Dagster knows one data version for all shards, which is a hash of theirs. The version of
-    each shard is in its metadata, where the refresh looks.
+    each shard is in its metadata, from which the refresh reads it.
 
     Args:
         context: Context of the asset.
@@ -172,7 +172,7 @@ def _record_each(records: RunRecords, asset: dg.AssetKey, outputs: Mapping[str, 
 
 
 def _merged_checks(outputs: Mapping[str, Output]) -> list[dg.AssetCheckResult]:
-    """One result of each check: it passed if it passed for all shards, and it names those where it failed."""
+    """One result per check: it passed if it passed for all shards, and it names the shards that failed."""
     by_name: dict[str, dict[str, dg.AssetCheckResult]] = {}
     for shard, output in outputs.items():
         for check in output.checks:
@@ -199,15 +199,15 @@ def _merged_checks(outputs: Mapping[str, Output]) -> list[dg.AssetCheckResult]:
 def _faults_named(context: dg.AssetExecutionContext, what: str) -> Iterator[None]:
     """Turn an error of the operating system into a retry, or into a failure that says what to do.
 
-    Errors of this project say that themselves and pass through.
+    Errors of this project name the remedy themselves and pass through.
 
     Args:
         context: Context of the asset.
         what: Asset and shard, for the message.
 
     Raises:
-        dg.RetryRequested: The fault may pass, and has been tried less than ``RETRIES`` times.
-        dg.Failure: The fault stays.
+        dg.RetryRequested: The fault may pass, and there were fewer than ``RETRIES`` retries.
+        dg.Failure: The fault is permanent, or it did not pass in ``RETRIES`` retries.
     """
     try:
         yield
@@ -230,8 +230,8 @@ def retry_or_fail(context: dg.AssetExecutionContext, fault: str, cause: BaseExce
     has stopped.
 
     Raises:
-        dg.RetryRequested: The fault was met less than ``RETRIES`` times before.
-        dg.Failure: It was met that often.
+        dg.RetryRequested: There were fewer than ``RETRIES`` retries so far.
+        dg.Failure: The fault did not pass in ``RETRIES`` retries.
     """
     tried = context.retry_number
     if tried < RETRIES:

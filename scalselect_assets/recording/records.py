@@ -1,4 +1,4 @@
-"""The one door to Dagster's records: versions, materializations, shards, runs, the device pool and the log.
+"""The access to Dagster's records: versions, materializations, shards, runs, the device pool and the log.
 
 Every query and every report of this project goes through this module, so that an interruption (Ctrl-C,
 SIGTERM or a termination in Dagster's UI) waits until Dagster's transaction has ended; `method.interrupts`
@@ -32,7 +32,7 @@ RunContext: TypeAlias = dg.AssetExecutionContext | dg.OpExecutionContext
 
 _COMPLETED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
 _RECORDS_PER_QUERY = 1000
-"""Dagster's own limit."""
+"""The limit that Dagster itself sets."""
 
 _NEWEST_PER_QUERY = 100
 """Page size of a search that mostly ends at the newest record."""
@@ -48,8 +48,8 @@ class MadeBy:
 
     Attributes:
         run_id: Dagster's id of the run.
-        job: The run's job; none where the run itself is no longer known.
-        at: When the version was recorded, in UTC.
+        job: The run's job; None if the run is no longer known.
+        at: The time in UTC at which the version was recorded.
     """
 
     run_id: str
@@ -73,7 +73,7 @@ def open_instance(folder: Path) -> dg.DagsterInstance:
 
 
 class Records:
-    """Queries and reports of one Dagster instance."""
+    """The records of one Dagster instance, to be read and to be extended."""
 
     def __init__(self, instance: dg.DagsterInstance) -> None:
         self._instance = instance
@@ -89,7 +89,7 @@ class Records:
     def latest_versions(self, asset: dg.AssetKey, shards: Collection[str]) -> dict[str, Mapping[str, str]]:
         """Both versions that the latest materialization of each shard recorded.
 
-        Shards that were never materialized are left out, and shards that were not asked for may be in it.
+        Shards that were never materialized are left out; shards other than the given ones may be included.
         Costs one query, and one more for each thousand shards.
         """
         kind = dg.DagsterEventType.ASSET_MATERIALIZATION
@@ -100,7 +100,10 @@ class Records:
         }
 
     def latest_observed(self, asset: dg.AssetKey, shards: Collection[str]) -> dict[str, str]:
-        """The data version that the latest observation of each shard recorded; otherwise as above."""
+        """The data version that the latest observation of each shard recorded.
+
+        Shards and costs are those of `latest_versions`.
+        """
         kind = dg.DagsterEventType.ASSET_OBSERVATION
         return {
             seen.partition: seen.tags.get(DATA_VERSION_TAG, "")
@@ -109,7 +112,7 @@ class Records:
         }
 
     def made_by(self, asset: dg.AssetKey, shard: str | None, data_version: str) -> MadeBy | None:
-        """The run of the latest materialization that recorded a version; none where none did.
+        """The run of the latest materialization that recorded a version, or None.
 
         Costs one query for each hundred materializations that are newer, and one for the run.
         """
@@ -126,13 +129,13 @@ class Records:
     # Materializations and observations
 
     def latest_materialization(self, asset: dg.AssetKey) -> dg.AssetMaterialization | None:
-        """The latest materialization of any partition; none where there is none."""
+        """The latest materialization of any partition, or None."""
         with self._uninterrupted() as instance:
             event = instance.get_latest_materialization_event(asset)
         return event.asset_materialization if event else None
 
     def latest_storage_id(self, asset: dg.AssetKey) -> int | None:
-        """The place of an asset's latest materialization in the event log; none where there is none."""
+        """The place of an asset's latest materialization in the event log, or None."""
         kind = dg.DagsterEventType.ASSET_MATERIALIZATION
         newest = next(self._records(kind, dg.AssetRecordsFilter(asset), 1), None)
         return newest.storage_id if newest else None
@@ -150,7 +153,7 @@ class Records:
                 yield record.asset_materialization
 
     def latest_observation(self, asset: dg.AssetKey) -> dg.AssetObservation | None:
-        """The latest observation of an asset; none where there is none."""
+        """The latest observation of an asset, or None."""
         kind = dg.DagsterEventType.ASSET_OBSERVATION
         newest = next(self._records(kind, dg.AssetRecordsFilter(asset), 1), None)
         return newest.asset_observation if newest else None
@@ -168,7 +171,7 @@ class Records:
             return instance.get_dynamic_partitions(shards_name(selection_name))
 
     def add_shards(self, selection_name: str, shards: Sequence[str]) -> None:
-        """Make shards known to Dagster, so many in one transaction as one statement of SQLite takes."""
+        """Make shards known to Dagster; each transaction adds as many as one statement of SQLite can hold."""
         for start in range(0, len(shards), _SHARDS_AT_ONCE):
             with self._uninterrupted() as instance:
                 instance.add_dynamic_partitions(
@@ -242,7 +245,7 @@ class Records:
                 instance.event_log_storage.initialize_concurrency_limit_to_default(pool)
 
     def is_limited_by_op(self, pool: str) -> bool:
-        """Whether a device pool has a limit that each op takes a slot of, rather than each run."""
+        """Whether a device pool has a limit that counts ops rather than runs."""
         with self._uninterrupted() as instance:
             config = instance.get_concurrency_config().pool_config
             has_limit = config.default_pool_limit is not None or pool in _limited_pools(instance)
@@ -254,7 +257,7 @@ class Records:
     def last_check(
         self, check: dg.AssetCheckKey, shard: str | None = None
     ) -> AssetCheckExecutionRecord | None:
-        """The last evaluation of a check that was completed; of a shard, where the check has one for each."""
+        """The last completed evaluation of a check, for one shard if the check has a result per shard."""
         with self._uninterrupted() as instance:
             records = instance.event_log_storage.get_asset_check_execution_history(
                 check,
@@ -265,7 +268,7 @@ class Records:
         return records[0] if records else None
 
     def shards_that_failed(self, check: dg.AssetCheckKey) -> set[str]:
-        """The shards among a check's last thousand failures, also those that have passed since."""
+        """The shards among a check's last thousand failures, including shards that have passed since."""
         with self._uninterrupted() as instance:
             failed = instance.event_log_storage.get_asset_check_execution_history(
                 check, limit=_RECORDS_PER_QUERY, status={AssetCheckExecutionRecordStatus.FAILED}
@@ -277,7 +280,7 @@ class Records:
     def _records(
         self, kind: dg.DagsterEventType, wanted: dg.AssetRecordsFilter, per_query: int | None = None
     ) -> Iterator[dg.EventLogRecord]:
-        """An asset's records, the newest first; no page is fetched before a record of it is asked for."""
+        """An asset's records, the newest first; a page is fetched only when a record of it is needed."""
         cursor = None
         while True:
             with self._uninterrupted() as instance:

@@ -1,6 +1,5 @@
-"""The selected rows as trainers read them, one module a format; `publish` writes them, `spec` declares them.
+"""The exports of the selected rows in trainers' formats, one module per format; `publish` writes them.
 
-Part of `training_dataset`. A row that a format refuses is listed with a
-typed reason; nothing is dropped silently.
-This package imports nothing by itself.
+They are part of `training_dataset`. A row that a format refuses is listed with a typed reason; no row is
+dropped silently. This package imports nothing by itself.
 """

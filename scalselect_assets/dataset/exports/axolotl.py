@@ -3,8 +3,8 @@
 Rules from its source (axolotl-ai-cloud/axolotl at 067b021, 2026-07): ``docs/multimodal.qmd`` (an image part
 has a ``path``; the dataset is not prepared beforehand, not packed, and keeps its columns);
 ``src/axolotl/processing_strategies.py`` (of a column ``images`` or ``image`` only the first one is used, so
-there is none here; nulls from merged schemas are removed). Paths are absolute, as nothing is joined with
-them.
+there is none here; nulls from merged schemas are removed). Paths are absolute, because Axolotl joins no
+folder with them.
 """
 
 from collections.abc import Iterable
@@ -42,11 +42,11 @@ class Axolotl:
     image_row_first = True
 
     def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be written
-        """Nothing: which roles may follow each other is the model's chat template's to say."""
+        """Refuse no row: the model's chat template decides which roles may follow each other."""
         return None
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """Parts in the places that the images have in the text."""
+        """Write the files; each image is a part at its place in the text."""
         write_json_lines((_row(placed, setting) for placed in rows), folder, FILE)
         config = {
             "datasets": [
@@ -63,7 +63,7 @@ class Axolotl:
         folder.write(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """Parts of known types with what they need, images that are there, no column that hides images."""
+        """Check the parts and their fields, that all images exist, and that no column hides the images."""
         verdict = Preflight()
         config = yaml.safe_load(folder.path(CONFIG).read_bytes())
         verdict.require(config["datasets"][0]["path"] == folder.place(FILE), f"{CONFIG} does not name {FILE}")

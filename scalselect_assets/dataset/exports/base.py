@@ -1,7 +1,7 @@
-"""The protocol of export formats: their input, the description of their files, and shared rules.
+"""The common base of all export formats: their input, their reports and shared rules.
 
 A format refuses rows that its trainer cannot express, writes the others, and then reads its own files back by
-the trainer's rules (the preflight). It does not choose, order or place images; `publish` does.
+the trainer's rules (the preflight). It does not choose or order rows, nor place images; `publish` does.
 """
 
 import enum
@@ -23,15 +23,15 @@ from scalselect_assets.resources.row_images import IMAGE_MARK
 from scalselect_assets.resources.shard_reader import ShardFormatError, iter_rows
 
 HF_CHUNK_BYTES = 10 << 20
-"""What the JSON reader of Hugging Face ``datasets`` takes the columns' types from: its first 10 MiB
-(``JsonConfig.chunksize``). A type that only later rows show is an error to it, so a row with an image has to
-begin before."""
+"""The size of the first chunk of a file, 10 MiB (``JsonConfig.chunksize``), from which the JSON reader of
+Hugging Face ``datasets`` infers the columns' types. The reader fails at a type that only later rows show, so
+a row with an image must begin within this chunk."""
 
 _PROBLEMS_LISTED = 20
 
 
 class RefusalReason(enum.StrEnum):
-    """Why a format does not take a chosen row: the typed reason in its ``rejected.jsonl``."""
+    """The typed reason in ``rejected.jsonl`` for which a format refuses a chosen row."""
 
     TURN_ORDER = "turn_order"
     SYSTEM_TURN = "system_turn"
@@ -56,7 +56,7 @@ class Carried(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why one row is not in an export: the typed reason, and what the trainer would do with it."""
+    """The refusal of one row: the typed reason, and the trainer's behaviour with such a row."""
 
     reason: RefusalReason
     detail: str
@@ -67,9 +67,9 @@ class PlacedImage:
     """An image as an export refers to it.
 
     Attributes:
-        reference: Its name in the trainer's file, relative to `Setting.images_base`.
-        sha256: Of its bytes.
-        data: The bytes, for formats that hold them.
+        reference: The image's path in the trainer's file, relative to `Setting.images_base`.
+        sha256: Hash of the image's bytes.
+        data: The image's bytes, for formats that embed images.
     """
 
     reference: str
@@ -92,13 +92,13 @@ class PlacedRow:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The setting of an export.
+    """The circumstances of an export.
 
     Attributes:
         spec: The declaration.
-        name: Name of the dataset in companion files: letters, digits, underscores.
+        name: The name of the dataset in companion files: letters, digits, underscores.
         images_base: The folder that image references start at, as an absolute path or a URI.
-        image_is_there: Whether a reference leads to a file, for the preflight.
+        image_is_there: Tells the preflight whether a reference leads to a file.
     """
 
     spec: ExportSpec
@@ -107,25 +107,25 @@ class Setting:
     image_is_there: Callable[[str], bool]
 
     def absolute(self, reference: str) -> str:
-        """A reference that needs no base."""
+        """The reference as an absolute path or URI."""
         return posixpath.join(self.images_base, reference)
 
     def relative(self, reference: str) -> str:
-        """Inverse of ``absolute``; a reference that does not start at the base stays as it is."""
+        """The inverse of ``absolute``; a reference that does not start at the base is returned unchanged."""
         return reference.removeprefix(posixpath.join(self.images_base, ""))
 
 
 @dataclass(slots=True)
 class Preflight:
-    """The verdict on the written files, read by the trainer's rules.
+    """The result of reading the written files by the trainer's rules.
 
     Attributes:
-        rows: Rows that the trainer would see.
-        images: Images in them, repeated ones counted each time.
-        text_only: Rows without an image.
-        carried: Rows with each kind of `Carried` field.
-        n_problems: Rules that are broken, counted each time.
-        problems: The first of them.
+        rows: Number of rows that the trainer would see.
+        images: Number of images in these rows; a repeated image counts each time.
+        text_only: Number of rows without an image.
+        carried: Number of rows with each kind of `Carried` field.
+        n_problems: Number of violations of the rules.
+        problems: Descriptions of the first violations.
     """
 
     rows: int = 0
@@ -159,7 +159,7 @@ class Preflight:
         return bool(holds)
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The result for the manifest."""
         return {
             "passed": self.passed,
             "rows": self.rows,
@@ -175,29 +175,29 @@ class Export(Protocol):
     """One trainer's format."""
 
     name: str
-    """The declared name, and the name of the folder."""
+    """The format's name in declarations, and the name of its folder."""
     embeds_images: bool
-    """Whether its files hold the images' bytes."""
+    """Whether the format's files hold the images' bytes."""
     carries: frozenset[Carried]
-    """The fields that its trainer reads; rows with others are refused."""
+    """The fields that the trainer reads; rows with other `Carried` fields are refused."""
     image_row_first: bool
-    """Whether its reader takes the columns' types from the first rows, so that one with an image leads."""
+    """Whether the reader infers the columns' types from the first rows, so that a row with an image leads."""
 
     def refuses(self, row: ExportRow) -> Refusal | None:
-        """Why the trainer cannot express a row, by its own source; None where it can."""
+        """The refusal of a row that the trainer, by its source, cannot express; None if it can."""
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """Write the rows and the companion file; memory of some rows.
+        """Write the rows and the companion file; only a few rows are in memory at a time.
 
         Raises:
-            OSError: They cannot be written.
+            OSError: The files cannot be written.
         """
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
         """Read the written files as the trainer does, by the trainer's rules.
 
         Raises:
-            OSError: They cannot be read.
+            OSError: The files cannot be read.
         """
 
 
@@ -208,14 +208,14 @@ _GROUNDING = ("<bbox>", "<ref-object>")
 
 
 def refuse_turn_order(turns: Sequence[tuple[Role, str]]) -> Refusal | None:
-    """For trainers that want user and assistant in turn, beginning with the user, ending with an answer."""
+    """Refuse a row, for some trainers, unless user and assistant alternate from a user to an answer."""
     if fault := unpaired([role for role, _ in turns], "user", "assistant"):
         return Refusal(RefusalReason.TURN_ORDER, f"{fault}; the trainer skips or alters such rows")
     return None
 
 
 def refuse_system(row: ExportRow) -> Refusal | None:
-    """For trainers that know no system turn."""
+    """Refuse a row with a system turn, for trainers that do not support one."""
     if any(role == "system" for role, _ in row.turns):
         detail = "it has a system turn, which the trainer has no role for"
         return Refusal(RefusalReason.SYSTEM_TURN, detail)
@@ -223,7 +223,7 @@ def refuse_system(row: ExportRow) -> Refusal | None:
 
 
 def refuse_images_of(row: ExportRow, *roles: Role) -> Refusal | None:
-    """For trainers that show images in some roles' turns only."""
+    """Refuse a row with an image in a turn of these roles, for trainers that do not show images there."""
     for role, text in row.turns:
         if role in roles and IMAGE_MARK in text:
             detail = f"a turn of role {role} has an image, which the trainer does not show there"
@@ -232,7 +232,7 @@ def refuse_images_of(row: ExportRow, *roles: Role) -> Refusal | None:
 
 
 def refuse_reserved(texts: Iterable[str], marks: Sequence[str]) -> Refusal | None:
-    """For texts that the trainer takes for marks of its own."""
+    """Refuse texts with marks that the trainer interprets itself."""
     for text in texts:
         for mark in marks:
             if mark in text:
@@ -242,7 +242,7 @@ def refuse_reserved(texts: Iterable[str], marks: Sequence[str]) -> Refusal | Non
 
 
 def refuse_wordless(row: ExportRow) -> Refusal | None:
-    """For trainers that stop at a row of length 0, counted in words."""
+    """Refuse a row without any word, for trainers that stop at a row of length 0."""
     if not any(text.split() for _, text in row.turns):
         return Refusal(
             RefusalReason.EMPTY_TEXT, "none of its turns has a word; the trainer stops at length 0"
@@ -251,7 +251,7 @@ def refuse_wordless(row: ExportRow) -> Refusal | None:
 
 
 def unpaired(roles: Sequence[str], user: str, assistant: str) -> str | None:
-    """The fault in roles that must alternate from ``user`` on and end with ``assistant``."""
+    """The first fault in roles that must alternate from ``user`` on and end with ``assistant``, or None."""
     for place, role in enumerate(roles):
         if role != (wanted := (user, assistant)[place % 2]):
             return f"turn {place} is of role {role!r} where {wanted!r} is expected"
@@ -264,12 +264,12 @@ _LLAVA_ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
 def llava_turns(row: ExportRow) -> list[dict[str, str]]:
-    """The turns with ``from`` and ``value``, as LLaVA has them."""
+    """The turns in the format of LLaVA, with ``from`` and ``value``."""
     return [{"from": _LLAVA_ROLES[role], "value": text} for role, text in row.turns]
 
 
 def llava_row(placed: PlacedRow) -> dict[str, Any]:
-    """A row for trainers that take one ``image`` or a list of them; without any, the key is left out."""
+    """A row for trainers that read ``image`` as one path or a list; a row without images has no such key."""
     references = placed.references
     images: dict[str, Any] = (
         {"image": references if len(references) > 1 else references[0]} if references else {}
@@ -283,14 +283,14 @@ def llava_row(placed: PlacedRow) -> dict[str, Any]:
 
 
 def openai_turns(row: ExportRow) -> list[dict[str, Any]]:
-    """The turns with ``role`` and ``content``, marks in the text."""
+    """The turns with ``role`` and ``content``; the image marks are in the text."""
     return [{"role": role, "content": text} for role, text in row.turns]
 
 
 def weighted_turns(row: ExportRow) -> list[dict[str, Any]]:
-    """The turns of ``openai_turns``, with ``loss: false`` on answers that are not to be learnt.
+    """The turns of ``openai_turns``, with ``loss: false`` for answers that must not be learnt.
 
-    A share of the loss is written as the row has it: as ``loss_scale``, or else as ``weight``.
+    A share of the loss is written under the row's own key, ``loss_scale`` or else ``weight``.
     """
     turns = openai_turns(row)
     for turn, weight, scale in zip(turns, row.trained.weights, row.trained.loss_scales, strict=True):
@@ -304,7 +304,7 @@ def weighted_turns(row: ExportRow) -> list[dict[str, Any]]:
 
 
 def carries_weights(messages: Iterable[dict[str, Any]]) -> bool:
-    """Whether a written row says how much its answers are to be learnt."""
+    """Whether a written row states loss weights for its answers."""
     return any(
         message.get(name) is not None for message in messages for name in ("loss", "loss_scale", "weight")
     )
@@ -313,7 +313,7 @@ def carries_weights(messages: Iterable[dict[str, Any]]) -> bool:
 def write_json_lines(
     rows: Iterable[dict[str, Any]], folder: NewFolder, name: str, *, escaped: bool = False
 ) -> None:
-    """One row a line; ``escaped`` to ASCII for trainers that open files in the locale's encoding."""
+    """Write one row per line, ``escaped`` to ASCII for trainers that open files in the locale's encoding."""
     with folder.stream(name) as file:
         for row in rows:
             write_line(file, row, escaped=escaped)
@@ -326,7 +326,7 @@ def write_line(file: HashedStream, row: dict[str, Any], *, escaped: bool = False
 
 
 def write_json_array(rows: Iterable[dict[str, Any]], folder: NewFolder, name: str) -> None:
-    """A JSON array with a row a line, in ASCII, for trainers that load it whole in the locale's encoding."""
+    """Write a JSON array, one row per line, in ASCII, for trainers that load it in the locale's encoding."""
     with folder.stream(name) as file:
         file.write(b"[")
         file.rows = 0
@@ -337,12 +337,12 @@ def write_json_array(rows: Iterable[dict[str, Any]], folder: NewFolder, name: st
 
 
 def write_companion(folder: NewFolder, name: str, text: str) -> None:
-    """A companion file, in ASCII."""
+    """Write a companion file in ASCII."""
     folder.write(name, text.encode("ascii"))
 
 
 def ascii_json(value: Any) -> str:
-    """A value as readable JSON that needs no encoding."""
+    """A value as readable JSON in ASCII."""
     return json.dumps(value, indent=2) + "\n"
 
 
@@ -350,7 +350,7 @@ def ascii_json(value: Any) -> str:
 
 
 def read_json_rows(path: UPath, verdict: Preflight) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON array or JSON Lines file, one in memory; what is no row is a problem."""
+    """The rows of a JSON array or JSON Lines file, one at a time; anything else in it is a problem."""
     try:
         for row in iter_rows(path):
             value: Any = None if row.error else json.loads(row.text)
@@ -363,12 +363,12 @@ def read_json_rows(path: UPath, verdict: Preflight) -> Iterator[dict[str, Any]]:
 def require_soon(
     path: UPath, features: Mapping[str, Callable[[dict[str, Any]], bool]], verdict: Preflight
 ) -> None:
-    """The rule of `HF_CHUNK_BYTES`, on a JSON Lines file whose rows were found to be in order.
+    """Check the rule of `HF_CHUNK_BYTES` on a JSON Lines file; all its other checks must have passed.
 
     Args:
         path: The file.
-        features: What a row may have that another one lacks, such as an image, and how to see it.
-        verdict: Is given a refusal that comes too late.
+        features: Optional features of a row, such as an image, each with a test for it.
+        verdict: The result to which a feature that first appears too late is added as a problem.
     """
     if not verdict.passed:
         return
@@ -389,7 +389,7 @@ def require_soon(
 
 
 def require_ascii(path: UPath, verdict: Preflight) -> None:
-    """For files that trainers open in the locale's encoding."""
+    """Require that a file is ASCII, since the trainer opens it in the locale's encoding."""
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             if not block.isascii():
@@ -398,7 +398,7 @@ def require_ascii(path: UPath, verdict: Preflight) -> None:
 
 
 def require_images(references: Sequence[str], where: str, setting: Setting, verdict: Preflight) -> None:
-    """Every reference leads to a file from the images' base."""
+    """Require that every reference leads to a file from the images' base."""
     for reference in references:
         verdict.require(
             setting.image_is_there(reference), f"{where}: image {reference!r} is not at {setting.images_base}"
@@ -406,24 +406,24 @@ def require_images(references: Sequence[str], where: str, setting: Setting, verd
 
 
 def require_marks(texts: Iterable[str], n_images: int, where: str, verdict: Preflight) -> None:
-    """Require as many marks as images."""
+    """Require that the texts have as many image marks as the row has images."""
     n_marks = sum(text.count(IMAGE_MARK) for text in texts)
     verdict.require(n_marks == n_images, f"{where}: {n_marks} image marks for {n_images} images")
 
 
 def require_filled(texts: Iterable[str], where: str, verdict: Preflight) -> None:
-    """No placeholder that nothing fills, and no mark of other media."""
+    """Require that no text has an unfilled placeholder or a mark of other media."""
     for text in texts:
         bare = next((mark for mark in (*_GROUNDING, *OTHER_MEDIA) if mark in text), None)
         verdict.require(bare is None, f"{where}: a bare {bare} in its text")
 
 
 def is_text_list(value: object) -> bool:
-    """Whether a JSON value is a list of strings that say something."""
+    """Whether a JSON value is a list of strings that are not empty."""
     return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
 
 
 def safe_suffix(path: str) -> str:
-    """The suffix of an image's file name, where it is an ordinary one."""
+    """The suffix of an image's file name, or an empty text if the suffix is unusual."""
     suffix = PurePosixPath(path).suffix.lower()
     return suffix if suffix[1:].isascii() and suffix[1:].isalnum() and len(suffix) <= 6 else ""

@@ -1,4 +1,4 @@
-"""Fields that a trainer acts on: a format passes them on, or the row is refused for every format alike."""
+"""Fields that a trainer acts on: a format either passes such a field on or refuses the row."""
 
 from collections.abc import Iterator, Set
 
@@ -14,7 +14,7 @@ from scalselect_assets.resources.trained_fields import GROUNDING_MARKS
 
 
 def refuse_uncarried(row: ExportRow, carries: Set[Carried]) -> Refusal | None:
-    """For every format: rows whose meaning its trainer would lose, and placeholders that nothing fills."""
+    """Refuse, for any format, rows with fields that its trainer ignores or with placeholders left bare."""
     fields = row.trained
     texts = [text for _, text in row.turns]
     bare = next((mark[0] for text in texts if (mark := GROUNDING_MARKS.search(text))), None)
@@ -32,7 +32,7 @@ def refuse_uncarried(row: ExportRow, carries: Set[Carried]) -> Refusal | None:
 
 
 def carried_fields(row: ExportRow) -> Iterator[Carried]:
-    """The fields of a row that have to be found again in the written file."""
+    """The fields of a row that the preflight must find in the written file."""
     if row.trained.objects:
         yield Carried.OBJECTS
     if row.trained.tools:

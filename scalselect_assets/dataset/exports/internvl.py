@@ -50,7 +50,7 @@ class InternVl:
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:
-        """Rows that the template does not know or that would be silently replaced."""
+        """Refuse rows that the template does not support or that the dataset would silently replace."""
         if any(role == "system" for role, _ in row.dialogue):
             detail = "a system turn stands behind others, which the template does not know"
             return Refusal(RefusalReason.SYSTEM_TURN, detail)
@@ -59,7 +59,7 @@ class InternVl:
         )
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """``length`` is that of the target model's input, where it is known."""
+        """Write the rows and the meta file; ``length`` is the token count of the model input, where known."""
         write_json_lines((_row(placed) for placed in rows), folder, FILE, escaped=True)
         meta = {
             setting.name: {
@@ -73,7 +73,7 @@ class InternVl:
         write_companion(folder, META, ascii_json(meta))
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """The problems that dataset and template would have with the files, and the counts."""
+        """Report every row that the dataset or the template would fail at or alter, and wrong counts."""
         verdict = Preflight()
         described = json.loads(folder.path(META).read_bytes()).get(setting.name, {})
         verdict.require(

@@ -56,11 +56,11 @@ class LlamaFactory:
     image_row_first = True
 
     def refuses(self, row: ExportRow) -> Refusal | None:
-        """Rows that the converter skips or whose marks it miscounts."""
+        """Refuse rows that the converter skips and rows with image marks that it miscounts."""
         return refuse_turn_order(row.dialogue) or refuse_images_of(row, "system")
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """``images`` and ``tools`` are there in every row: empty where there are none."""
+        """Write the files; every row has ``images`` and ``tools``, which are empty if the row has none."""
         write_json_lines((_row(placed) for placed in rows), folder, FILE)
         info = {
             setting.name: {
@@ -79,7 +79,7 @@ class LlamaFactory:
         write_companion(folder, ARGUMENTS, ascii_json(arguments))  # YAML takes JSON
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """The problems that `DatasetAttr`, the converter and the plugin would have with the files."""
+        """Report every row that `DatasetAttr`, the converter or the plugin would fail at or alter."""
         verdict = Preflight()
         info = json.loads(folder.path(INFO).read_bytes())
         if not verdict.require(list(info) == [setting.name], f"{INFO} does not describe {setting.name}"):

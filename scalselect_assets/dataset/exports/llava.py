@@ -49,7 +49,7 @@ class Llava:
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:
-        """Rows of several images or system text, out of turn, or that would be given no labels."""
+        """Refuse rows with several images, system text or roles out of turn, and rows without labels."""
         if len(row.images) > 1:
             detail = f"it has {len(row.images)} images, and `image` is joined with a folder as one path"
             return Refusal(RefusalReason.SEVERAL_IMAGES, detail)
@@ -61,7 +61,7 @@ class Llava:
         )
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """The image key is omitted where there is no image."""
+        """Write the rows and the arguments; a row without an image has no ``image`` key."""
         write_json_array((llava_row(placed) for placed in rows), folder, FILE)
         arguments = ["--data_path", folder.place(FILE), "--image_folder", setting.images_base]
         text = shlex.join(arguments)
@@ -69,7 +69,7 @@ class Llava:
         folder.write(ARGUMENTS, f"{text}\n".encode())
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """The problems that dataset, preprocessing and sampler would have with the files."""
+        """Report every row that the dataset, the preprocessing or the sampler would fail at or alter."""
         verdict = Preflight()
         arguments = shlex.split(folder.path(ARGUMENTS).read_text(encoding="utf-8"))
         verdict.require(
@@ -100,7 +100,7 @@ def is_path(value: object) -> bool:
 
 
 def check_llava_turns(row: dict[str, Any], n_images: int, where: str, verdict: Preflight) -> None:
-    """Human and gpt in turn, an answer at the end, a mark for each image, a word at least."""
+    """Require human and gpt in turn, an answer at the end, a mark for each image, and at least a word."""
     turns = row["conversations"]
     fault = unpaired([turn["from"] for turn in turns], "human", "gpt")
     verdict.require(fault is None, f"{where}: {fault}")

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (OneVision): a JSON array as LLaVA's, with several images, and the YAML that names it.
+"""LLaVA-NeXT (OneVision): a JSON array like that of LLaVA, with several images, and the YAML that names it.
 
 Rules from its source (LLaVA-VL/LLaVA-NeXT at df17966, 2026-04, ``llava/train/train.py``): a data path that
 ends with ``.yaml`` holds ``datasets`` with ``json_path`` and ``sampling_strategy`` (``first:N`` takes the
@@ -43,17 +43,17 @@ class LlavaNext:
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:
-        """Rows with system text, out of turn, or without a word."""
+        """Refuse rows with system text, with roles out of turn, or without a word."""
         return refuse_system(row) or refuse_turn_order(row.turns) or refuse_wordless(row)
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:  # noqa: ARG002
-        """``image`` is a path, a list of several, or absent."""
+        """Write the files; ``image`` is one path, a list of several paths, or absent."""
         write_json_array((llava_row(placed) for placed in rows), folder, FILE)
         data = {"datasets": [{"json_path": folder.place(FILE), "sampling_strategy": "all"}]}
         folder.write(DATA, yaml.safe_dump(data, sort_keys=False).encode("ascii"))
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """The problems that dataset and preprocessing would have with the files."""
+        """Report every row that the dataset or a preprocessing would fail at or alter."""
         verdict = Preflight()
         data = yaml.safe_load(folder.path(DATA).read_bytes())
         verdict.require(

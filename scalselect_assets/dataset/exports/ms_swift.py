@@ -54,7 +54,7 @@ class MsSwift:
     image_row_first = True
 
     def refuses(self, row: ExportRow) -> Refusal | None:
-        """Rows that do not alternate once neighbours are merged, or whose boxes do not fit the text."""
+        """Refuse rows that do not alternate after merging neighbours, and rows with boxes that do not fit."""
         roles = [role for role, _ in row.turns]
         if fault := _unpaired_merged(roles):
             return Refusal(RefusalReason.TURN_ORDER, f"{fault}; the trainer deletes such rows")
@@ -63,12 +63,12 @@ class MsSwift:
         return _refuse_weights(row, roles)
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """``images`` and ``channel`` are there in every row."""
+        """Write the files; every row has ``images`` and ``channel``."""
         write_json_lines((_row(placed, setting) for placed in rows), folder, FILE)
         write_companion(folder, INFO, ascii_json([{"dataset_name": setting.name, "dataset_path": FILE}]))
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """The rows that the preprocessor would delete, or the template refuse or show otherwise."""
+        """Report every row that the preprocessor would delete or that the template would fail at or alter."""
         verdict = Preflight()
         (described,) = json.loads(folder.path(INFO).read_bytes())
         path = folder.path(described["dataset_path"])
@@ -110,15 +110,15 @@ class MsSwift:
 
 
 def _unpaired_merged(roles: Sequence[str]) -> str | None:
-    """The fault in the order of roles; a leading system and repeated neighbours are allowed."""
+    """The fault in the order of roles, ignoring a leading system turn and repeated roles; None if right."""
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     merged = [role for role, _ in groupby(spoken)]
-    # An answer that comes first is given an empty question by the trainer.
+    # The trainer puts an empty question before a leading answer.
     return unpaired(["user", *merged] if merged[:1] == ["assistant"] else merged, "user", "assistant")
 
 
 def _misplaced(objects: Any, texts: Sequence[str], n_images: int) -> str | None:
-    """The fault in the boxes and names that placeholders in the texts stand for."""
+    """The first mismatch between the placeholders in the texts and the boxes and names; None if none."""
     objects = objects or {}
     if not isinstance(objects, dict):
         return "`objects` is no object with `ref` and `bbox`"
@@ -136,7 +136,7 @@ def _misplaced(objects: Any, texts: Sequence[str], n_images: int) -> str | None:
 
 
 def _refuse_weights(row: ExportRow, roles: Sequence[str]) -> Refusal | None:
-    """Rows that say how much to learn from an answer in a way that the trainer does not read."""
+    """Refuse rows with loss weights in a form that the trainer does not read."""
     fields = row.trained
     if not fields.weighs_turns:
         return None

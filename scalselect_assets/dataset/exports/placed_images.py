@@ -1,7 +1,7 @@
-"""The places of an export's images: in the pool, beside the files as copies or links, or inside them.
+"""The places of an export's images: in the pool, copied or linked beside the files, or inside the files.
 
-Bytes that are read are compared with those that were embedded, so that no trainer sees another picture than
-the one that was chosen.
+The bytes of every image that is read are compared with the embedded ones, so that no trainer gets another
+picture than the chosen one.
 """
 
 import errno
@@ -35,10 +35,10 @@ class ExportError(RuntimeError):
 
 
 def require_links(images: UPath, target: UPath) -> None:
-    """Whether files can be hard-linked between two places; nothing is linked.
+    """Require that files can be hard-linked between two places; nothing is linked.
 
     Raises:
-        ExportError: They cannot.
+        ExportError: Files cannot be hard-linked between them.
     """
     remedy = "declare `images: copied`, or put pool and store on one file system"
     if not (is_local(images) and is_local(target)):
@@ -54,7 +54,7 @@ def require_links(images: UPath, target: UPath) -> None:
 
 
 class Images:
-    """Images that stay where they lie."""
+    """Images that stay in the pool."""
 
     def __init__(self, source: SampleSource) -> None:
         self._folder = source.images_folder()
@@ -62,7 +62,7 @@ class Images:
         self.base = str(self._folder)
 
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        """The row's images, or why the row cannot have them."""
+        """The row's images, or the refusal of a row without usable images."""
         for path in row.images:
             if isinstance(rejection := self._root.state(path), Rejection):
                 return Refusal(RefusalReason.IMAGE_MISSING, f"{row.where()}: {rejection.detail}")
@@ -75,10 +75,10 @@ class Images:
         return not isinstance(self._root.state(reference), Rejection)
 
     def write_list(self, folder: NewFolder) -> None:
-        """Tell which images lie beside the files, if any do."""
+        """Write the list of the images beside the files, if there are any."""
 
     def _read(self, row: ExportRow) -> list[bytes] | Refusal:
-        """The images' bytes, known to be those that were embedded."""
+        """The images' bytes, or a refusal if an image is missing or differs from the embedded one."""
         contents = []
         for path, sha256 in zip(row.images, row.image_sha256, strict=True):
             try:
@@ -94,7 +94,7 @@ class EmbeddedImages(Images):
     """Images whose bytes go into the format's own files."""
 
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        """The placed images of a row, with their bytes."""
+        """The row's images with their bytes, or the refusal of a row without usable images."""
         contents = self._read(row)
         if isinstance(contents, Refusal):
             return contents
@@ -105,7 +105,7 @@ class EmbeddedImages(Images):
 
 
 class ImagesBeside(Images):
-    """Images copied or linked beside the files, by content: one file for equal ones, whatever their names."""
+    """Images copied or linked beside the files; images with equal content share one file."""
 
     def __init__(self, source: SampleSource, folder: NewFolder, *, linked: bool) -> None:
         super().__init__(source)
@@ -116,7 +116,7 @@ class ImagesBeside(Images):
             require_links(self._folder, folder.target)
 
     def place(self, row: ExportRow) -> tuple[PlacedImage, ...] | Refusal:
-        """The placed images of a row; new ones are copied or linked."""
+        """The row's images, or a refusal; an image that is not beside the files yet is copied or linked."""
         named = list(zip(row.images, row.image_sha256, strict=True))
         if not all(image in self._placed for image in named):
             refusal = self._link(row) if self._linked else self._copy(row)
@@ -129,7 +129,7 @@ class ImagesBeside(Images):
         return reference in self._new.files and self._new.path(reference).exists()
 
     def write_list(self, folder: NewFolder) -> None:
-        """Write which image of the pool is which file."""
+        """Write the list that maps each image of the pool to its file."""
         with folder.stream(IMAGES) as file:
             file.rows = 0
             for (path, sha256), name in sorted(self._placed.items()):
@@ -148,10 +148,10 @@ class ImagesBeside(Images):
         return None
 
     def _link(self, row: ExportRow) -> Refusal | None:
-        """Link the files whose bytes were read: each is read and linked while it is open."""
+        """Link the row's image files; each file is read and linked while it is open."""
         for path, sha256 in zip(row.images, row.image_sha256, strict=True):
             if address_of(path) is not None:
-                return self._copy(row)  # what lies inside a shard has no file of its own
+                return self._copy(row)  # an image inside a shard has no file of its own
             try:
                 file = self._root.open(path)
             except (FileNotFoundError, PermissionError) as error:
@@ -170,7 +170,7 @@ class ImagesBeside(Images):
         try:
             self._new.hard_link(name, file, known)
         except OSError as error:
-            # ENOENT: the file has no name any more, or the system has no /proc to find an open file by.
+            # ENOENT: the file was deleted, or the system has no /proc in which to find an open file.
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOENT):
                 raise
             raise ExportError(
@@ -180,13 +180,13 @@ class ImagesBeside(Images):
 
 
 def _name_beside(path: str, sha256: str, data: bytes) -> str:
-    """The name of an image beside an export's files: by content, with the suffix of its file or its bytes."""
+    """The name of an image beside an export's files: its hash, with the suffix of its file or its bytes."""
     suffix = safe_suffix(path) if address_of(path) is None else image_suffix(data)
     return f"{IMAGE_FOLDER}/{sha256[:2]}/{sha256}{suffix}"
 
 
 def _changed(row: ExportRow, path: str, data: bytes, sha256: str) -> Refusal | None:
-    """Why an image is not the one that was embedded, where it is another one."""
+    """The refusal of a row with a changed image; None if the image is the embedded one."""
     if (found := hashlib.sha256(data).hexdigest()) == sha256:
         return None
     detail = (
@@ -202,7 +202,7 @@ def images_for(spec: ExportSpec, source: SampleSource, folder: NewFolder, *, emb
     Args:
         spec: The declaration.
         source: The pool.
-        folder: Folder of the export.
+        folder: The folder that the export is written to.
         embedded: Whether the format's own files hold the images.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Writes the declared exports: order, images, refusals, records and the preflight, the same for every format.
+"""Writing the declared exports; order, images, refusals, records and preflight are alike for all formats.
 
 Each export is a folder that replaces the last one whole: the format's own files and companion,
 ``selected_ids.jsonl`` (a line for each written row, in the order of the rows), ``rejected.jsonl`` (every row
-that is not in it without being merely unchosen: what the pool rejected and what the format refused, with the
-typed reason) and, where images lie beside, ``images.jsonl``. Costs: per export one pass over the spooled
+that the pool rejected or the format refused, with the typed reason; rows that were only not chosen are not
+listed) and, where images are beside the files, ``images.jsonl``. Costs: per export one pass over the spooled
 texts, one over the written files for the preflight, one file status per image, and its bytes where they are
 copied, linked or embedded; in memory some tens of bytes a row, a few hundred for each distinct image beside
 the files, and one row.
@@ -58,7 +58,7 @@ from scalselect_assets.resources.sample_source import SampleSource
 
 FOLDER = "exports"
 CODE_VERSION = "2"
-"""The code version of all formats; another one writes declared exports again."""
+"""The code version of all formats; a new one makes every declared export be written again."""
 SELECTED, REJECTED = "selected_ids.jsonl", "rejected.jsonl"
 
 _EXPORTS: tuple[Export, ...] = (
@@ -87,16 +87,16 @@ def write_exports(
     """Replace the declared exports, all of them or, where anything fails, none.
 
     Args:
-        specs: The declarations, one of a format at most.
+        specs: The declarations, at most one for each format.
         spool: The chosen rows.
         source: The pool, for its images.
         folder: Holds a folder for each export.
-        name: Name of the datasets in companion files.
-        approve: Called with all reports before the exports take the place of the last ones; what it raises
-            leaves those in force.
+        name: The name of the datasets in companion files.
+        approve: Called with all reports before the exports replace the last ones; if it raises an error, the
+            last exports stay.
 
     Returns:
-        For each format what was written.
+        The report of each format.
 
     Raises:
         ExportError: Images cannot be linked.
@@ -112,7 +112,7 @@ def write_exports(
 
 
 def require_possible(specs: Sequence[ExportSpec], source: SampleSource, folder: UPath) -> None:
-    """Whether the declared exports can be written where they will lie; nothing is written.
+    """Require that the declared exports can be written to their folders; nothing is written.
 
     Raises:
         ExportError: Images cannot be hard-linked between the pool and the store.
@@ -127,7 +127,7 @@ def remove_others(folder: UPath, kept: Sequence[str]) -> None:
     """Remove exports that are no longer declared.
 
     Raises:
-        OSError: One cannot be removed.
+        OSError: An export cannot be removed.
     """
     for format_name in EXPORTS:
         if format_name not in kept:
@@ -141,16 +141,16 @@ class Report:
     """The outcome of one export.
 
     Attributes:
-        spec: Its declaration.
+        spec: Declaration of the export.
         folder: Folder of the export.
-        images_base: The folder that its image references start at; None where the images are embedded.
-        chosen: Rows that were to be written.
-        refused: Rows that the format does not take, by reason.
-        leading: Keys of the rows that were put first so that a reader sees all columns; mostly none.
+        images_base: The folder that image references start at; None if the images are embedded.
+        chosen: Number of chosen rows.
+        refused: Numbers of rows that the format refused, by reason.
+        leading: Keys of the rows that were put first so that a reader sees all columns; usually empty.
         preflight: The verdict on the files.
-        files: Every file but the images.
-        image_files: Images beside the files.
-        image_bytes: Their size.
+        files: All files except the images.
+        image_files: Number of images beside the files.
+        image_bytes: Size of the images beside the files.
     """
 
     spec: ExportSpec
@@ -166,11 +166,11 @@ class Report:
 
     @property
     def written(self) -> int:
-        """Rows that are in the files."""
+        """The number of rows in the files."""
         return self.chosen - sum(self.refused.values())
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest, which tells the files themselves beside."""
+        """The report for the manifest, which describes the files separately."""
         return {
             **self.spec.model_dump(),
             "folder": self.folder,
@@ -189,7 +189,7 @@ class Report:
 def write_export(
     export: Export, spec: ExportSpec, spool: RowSpool, source: SampleSource, target: UPath, name: str
 ) -> Report:
-    """Replace one export; arguments and errors as in `write_exports`."""
+    """Replace one export; the arguments and errors are those of `write_exports`."""
     with replaced_folder(target) as folder:
         return _fill(folder, export, spec, spool, source, name)
 
@@ -197,7 +197,7 @@ def write_export(
 def _fill(
     folder: NewFolder, export: Export, spec: ExportSpec, spool: RowSpool, source: SampleSource, name: str
 ) -> Report:
-    """Write an export into its new folder and read it again by its trainer's rules."""
+    """Write an export into its new folder and check it by its trainer's rules."""
     if spool.has_embedded and spec.images == "referenced" and not export.embeds_images:
         # No trainer opens an image inside a shard of the pool.
         spec = spec.model_copy(update={"images": "copied"})
@@ -263,7 +263,7 @@ class _Writing:
             yield placed
 
     def _places(self) -> Iterator[int]:
-        """The order; in front of it, where the format's reader needs them there, rows with each column."""
+        """The rows' numbers in order, led by rows with each column if the format's reader needs that."""
         leading = self._leading() if self._export.image_row_first else []
         self.leading = [self._spool[place].sample_key for place in leading]
         yield from leading
@@ -272,7 +272,7 @@ class _Writing:
                 yield place
 
     def _leading(self) -> list[int]:
-        """The first row that can be written with each thing that some rows lack; none where all come soon."""
+        """The first writable row with each optional feature; empty if these rows lead the order already."""
         wanted: list[Callable[[int], bool]] = [
             self._spool.has_image,
             *(partial(self._carries, field) for field in sorted(self._export.carries)),
@@ -299,7 +299,7 @@ class _Writing:
 
 
 def pool_record(shard: str, rejected: dict[str, Any]) -> dict[str, Any]:
-    """The record in ``rejected.jsonl`` of a row that the pool rejected (of `columns.REJECTED_ROWS`)."""
+    """The record in ``rejected.jsonl`` of a row that the pool rejected (a row of `tables.REJECTED_ROWS`)."""
     return {
         "sample_key": rejected["sample_key"],
         "id": rejected["source_id"],
@@ -313,7 +313,7 @@ def pool_record(shard: str, rejected: dict[str, Any]) -> dict[str, Any]:
 
 
 def files(reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
-    """Hash, size and rows of every file of the exports but images, by path from the dataset's folder."""
+    """Hash, size and rows of every export file except images, by its path from the dataset's folder."""
     return {
         f"{FOLDER}/{format_name}/{name}": asdict(file)
         for format_name, report in reports.items()
@@ -331,7 +331,7 @@ def failed(reports: Mapping[str, Report]) -> dict[str, str]:
 
 
 def metadata(reports: Mapping[str, Report]) -> dict[str, Any]:
-    """For the UI: rows written and refused, and the folder, by format."""
+    """The metadata for the UI: the folder and the numbers of written and refused rows of each format."""
     metadata_of: dict[str, Any] = {}
     for format_name, report in reports.items():
         metadata_of[f"export_{format_name}"] = report.folder
@@ -341,5 +341,5 @@ def metadata(reports: Mapping[str, Report]) -> dict[str, Any]:
 
 
 def provenance(specs: Sequence[ExportSpec]) -> str:
-    """The part of the training dataset's provenance that declared exports add to the declarations."""
+    """A hash of the exports' declarations and code version, for the training dataset's provenance."""
     return digest(CODE_VERSION, [spec.model_dump() for spec in specs])

@@ -48,7 +48,7 @@ class QwenVl:
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:
-        """Rows that would be taught otherwise than they say, or silently replaced."""
+        """Refuse rows that the trainer would teach with another meaning or silently replace."""
         return (
             refuse_system(row)
             or refuse_turn_order(row.turns)
@@ -57,13 +57,13 @@ class QwenVl:
         )
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """``image`` is a path, a list of several, or absent."""
+        """Write the files; ``image`` is one path, a list of several paths, or absent."""
         write_json_lines((llava_row(placed) for placed in rows), folder, FILE, escaped=True)
         entry = {setting.name: {"annotation_path": folder.place(FILE), "data_path": setting.images_base}}
         write_companion(folder, ENTRY, f"data_dict.update({entry!a})\n")
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:
-        """The rows that `_build_messages` would change or refuse."""
+        """Report every row that `_build_messages` would alter or fail at."""
         verdict = Preflight()
         entry = folder.path(ENTRY).read_text(encoding="ascii")
         written = ast.literal_eval(entry.removeprefix("data_dict.update(").removesuffix(")\n"))

@@ -1,9 +1,9 @@
-"""The rows that exports are made of: read once from the pool's tables, then in any order as often as needed.
+"""The rows of the exports: they are read once from the pool's tables, then in any order and repeatedly.
 
-A `RowSpool` keeps the chosen rows' texts in a temporary file and 41 bytes of each row in memory (where its
-text lies, its rank, a hash that says who it is, and whether a trainer may have to read more than its turns).
-So each further export costs one pass over that file, by jumps where its order is not the pool's, and no shard
-is read twice, whatever the orders are.
+A `RowSpool` keeps the chosen rows' texts in a temporary file and 41 bytes of each row in memory (the
+offset of its text, its rank, a hash that identifies it, and whether a trainer may have to read more than its
+turns). So each further export costs one pass over that file, with seeks if its order is not the pool's, and
+no shard is read twice.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ from scalselect_assets.resources.samples import conversation_of, written_turns
 from scalselect_assets.resources.trained_fields import TrainedFields, trained_fields
 
 NO_LABEL = "unlabelled"
-"""The label of a row that lacks the field, or has it empty."""
-_NO_RANK = np.iinfo(np.int64).max  # rows without an image stand behind all others
+"""The label of a row in which the field is missing or empty."""
+_NO_RANK = np.iinfo(np.int64).max  # rows without an image come last
 _HASH_BYTES = 16
 _TRAINED_FIELD = re.compile(r'"(?:objects|tools|loss|weight|train|mask|ignore)')
 """A text without any of these has no `TrainedFields`; one with them may have."""
@@ -35,19 +35,19 @@ _TRAINED_FIELD = re.compile(r'"(?:objects|tools|loss|weight|train|mask|ignore)')
 
 @dataclass(frozen=True)
 class ExportRow:
-    """One chosen row: what it says, where it is from, and why it was chosen.
+    """One chosen row: its content, its origin and its scores.
 
     Attributes:
         sample_key: Content key, unique within the shard.
-        source_id: The row's own id; None where it has none.
+        source_id: The row's own id; None if it has none.
         shard: Partition key.
         row: Position in the shard.
         text: The row's JSON, verbatim as it was embedded.
         images: Paths relative to the pool's image root, one for each mark and in their order.
-        image_sha256: Of each image's bytes when it was embedded.
+        image_sha256: Hash of each image's bytes at the time of embedding.
         rank: Place by score, from 1; None for a row without an image, like the other measurements.
         leverage: Score under the basis.
-        normalised_leverage: n/k times it.
+        normalised_leverage: The leverage times n/k.
         n_tokens: Length of the target model's input.
     """
 
@@ -65,27 +65,27 @@ class ExportRow:
 
     @property
     def text_only(self) -> bool:
-        """Whether it has no image: such rows are kept without a score."""
+        """Whether the row has no image; such rows are kept without a score."""
         return not self.images
 
     @property
     def id(self) -> str:
-        """Its name in trainers' files: its own id, else its key."""
+        """The row's id in trainers' files: its own id, or else its key."""
         return self.sample_key if self.source_id is None else self.source_id
 
     @cached_property
     def turns(self) -> tuple[tuple[Role, str], ...]:
-        """Role and text of each turn as written, an image mark for each image."""
+        """Role and text of each turn as written, with an image mark for each image."""
         return written_turns(self.text)
 
     @cached_property
     def conversation(self) -> Conversation:
-        """The turns with their texts split at the marks, as the model was given them."""
+        """The turns with their texts split at the marks, which is the model's input."""
         return conversation_of(self.turns)
 
     @cached_property
     def trained(self) -> TrainedFields:
-        """The fields that the trainer must read beside the turns and images."""
+        """The fields that the trainer has to read in addition to the turns and images."""
         return trained_fields(self.text)
 
     @property
@@ -99,7 +99,7 @@ class ExportRow:
         return self.turns if self.system is None else self.turns[1:]
 
     def label(self, name: str) -> str:
-        """The row's field ``name`` as text, `NO_LABEL` where there is nothing in it."""
+        """The row's field ``name`` as text, or `NO_LABEL` if it is missing or empty."""
         # Numbers stay as written, whatever their length.
         row = json.loads(self.text, parse_int=str, parse_float=str, parse_constant=str)
         value = row.get(name)
@@ -108,11 +108,11 @@ class ExportRow:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that name the row in every record of it."""
+        """The fields that identify the row in every record."""
         return {"sample_key": self.sample_key, "id": self.source_id, "shard": self.shard, "row": self.row}
 
     def where(self) -> str:
-        """The row, for messages."""
+        """The row's place and id, for messages."""
         named = "" if self.source_id is None else f" (id {self.source_id!r})"
         return f"row {self.row} of shard {self.shard!r}{named}"
 
@@ -124,7 +124,7 @@ class RowSpool:
     """
 
     def __init__(self) -> None:
-        # Without a name, so that nothing is left of it, whatever becomes of the process.
+        # The files have no name, so that nothing is left of them even if the process is killed.
         self._rows = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115 - closed by close
         self._rejections = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115
         self._offsets, self._ranks, self._identities = array("q"), array("q"), bytearray()
@@ -152,7 +152,7 @@ class RowSpool:
         return ExportRow(**values)
 
     def close(self) -> None:
-        """Give up what is on disk."""
+        """Delete the files on disk."""
         self._rows.close()
         self._rejections.close()
 
@@ -174,14 +174,14 @@ class RowSpool:
         return self._ranks[place] != _NO_RANK
 
     def may_have_trained_fields(self, place: int) -> bool:
-        """Whether a row's text speaks of boxes, tools or weights, without reading it."""
+        """Whether a row's text may have boxes, tools or weights, without reading it."""
         return bool(self._may_be_trained[place])
 
     def order(self, order: Literal["shuffled", "score", "pool"], seed: int) -> NDArray[np.int64]:
         """The rows' numbers in an order that is the same on every machine and for every version of NumPy.
 
-        Shuffled, each row's place follows from a hash of the seed, its key and its shard: rows that stay from
-        one night to the next keep their order among themselves.
+        In shuffled order, a row's place follows from a hash of the seed, its key and its shard, so that rows
+        that stay from one night to the next keep their relative order.
         """
         if order == "pool":
             return np.arange(len(self), dtype=np.int64)
@@ -196,7 +196,7 @@ class RowSpool:
         return np.lexsort((high_low[:, 1], high_low[:, 0])).astype(np.int64)
 
     def add_rejection(self, record: dict[str, Any]) -> None:
-        """Keep what the pool says of a row that was never to be chosen; all before the first is read."""
+        """Keep the pool's record of a rejected row; all records must be added before the first is read."""
         self._rejections.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
     def rejections(self) -> Iterator[bytes]:

@@ -5,8 +5,8 @@ Rules from the source (trl 1.16 ``data_utils.prepare_multimodal_messages`` and
 tool, each ``{"type": "image"}`` part takes the next of ``images``, and their numbers must be equal; a row
 without an image has ``images: []``, and the key is in every row, since ``SFTTrainer`` looks at the first one
 only; ``datasets`` 5: a column of type Image is a struct of bytes and path, and the Parquet schema's
-``huggingface`` metadata says so; without a card that names them, ``load_dataset`` would take the JSON Lines
-files beside for data, too).
+``huggingface`` metadata says so; without a card that names the data files, ``load_dataset`` would read the
+other JSON Lines files as data, too).
 """
 
 import io
@@ -63,9 +63,9 @@ class TrlParquet:
     """Parquet files in ``data``, and ``README.md`` with the configuration that loads them.
 
     Attributes:
-        file_bytes: A file is closed once it is larger.
-        group_bytes: So much of images is in memory, and in one row group.
-        group_rows: And so many rows at most.
+        file_bytes: Size in bytes above which a file is closed.
+        group_bytes: Size of the images in one row group, and so in memory.
+        group_rows: Maximum number of rows in one row group.
     """
 
     file_bytes: int = 512 << 20
@@ -78,11 +78,11 @@ class TrlParquet:
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be written
-        """None: the format holds all roles, all places of images and any number of them."""
+        """Refuse no row: the format holds all roles, and any number of images in any place."""
         return None
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """Files of ``file_bytes``, each from row groups of ``group_bytes``; memory of one row group."""
+        """Write files of ``file_bytes`` from row groups of ``group_bytes``, with one row group in memory."""
         iterator = iter(rows)
         first = next(iterator, None)
         number, n_rows = 0, 0
@@ -122,7 +122,7 @@ class TrlParquet:
         return first
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:  # noqa: ARG002 - of the protocol
-        """Types, roles and parts, an image for each part, and bytes that Pillow opens."""
+        """Check types, roles and parts, an image for each image part, and that Pillow opens each image."""
         verdict = Preflight()
         card = folder.path(CARD).read_text(encoding="ascii").split("---\n")
         configs = yaml.safe_load(card[1])["configs"]

@@ -3,8 +3,8 @@
 Rules from its source (webdataset 1.0, ``tariterators.base_plus_ext`` and ``group_by_keys``): the key of a
 sample is the path up to the first dot of the file's name, the rest is the field; the files of a sample stand
 together; a field twice in one sample is an error. So each image has a field of its own (``0.jpg``,
-``1.png``), which the usual decoders tell by what follows the last dot, and a row without an image is a sample
-with a ``json`` field only. The index is of the form that ``wids`` reads. The loader of Hugging Face
+``1.png``), which the usual decoders identify by the part behind the last dot, and a row without an image is a
+sample with a ``json`` field only. The index is of the form that ``wids`` reads. The loader of Hugging Face
 ``datasets`` wants the same fields in every sample and takes such shards only if all rows have equally many
 images.
 """
@@ -39,7 +39,7 @@ from scalselect_assets.dataset.exports.rows import ExportRow
 from scalselect_assets.resources.folders import HashedStream, NewFolder
 
 INDEX = "shards.json"
-# `webdataset.autodecode` tells images by these; of other formats a decoder of one's own is needed.
+# `webdataset.autodecode` decodes these suffixes; a user needs an own decoder for other formats.
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "PPM": "ppm", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 _MEMBER = re.compile(r"([^./]+)\.(.+)")
 
@@ -49,7 +49,7 @@ class WebDataset:
     """Tar shards ``train-000000.tar``, ..., and an index with their numbers of samples.
 
     Attributes:
-        shard_bytes: A shard is closed once it is larger.
+        shard_bytes: Size in bytes above which a shard is closed.
     """
 
     shard_bytes: int = 256 << 20
@@ -60,11 +60,11 @@ class WebDataset:
     image_row_first = False
 
     def refuses(self, row: ExportRow) -> Refusal | None:  # noqa: ARG002 - every row can be written
-        """Nothing: a sample may have any number of fields."""
+        """Refuse no row: a sample may have any number of fields."""
         return None
 
     def write(self, rows: Iterable[PlacedRow], folder: NewFolder, setting: Setting) -> None:
-        """One sample a row, in shards of ``shard_bytes``; memory of one row's images."""
+        """Write one sample per row, in shards of ``shard_bytes``, with one row's images in memory."""
         iterator = iter(rows)
         first = next(iterator, None)
         place = 0
@@ -92,7 +92,7 @@ class WebDataset:
         with tarfile.open(fileobj=cast("BinaryIO", file), mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             while first is not None and (tar.offset < self.shard_bytes or not file.rows):
                 for field, data in _fields(first):
-                    # Nothing of when, where and by whom: equal rows give equal files.
+                    # The entry has no time, owner or machine, so that equal rows give equal files.
                     member = tarfile.TarInfo(f"{place + file.rows:09d}.{field}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -101,7 +101,7 @@ class WebDataset:
         return first
 
     def preflight(self, folder: NewFolder, setting: Setting) -> Preflight:  # noqa: ARG002 - of the protocol
-        """Names, grouping, fields and counts, image by image."""
+        """Check the names, the grouping, the fields and the counts, and open every image."""
         verdict = Preflight()
         shards = json.loads(folder.path(INDEX).read_bytes())["shardlist"]
         tars = sorted(name for name in folder.files if name.endswith(".tar"))
@@ -135,7 +135,7 @@ def _fields(placed: PlacedRow) -> list[tuple[str, bytes]]:
 
 
 def _suffix(image: PlacedImage) -> str:
-    """By what the bytes are; a file's name may say otherwise."""
+    """The suffix for the image format of the bytes, since a file name may state another format."""
     try:
         with Image.open(io.BytesIO(image.data or b"")) as opened:
             named = opened.format or ""
@@ -145,7 +145,7 @@ def _suffix(image: PlacedImage) -> str:
 
 
 def _samples(path: UPath, verdict: Preflight) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and fields of each sample, one in memory."""
+    """The key and the fields of each sample; one sample is in memory at a time."""
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
         members = ((_MEMBER.fullmatch(member.name), member) for member in tar)
         for key, group in groupby(members, key=lambda named: named[0][1] if named[0] else None):
