@@ -50,7 +50,7 @@ ROWS_CHECK = "every_row_is_embedded_or_rejected"
 
 
 class EmbeddingConfig(dg.Config):
-    """Settings of one run."""
+    """The settings that a person can choose for one run."""
 
     embed_again: bool = Field(
         default=False, description="Embed every row, also those whose vector is known and would be the same."
@@ -98,7 +98,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
 
 
 class _Embedding:
-    """Embeds shards: what is known is taken over, the rest goes through the model."""
+    """Embeds shards: it reuses known vectors and computes the others with the model."""
 
     def __init__(
         self,
@@ -133,10 +133,10 @@ class _Embedding:
         rejected = _rejected_rows(raw, candidates, outcomes, shard, str(self._source.shard_path(shard)))
         notes = {"max_image_pixels": self._conditions["max_image_pixels"]}
         table = _replace_table(self._tables, self._card, shard, candidates, outcomes, notes)
-        # Checked before the receipt, which would make the new table the shard's.
+        # Check this before the receipt is written: the receipt makes the new table the shard's table.
         accounted = _accounting(raw, rejected, table)
         require_passed(accounted)
-        # Rejected rows and the file's kind are part of what is passed on, to the manifest and the export.
+        # The manifest and the export also use the rejected rows and the kind of the file.
         data_version = digest(
             table.fingerprint,
             table.content_sha256,
@@ -154,7 +154,7 @@ class _Embedding:
             max_image_pixels=self._conditions["max_image_pixels"],
         )
         rejected_path, _ = self._artifacts.write_frame(REJECTED, rejected, stated, shard)
-        # The receipt comes last: it is what makes the new table the shard's table.
+        # The receipt is written last, because it makes the new table the shard's table.
         self._artifacts.write_json(NAME, {"table": table.to_json(), "header": stated}, shard)
         reuse.forget(self._artifacts, shard)
         seconds = time.monotonic() - start
@@ -192,9 +192,9 @@ class _Embedding:
         return reuse.unchanged(known, keys, images, self._source.open_image)
 
     def _committed(self, shard: str) -> tuple[EmbeddingTable, reuse.Conditions] | None:
-        """The shard's table of the present model, if it has one, and what it was made under.
+        """The shard's table of the present model, if there is one, and the conditions of its vectors.
 
-        Where the receipt names another model's, the present one's may be there from before.
+        If the receipt names another model's table, an earlier table of the present model may still exist.
         """
         try:
             table, stated = recorded_table(self._artifacts, shard)
@@ -212,7 +212,7 @@ class _Embedding:
     def _computed(
         self, shard: str, candidates: pl.DataFrame, kept: "Mapping[int, Representation]"
     ) -> "Iterator[tuple[int, Outcome]]":
-        """The model's outcomes for all other candidates, by place, as each is done."""
+        """The model's outcomes for all other candidates, by place, each yielded once it is computed."""
         new = [place for place in range(candidates.height) if place not in kept]
         if not new:
             return
@@ -265,7 +265,7 @@ def _replace_table(
         sample_keys=embedded["sample_key"].to_list(),
         source_ids=embedded["source_id"].to_list(),
         vectors=np.array([item.vector for item in representations], np.float32).reshape(-1, dimension),
-        # The text travels with the vector, so that what is trained on is what was embedded.
+        # The text is stored with the vector, so that the training uses the same text as the embedding.
         attributes={
             **_attributes(representations),
             "asks_before_image": _asks_before_image(embedded, card["image_place"]),

@@ -11,7 +11,7 @@ DEVICE_POOL = "scalselect_device"
 def limit_devices(instance: dg.DagsterInstance) -> None:
     """Give the device pool its default limit, if the instance has one and the pool has no limit yet.
 
-    Dagster does so itself when it first looks at its queue, but only after it has decided which waiting runs
-    may start, so that several of them would hold a model at once.
+    Dagster also sets this limit when it first reads its queue. By then it has already decided which waiting
+    runs may start, so several of them would hold a model at once.
     """
     Records(instance).set_default_limit(DEVICE_POOL)

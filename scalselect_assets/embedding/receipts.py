@@ -15,7 +15,7 @@ CODE_VERSION = "1"
 
 
 def provenance(fingerprint: str, max_image_pixels: int, raw_version: str) -> str:
-    """The hash of what a shard's vectors are computed from; the fingerprint covers τ and the model."""
+    """The hash of all inputs of one shard's vectors. The fingerprint covers τ and the model."""
     return data_versions.provenance(
         NAME,
         CODE_VERSION,
@@ -30,7 +30,7 @@ class Receipt(BaseModel):
 
     Attributes:
         table: The committed table.
-        header: Header of the asset, as artifacts carry it.
+        header: The header of the asset, in the form that artifacts store.
     """
 
     table: EmbeddingTable
@@ -58,12 +58,12 @@ def recorded_table(artifacts: ArtifactStore, shard: str) -> tuple[EmbeddingTable
 def fitted_table(
     artifacts: ArtifactStore, shard: str, fitted_on: str | None
 ) -> tuple[EmbeddingTable, dict[str, str]]:
-    """The committed table of a shard, provided that the basis was fitted on the same vectors.
+    """The committed table and header of a shard, if the basis was fitted on the vectors in it.
 
     Args:
         artifacts: The store.
-        shard: Which one.
-        fitted_on: The version of the vectors that the basis was fitted on; none where it has no part of them.
+        shard: The name of the shard.
+        fitted_on: The version of the vectors that the basis was fitted on; None if the basis lacks the shard.
 
     Raises:
         ArtifactMissingError: The shard is not embedded.
@@ -89,7 +89,7 @@ def read_rejected(
     Raises:
         ArtifactMissingError: The shard is not embedded.
         ArtifactCorruptError: The file is damaged.
-        dg.Failure: The rows are of another version than ``version``, that of the vectors.
+        dg.Failure: The rows belong to another version of the vectors than ``version``.
     """
     rejected, header = artifacts.read_frame(REJECTED, shard, columns=columns)
     if header["data_version"] != version:

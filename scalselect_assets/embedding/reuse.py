@@ -1,7 +1,7 @@
-"""Reuse of vectors: samples whose text and images have a vector of this model already.
+"""The reuse of vectors for samples whose text and images already have a vector of this model.
 
-Such vectors stand in two places: the shard's committed table, after a part of the shard has changed, and the
-parts that a materialization sets aside now and then, for when it is killed on its way. Both are looked up by
+Such vectors are in two places: the shard's committed table, after a part of the shard has changed, and the
+parts that a materialization saves at intervals, in case it is killed. Both are looked up by
 content (sample key and the SHA-256 of each image's bytes), never by row number, so it does not matter which
 version of the shard they were made from. Costs: reading the shard's images, and its vectors once.
 """
@@ -40,7 +40,7 @@ def known_vectors(
 ) -> dict[str, "Representation"]:
     """The representations that a shard has under these conditions, by sample key.
 
-    A committed table or part that cannot be read is as good as none: its rows are embedded again.
+    A committed table or part that cannot be read is ignored: its rows are embedded again.
     """
     known: dict[str, Representation] = {}
     if committed is not None and committed[1] == conditions:
@@ -62,17 +62,17 @@ def unchanged(
     images: Sequence[Sequence[str]],
     read_image: Callable[[str], bytes],
 ) -> "dict[int, Representation]":
-    """The samples that need no embedding, by place: their key is known and their images are what they were.
+    """The samples that need no embedding, by place: their key is known and their images are unchanged.
 
     Args:
-        known: By sample key.
-        sample_keys: (n,) of the samples.
+        known: Known representations by sample key.
+        sample_keys: (n,) keys of the samples.
         images: (n,) references of each sample's images.
-        read_image: From a reference to bytes; one that is not allowed makes its samples changed. One that is
-            missing does not: its samples keep what they have (see `pool.missing_images`).
+        read_image: Reads the bytes of a reference. Samples with a reference that is not allowed count as
+            changed. Samples with a missing image keep their vector (see `pool.missing_images`).
 
     Raises:
-        OSError: An image cannot be read for reasons other than that it is not there.
+        OSError: An image exists but cannot be read.
     """
     digests: dict[str, str] = {}
 
@@ -125,8 +125,8 @@ def set_aside(
 
 
 def forget(artifacts: ArtifactStore, shard: str) -> None:
-    """Remove what was set aside for a shard: it is committed."""
-    # From the last on, so that a crash on the way leaves numbers without a gap, which the next time finds.
+    """Remove the parts that were set aside for a shard, once the shard is committed."""
+    # Delete the last part first: after a crash the remaining numbers have no gap, so the next call finds all.
     for part in reversed(parts(artifacts, shard)):
         artifacts.path(SET_ASIDE, part, suffix=FRAME).unlink(missing_ok=True)
 

@@ -11,11 +11,11 @@ BASIS = "subspace_basis"
 
 
 class MomentsHeader(BaseModel):
-    """The header of one shard's moments.
+    """The header of the moments of one shard.
 
     Attributes:
         data_version: The version of the moments.
-        provenance: The hash of what they were computed from.
+        provenance: The hash of the inputs of the moments.
         attention_embeddings: The version of the vectors that they sum up.
         model_fingerprint: The fingerprint of the model that made the vectors.
         rows: The number of vectors.
@@ -43,13 +43,13 @@ class BasisHeader(BaseModel):
 
     Attributes:
         data_version: The version of the basis.
-        provenance: The hash of what it was computed from.
+        provenance: The hash of the inputs of the basis.
         model_fingerprint: The fingerprint of the model that made all vectors.
         rank_rule: The rule that chose the number of directions, as `RankRule.describe` gives it.
         standardise: Whether columns were divided by their standard deviation.
         unit_rows: Whether vectors were scaled to length 1.
         shards: The moments that went in, by shard.
-        drift: The drift from the basis before it, as `drift_since_last` gives it.
+        drift: The distance between the basis and the one before it, computed by `drift_since_last`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,7 +64,7 @@ class BasisHeader(BaseModel):
     drift: Json[dict[str, float]]
 
     def vectors_of(self, shard: str) -> str | None:
-        """The version of a shard's vectors that went in; none where the shard has no part in the basis."""
+        """The version of a shard's vectors in the basis; None if the basis was fitted without the shard."""
         moments = self.shards.get(shard)
         return None if moments is None else moments.attention_embeddings
 

@@ -1,7 +1,7 @@
-"""The drift of the basis since the last one that it can be compared with.
+"""The distance between the basis and the last one that it can be compared with.
 
-The number is shown and changes nothing: at every new basis all shards are scored again, which is one matrix
-product over the pool. Costs: d² operations per direction, and one d × d matrix.
+The number is only shown and has no effect: at every new basis all shards are scored again, which is one
+matrix product over the pool. Costs: d² operations per direction, and one d × d matrix.
 """
 
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ def drift_since_last(
     if (last_header.model_fingerprint, last_header.unit_rows) != (header.model_fingerprint, header.unit_rows):
         return {}
     if last_header.data_version == header.data_version:
-        # The basis is made again, after a crash or for a rebuild, and keeps the drift of the first time.
+        # The same basis is computed again, after a crash or for a rebuild. It keeps its first drift.
         return dict(last_header.drift)
     moved = basis_drift(last_subspace, subspace, moments)
     return {
@@ -50,7 +50,7 @@ def drift_since_last(
 
 
 def _last_basis(artifacts: ArtifactStore) -> tuple["Subspace", BasisHeader] | None:
-    """The stored basis and its header; none where there is none, or where it is damaged."""
+    """The stored basis and its header; None if it is missing or damaged."""
     from scalselect_assets.method.subspace.basis import Subspace
 
     try:

@@ -1,4 +1,4 @@
-"""Step 3, by shard: what the basis needs to know of the shard's vectors, and no more.
+"""Step 3, by shard: the moments of the shard's vectors, from which the basis is computed.
 
 Holds: the number of vectors, their mean and their scatter matrix in float64, which merge over shards. Costs:
 one pass over the shard's vectors, n·d²/2 multiplications, d(d + 1)/2 values of 8 bytes (67 MB at d = 4096).
@@ -27,7 +27,7 @@ CODE_VERSION = "2"
 
 
 def provenance(selection: Selection, embeddings_version: str) -> str:
-    """The hash of everything that the moments of one shard are computed from."""
+    """The hash of all inputs of one shard's moments."""
     return data_versions.provenance(
         NAME, CODE_VERSION, unit_rows=selection.unit_rows, attention_embeddings=embeddings_version
     )
@@ -73,7 +73,7 @@ def sum_up(selection: Selection, storage: StorageResource, vlm: VlmResource, sha
     for _, array in sorted((arrays := moments.to_arrays()).items()):
         content.update(array.tobytes())
     stated = MomentsHeader(
-        # The vectors' version is part of it: other rows with the same moments still need new scores.
+        # The version covers that of the vectors: other rows with the same moments still need new scores.
         data_version=digest(content.hexdigest(), embedded["data_version"]),
         provenance=provenance(selection, embedded["data_version"]),
         attention_embeddings=embedded["data_version"],

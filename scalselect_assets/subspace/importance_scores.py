@@ -26,7 +26,7 @@ CODE_VERSION = "3"
 
 
 def provenance(basis_version: str) -> str:
-    """The hash of what a shard's scores are computed from; the basis version covers all vectors."""
+    """The hash of all inputs of a shard's scores. The basis version covers the vectors of every shard."""
     return data_versions.provenance(NAME, CODE_VERSION, subspace_basis=basis_version)
 
 
@@ -61,7 +61,7 @@ def read_scores(
 
 
 def percentile(rank: int, n: int) -> float:
-    """The percentage of the others that rank below: 100 for the first of ``n``, rank 1, 0 for the last."""
+    """The percentage of the other rows that rank lower: 100 at rank 1 and 0 at rank ``n``."""
     return 100 * (n - rank) / (n - 1) if n > 1 else 100.0
 
 
@@ -80,7 +80,7 @@ def build(selection: Selection) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """The rank-k leverage score of each sample: how much the dominant subspace rests on it."""
         scoring = _Scoring(selection, storage, vlm)
-        # Scoring reads a version of the vectors, so it need not wait for whoever embeds the next one.
+        # Scoring reads one fixed version of the vectors, so it can run while the next version is embedded.
         return materialize_shards(context, storage.locks(selection.store), scoring.make, work=NAME)
 
     return importance_scores
@@ -149,7 +149,7 @@ class _Scoring:
 
 
 def expected(state: StoreState, shard: str) -> str | None:
-    """The provenance that a shard's scores would have now; none for a shard that has no part in the basis."""
+    """The provenance that a shard's scores would have now; None if the basis was fitted without the shard."""
     if shard not in state.once(subspace_basis.inputs):
         return None
     return provenance(state.version(subspace_basis.ASSET))

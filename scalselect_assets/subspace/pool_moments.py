@@ -1,10 +1,10 @@
-"""The pool's moments as running totals in the store, so that a changed shard costs that shard.
+"""The pool's moments as running totals in the store, so that an update reads only the changed shards.
 
-Beside the basis lies one file of totals that says which version of which shard is in it. The next basis takes
-out what has changed or gone and puts in what has changed or come, reading those shards' moments and no other.
-What a shard's moments were before, which taking out needs, is set aside when they are replaced, and deleted
-once it is out. Where anything is missing, or a rebuild is asked for, the totals are added up anew from all
-shards. Costs: reading and writing the totals (8·d² bytes each way), and d² operations per changed shard.
+One file of totals is stored beside the basis and lists the version of each shard in it. For the next basis,
+changed and removed shards are subtracted, and changed and new shards are added; only their moments are read.
+Subtraction needs a shard's old moments. They are set aside when they are replaced, and deleted once they are
+subtracted. If anything is missing, or a rebuild is asked for, the totals are added up anew from all shards.
+Costs: reading and writing the totals (8·d² bytes each way), and d² operations per changed shard.
 """
 
 import json
@@ -30,7 +30,7 @@ RETIRED = "retired_moments"
 
 @dataclass(frozen=True, slots=True)
 class PoolMoments:
-    """The moments of all shards, and what it took to know them.
+    """The moments of all shards, and the work that was needed to compute them.
 
     Attributes:
         moments: Moments of all shards together.
@@ -48,7 +48,7 @@ class PoolMoments:
 
 
 def retire(artifacts: ArtifactStore, shard: str, new_version: str) -> None:
-    """Set a shard's moments aside before others replace them, where the totals hold them."""
+    """Set a shard's moments aside before they are replaced, if the totals contain them."""
     try:
         version = _version(artifacts, SHARD_MOMENTS, shard)
         held = _held(artifacts).get(shard)
@@ -111,7 +111,7 @@ def stored(artifacts: ArtifactStore, wanted: Mapping[str, str]) -> "Moments":
 
 
 def rebuilt_totals(artifacts: ArtifactStore, wanted: Mapping[str, str]) -> "RunningMoments":
-    """The totals of these shards, added up anew; raises as ``update``."""
+    """The totals of these shards, added up anew; raises the same errors as ``update``."""
     from scalselect_assets.method.subspace.running_totals import RunningMoments
 
     totals: RunningMoments | None = None
@@ -128,7 +128,7 @@ def rebuilt_totals(artifacts: ArtifactStore, wanted: Mapping[str, str]) -> "Runn
 def _updated(
     artifacts: ArtifactStore, wanted: Mapping[str, str]
 ) -> "tuple[RunningMoments, tuple[str, ...], tuple[str, ...]] | None":
-    """The stored totals, changed to the wanted shards; none where adding up anew reads no more."""
+    """The stored totals, changed to the wanted shards; None if adding up anew reads no more."""
     from scalselect_assets.method.subspace.running_totals import RunningMoments
 
     try:
@@ -141,7 +141,7 @@ def _updated(
         for shard in removed:
             totals.remove(_shard_moments(artifacts, shard, held[shard]))
     except (ArtifactMissingError, ArtifactCorruptError, ValueError):
-        # Totals, or moments that they hold, are gone or damaged: the shards' own moments are the truth.
+        # The totals or their moments are missing or damaged: add up the shards' own moments instead.
         return None
     for shard in added:
         totals.add(_shard_moments(artifacts, shard, wanted[shard]))
@@ -149,7 +149,7 @@ def _updated(
 
 
 def _shard_moments(artifacts: ArtifactStore, shard: str, version: str) -> "Moments":
-    """A shard's moments of one version, in force or set aside."""
+    """A shard's moments of one version, either the current ones or those set aside."""
     from scalselect_assets.method.subspace.moments import Moments
 
     for asset, name in ((SHARD_MOMENTS, shard), (RETIRED, retired_name(shard, version))):

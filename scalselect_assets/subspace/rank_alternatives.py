@@ -28,7 +28,7 @@ _COMPARED_RANK = 1024
 def rank_alternatives(
     storage: StorageResource, selection: Selection, axes: "PrincipalAxes", k: int, shards: list[str]
 ) -> dg.TableMetadataValue:
-    """The choices under neighbouring thresholds and the other rules, on a sample of the pool."""
+    """The choices that neighbouring thresholds and the other rules would make, on a sample of the pool."""
     from scalselect_assets.method.subspace.rank import EffectiveRank, EnergyThreshold, GavishDonoho, RankRule
     from scalselect_assets.method.subspace.sensitivity import rank_alternatives
 
@@ -64,7 +64,7 @@ def rank_alternatives(
 
 
 def _sample(storage: StorageResource, selection: Selection, shards: list[str]) -> NDArray[Any]:
-    """Vectors of the pool, (m, d): all of a small one, else a bounded number, the same at every call."""
+    """Vectors of the pool, (m, d): all of a small pool, else a limited number; the same at every call."""
     from scalselect_assets.method.subspace.preprocessing import prepared_rows
 
     generator = np.random.default_rng(0)

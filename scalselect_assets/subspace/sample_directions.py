@@ -19,7 +19,7 @@ DEFAULT_DIRECTIONS: Final = 3
 def rows_of(
     embeddings: EmbeddingStore, table: EmbeddingTable, rows: Sequence[int], unit_rows: bool
 ) -> NDArray[Any]:
-    """The vectors of some rows of a shard as they are scored, (len(rows), d), in the order of ``rows``."""
+    """The vectors that are scored for some rows of a shard, (len(rows), d), in the order of ``rows``."""
     from scalselect_assets.method.subspace.preprocessing import prepared_rows
 
     return prepared_rows(embeddings.read_vectors(table, rows), to_unit_length=unit_rows)
@@ -36,16 +36,16 @@ def directions_of_rows(
 ) -> pl.DataFrame:
     """The strongest directions of some rows of a shard, the selected ones for example.
 
-    Only these rows' vectors are read: of a shard of m rows of which a share b is selected, it costs the share
-    b of scoring the shard, b·m·d·k multiplications, and memory of b·m rows.
+    Only these rows' vectors are read. If a share b of a shard's m rows is selected, the cost is b times the
+    cost of scoring the shard, b·m·d·k multiplications, and the memory of b·m rows.
 
     Args:
         embeddings: The vectors.
         table: The shard's table.
         subspace: The basis.
         rows: Row numbers of the shard, each once; there may be none.
-        unit_rows: The selection's setting.
-        n: Number of directions of each sample.
+        unit_rows: Whether the selection scales vectors to length 1.
+        n: Number of directions for each row.
 
     Returns:
         Columns ``row`` (Int64, in the order given) and ``strongest_directions`` (`STRONGEST_DIRECTIONS`).

@@ -51,7 +51,7 @@ CODE_VERSION = "2"
 
 
 class BasisConfig(dg.Config):
-    """Settings of one fit of the basis. They change how it is computed, and not the result."""
+    """The way in which the basis is computed. The result is the same either way."""
 
     rebuild: bool = Field(
         default=False,
@@ -71,7 +71,7 @@ def version(selection: Selection, moments_versions: Mapping[str, str]) -> str:
 
 
 def provenance(selection: Selection, moments_versions: Mapping[str, str]) -> str:
-    """The hash of what the asset is computed from, which is all that determines the basis."""
+    """The hash of all inputs of the asset, which determine the basis."""
     return data_versions.provenance(
         NAME, CODE_VERSION, basis=version(selection, moments_versions), **RETIRED_SETTINGS
     )
@@ -136,7 +136,7 @@ def fit_basis(
     Args:
         selection: The selection that the basis belongs to.
         storage: Opens the store.
-        vlm: Knows the fingerprint of the target model.
+        vlm: Gives the fingerprint of the target model.
         shards: All shards of the pool; those without moments are left out, and the check names them.
         rebuild: Whether to add up the moments of all shards anew instead of updating the stored totals.
 
@@ -195,7 +195,7 @@ def fit_basis(
 
 
 def _arrays_hash(arrays: Mapping[str, Any]) -> str:
-    """The hash of the basis itself, so that scores of a basis that was damaged are none of the mended one."""
+    """The hash of the arrays of the basis. A repaired basis thus has another version than the damaged one."""
     content = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         content.update(f"{name} {array.dtype} {array.shape} ".encode())
@@ -223,9 +223,8 @@ def moments_headers(
 ) -> dict[str, MomentsHeader]:
     """The headers of the moments that belong into a basis, by shard.
 
-    A shard is left out where its moments could not be made (again): it has none, or they are another
-    model's, of other vectors than it has now, or of vectors that were prepared otherwise. The caller reports
-    it.
+    A shard is left out if it has no current moments: it has none at all, or they belong to another model, to
+    other vectors than it has now, or to vectors with other preprocessing. The caller reports such a shard.
     """
     headers = {}
     for shard in shards:
@@ -243,7 +242,7 @@ def moments_headers(
 def _require_moments(
     artifacts: ArtifactStore, shards: Sequence[str], found: Mapping[str, MomentsHeader], fingerprint: str
 ) -> None:
-    """No shard drops out of the selection because a fault came between its vectors and its moments.
+    """Refuse to drop a shard from the selection because its moments are missing after a fault.
 
     Raises:
         dg.Failure: A shard of the last basis has vectors of the present model, but not their moments.

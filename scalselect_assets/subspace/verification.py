@@ -14,9 +14,9 @@ REBUILD_TOLERANCE = 1e-9
 
 
 def verify_job(selection: Selection) -> dg.JobDefinition:
-    """The comparison with a rebuild, which reads every shard's moments; for when somebody asks.
+    """The comparison with a rebuild, which reads every shard's moments; started by hand.
 
-    A job and not an asset check, since Dagster runs an asset's checks whenever it materializes the asset.
+    It is a job and not an asset check, because Dagster runs an asset's checks at every materialization.
     """
 
     @dg.op(name=selection.job_name("verify_basis_op"), description="Compare the basis with its rebuild.")
@@ -42,14 +42,14 @@ def verify_job(selection: Selection) -> dg.JobDefinition:
 
 
 def rebuild_difference(artifacts: ArtifactStore) -> dict[str, float]:
-    """The difference between the stored basis and one computed anew from the moments of the same shards.
+    """The difference between the stored basis and one computed anew from the same moments.
 
     Returns:
         ``energies``: largest difference of the kept energies, relative to the largest;
         ``score_change``: bound on the mean absolute change of normalised scores.
 
     Raises:
-        ArtifactMissingError: There is no basis, or moments that it was made of are gone.
+        ArtifactMissingError: There is no basis, or some of the moments that it was fitted on are missing.
     """
     from scalselect_assets.method.subspace.basis import fit_subspace
     from scalselect_assets.method.subspace.drift import basis_drift

@@ -33,16 +33,16 @@ def agree(
 
     Args:
         candidates: The pool.
-        budget: Fractions are of all candidates, the excluded ones included.
-        quotas: At most one for each column.
+        budget: The budget. A fraction refers to all candidates, the excluded ones included.
+        quotas: The quotas, at most one for each column.
         include: Rows that must be chosen; they count towards budget and quotas.
-        exclude: Rows that must not.
+        exclude: Rows that must not be chosen.
 
     Raises:
         InfeasibleError: No choice meets the terms.
-        ValueError: The terms are not understood: a column or label that is not there (a floor of a label
-            without rows is infeasible; a ceiling of one is met), a number out of range, a quota by shares
-            or floors on several columns beside a budget of tokens.
+        ValueError: The terms are invalid: a column or label does not exist (a floor of a label without rows
+            is infeasible; a ceiling of one is met), a number is out of range, or a budget of tokens is
+            combined with a quota by shares or with floors on several columns.
     """
     held, excluded = _mask(candidates.n, include, "include"), _mask(candidates.n, exclude, "exclude")
     if both := np.flatnonzero(held & excluded).tolist():
@@ -228,8 +228,8 @@ def _check_token_floors(terms: Terms, unit: str, costs: NDArray[np.int64]) -> No
             f"Got floors on {with_floors} beside a budget of tokens; allowed is one column with floors. Use "
             "a budget of rows, or label the rows with a column that joins these."
         )
-    # The cheapest rows of a label are those that its floor can be met with for the fewest tokens. With
-    # ceilings on another column beside it, they may not all be allowed.
+    # The cheapest rows of a label meet its floor for the fewest tokens. Ceilings on another column may
+    # forbid some of them.
     if with_floors and len(terms.columns) > 1:
         raise ValueError(
             f"Got floors on {with_floors[0]!r} and ceilings on other columns beside a budget of tokens; "

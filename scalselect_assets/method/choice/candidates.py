@@ -1,4 +1,4 @@
-"""The candidates of a choice: one array per property of the pool's rows, and labels for quotas."""
+"""The input of a choice: one array per property of the pool's rows, and labels to set quotas by."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Labels:
         values: The labels; sorted and distinct.
 
     Raises:
-        ValueError: The values are not sorted and distinct, or a code is none of their positions.
+        ValueError: The values are not sorted and distinct, or a code is not a position in them.
     """
 
     codes: NDArray[np.int64]
@@ -123,15 +123,15 @@ class Candidates:
 
 
 def levelled(score: NDArray[np.float64], copies: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Scores in which the copies of a sample have one, the highest of theirs.
+    """Scores in which all copies of a sample have the same score, the highest among them.
 
     Copies that were embedded apart have scores that differ by rounding; without this, rounding would decide
-    which of them is chosen. Rows of one name whose scores differ by more are different samples, and keep
-    theirs.
+    which of them is chosen. Rows with the same number whose scores differ by more are different samples,
+    and keep their scores.
 
     Args:
         score: (n,) float64, finite and >= 0, rounded by `leverage.ranked`.
-        copies: (n,) int64, a number that rows have in common which may be copies of each other; 0 to n - 1.
+        copies: (n,) int64, 0 to n - 1; rows that may be copies of each other have the same number.
     """
     highest = np.zeros(len(score))
     np.maximum.at(highest, copies, score)

@@ -39,7 +39,7 @@ class Cells:
     n_planes: int
 
     def distinct_share(self, rows: NDArray[np.int64]) -> float:
-        """The number of different cells that some rows lie in, for each row; the mean over tables, in (0, 1].
+        """The number of different cells that some rows lie in per row, as a mean over tables, in (0, 1].
 
         1 where no two rows share a cell of any table.
 
@@ -57,7 +57,7 @@ def cells_of(projections: Blocks, n: int, size: int) -> Cells:
     Args:
         projections: The rows of U_k (`candidates.projected`), n of them.
         n: Number of rows.
-        size: Number of rows to choose, which decides how fine the cells are.
+        size: Number of rows to choose. It determines the size of the cells.
 
     Raises:
         ValueError: The blocks are not n rows of one width of finite values.

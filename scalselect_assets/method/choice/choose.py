@@ -41,7 +41,7 @@ class KeepEarlier:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeepCost:
-    """The changes and the cost of keeping earlier rows, against the choice without it.
+    """The changes and the cost of keeping earlier rows, compared with the choice made without it.
 
     Attributes:
         rows: (n_kept,) int64, earlier rows chosen only because they are earlier ones, ascending.
@@ -56,7 +56,7 @@ class KeepCost:
 
     @property
     def n_kept(self) -> int:
-        """The number of these rows."""
+        """Number of rows chosen only because they are earlier ones."""
         return len(self.rows)
 
 
@@ -68,9 +68,9 @@ class Choice:
         rows: (N,) int64: the rows to include, ascending, then the others, most preferred first.
         n_held: Number of rows that had to be chosen.
         spent: Rows or tokens, in the unit of the budget.
-        recorded: The strategy's numbers of each chosen row, by name, (N,) float64 each.
-        figures: Its numbers of the choice as a whole, by name.
-        kept: The cost of keeping earlier rows; None where it was not asked for.
+        recorded: Values that the strategy records for each chosen row, by name, (N,) float64 each.
+        figures: Figures that it records for the choice as a whole, by name.
+        kept: The cost of keeping earlier rows; None if this was not asked for.
     """
 
     rows: NDArray[np.int64]
@@ -94,15 +94,15 @@ def choose(
 
     Args:
         candidates: The pool.
-        strategy: The order of preference.
-        terms: Made of the same candidates (`quotas.agree`).
+        strategy: The strategy that ranks the rows.
+        terms: The terms, made from the same candidates (`quotas.agree`).
         projections: The rows of U_k, for strategies that need them.
         earlier: Rows of the earlier choice that are still in the pool; used with ``keep`` only.
-        keep: Prefers these within bounds; None leaves them no advantage.
+        keep: Bounds within which earlier rows are preferred; None gives them no advantage.
 
     Raises:
-        ValueError: The strategy lacks something; or earlier rows are to be kept by a strategy that draws, or
-            are not in the pool.
+        ValueError: The strategy lacks an input that it needs; or earlier rows are to be kept by a strategy
+            that draws; or earlier rows are not in the pool.
     """
     ranking = strategy.rank(candidates, terms, projections)
     rows = take(terms, ranking.order)
@@ -148,7 +148,7 @@ def _kept_choice(
     if terms.size is not None:
         n_new = int(np.count_nonzero(~was_chosen[rows])) - excess
         return take(with_at_most(terms, n_new, ~was_chosen), _in_front(order, stays))
-    # What is chosen anyway counts as staying; the best of the others follow until they are enough.
+    # Earlier rows that are chosen anyway count as kept; the best of the others follow until there are enough.
     stays[rows] = was_chosen[rows]
     others = earlier[~stays[earlier]]
     while excess > 0 and others.size:

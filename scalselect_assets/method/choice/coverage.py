@@ -10,9 +10,9 @@ the best one (ε = `SLACK`), so for a budget of rows F is at least 1 - 1/e - ε 
 one half. The guarantee is about coverage of the subspace; no accuracy follows from it.
 
 Costs, for n rows and N picks: one pass over the projections, O(n·k) with the constants of `cells_of`; then
-O(n log n) for the order of leverage. A row that is looked at again has lost at least ε of its gain since,
-so each is looked at O(log(range of gains)/ε) times, in practice a few; some 130 bytes of memory for every
-row.
+O(n log n) for the order of leverage. Whenever the gain of a row is computed again, the row is taken or
+its gain has fallen by a share of at least ε. So this happens O(log(range of gains)/ε) times for each row, in
+practice a few times. Memory: some 130 bytes for every row.
 """
 
 import heapq
@@ -39,8 +39,8 @@ class Covered:
 
     Attributes:
         order: Every eligible row once, int64: those picked, in the order of picking, then the others by gain.
-        gain: (n,) float64, what F gained by a picked row, or would gain by any other in the end, for each
-            table; 0 for held and excluded rows.
+        gain: (n,) float64, the increase of F by a picked row, or by adding any other row to the final choice,
+            for each table; 0 for held and excluded rows.
         n_picked: Number of rows of ``order`` that were picked.
         novelty: Mean of gain / leverage over the picked rows, in [0, 1]: the share of their cells that were
             new.
@@ -57,11 +57,11 @@ def coverage_order(
 ) -> Covered:
     """Rows by what they add to the coverage of the others; ties by leverage, then by tie order.
 
-    Held rows cover their cells from the start. Quotas are kept to while picking, as `Tally` does.
+    Held rows cover their cells from the start. Picking respects the quotas, by means of `Tally`.
 
     Args:
         candidates: Leverages and tie order.
-        terms: The number of rows to pick, the held rows, and the quotas.
+        terms: The number of rows to pick, the held rows and the quotas.
         projections: The rows of U_k in the order of the candidates.
         slack: ε, from 0 (exactly greedy, and slow where a pool repeats itself) to below 1.
 
@@ -92,7 +92,7 @@ class _Greedy:
     """The rows picked so far, and the largest leverage in each cell.
 
     Attributes:
-        gained: The gain of F by each picked row, for each table.
+        gained: The increase of F by each picked row, for each table.
     """
 
     def __init__(self, candidates: Candidates, terms: Terms, cells: Cells, slack: float) -> None:
@@ -103,7 +103,7 @@ class _Greedy:
         self.gained: list[float] = []
         for row in np.flatnonzero(terms.held).tolist():
             self._cover(row)
-        # No row adds more than its leverage, so rows come in this order until they have been looked at.
+        # No row adds more than its leverage, so this is the order until the gains are computed.
         self._fresh = candidates.by(self._leverage, terms.eligible_rows)
 
     def pick(self) -> NDArray[np.int64]:
@@ -112,7 +112,7 @@ class _Greedy:
         looked_at: list[_Entry] = []
         n_fresh = 0
         while not self._tally.is_full and (looked_at or n_fresh < len(self._fresh)):
-            # What a row added when it was last looked at, at most its leverage, bounds what it adds now.
+            # The gain of a row when it was last computed (at most its leverage) bounds its gain now.
             bound = self._bound(int(self._fresh[n_fresh])) if n_fresh < len(self._fresh) else None
             if bound is not None and (not looked_at or bound < looked_at[0]):
                 n_fresh += 1
@@ -132,7 +132,7 @@ class _Greedy:
         return np.array(picked, np.int64)
 
     def gains(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The gain of F by each of some rows, for each table, (m,)."""
+        """The increase of F if each of some rows were added, for each table, (m,)."""
         gains = np.empty(len(rows))
         for start in range(0, len(rows), 4096):
             part = rows[start : start + 4096]

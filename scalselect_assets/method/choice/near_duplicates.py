@@ -1,6 +1,6 @@
-"""Which rows of a ranking repeat a better one: the best of each neighbourhood stays, the others go.
+"""The removal of rows that repeat a better one: the best of each neighbourhood stays, the others go.
 
-Not part of the paper, which scores each sample by itself: two samples that are the same have the same
+This is not part of the paper, which scores each sample by itself: two samples that are the same have the same
 leverage and are chosen together. The rule: in the order of the ranking, a row is removed if a row that was
 kept before it points in nearly the same direction; of several such rows, the first is its partner. A removed
 row removes nothing. So every removed row is within the threshold of its partner, no two kept rows are within
@@ -30,8 +30,8 @@ COSINE_DECIMALS = 6
 
 _MARGIN = 1e-4  # a float32 product is off by less, so what it leaves out cannot reach the threshold
 _BLOCK_ROWS = 1024
-# Vectors that differ from the mean by less, relative to their length, are the mean: the direction of the rest
-# is the rounding of float32.
+# Vectors that differ from the mean by less, relative to their length, count as the mean: the direction of the
+# difference is only float32 rounding.
 _NO_DIRECTION = 1e-6
 
 
@@ -52,7 +52,7 @@ class Contents:
     Attributes:
         pictures: (n,) int64, equal for rows that show the same pictures in the same order.
         likeness: Compares their texts.
-        least_likeness: From which likeness on two rows say the same, in (0, 1].
+        least_likeness: Smallest likeness, in (0, 1], at which two texts count as the same.
     """
 
     pictures: NDArray[np.int64]
@@ -69,11 +69,11 @@ class Contents:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Removals:
-    """The outcome for n rows.
+    """The rows that were removed and kept, out of n rows.
 
     Attributes:
         partner: (n,) int64, the position of the kept row that each row was removed for; -1 if it is kept.
-        cosine: (n,) float64, between the two; NaN if it is kept.
+        cosine: (n,) float64, the cosine of each row and its partner; NaN if the row is kept.
         spared: (n,) bool, kept rows whose vector is within the threshold of a kept one with another text.
     """
 
@@ -83,7 +83,7 @@ class Removals:
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """(n,) bool."""
+        """Whether each row is kept, (n,) bool."""
         kept: NDArray[np.bool_] = self.partner < 0
         return kept
 
@@ -91,7 +91,7 @@ class Removals:
 def centred_directions(
     x: NDArray[Any], mean: NDArray[np.float64], scale: NDArray[np.float64], *, to_unit_length: bool
 ) -> NDArray[np.float32]:
-    """Rows as they are compared: unit vectors from the pool's mean, (m, d) float32.
+    """The rows in the form that is compared: unit vectors from the pool's mean, (m, d) float32.
 
     First-layer states share a large mean: without centring, the median cosine of two samples of the demo pool
     is 0.97. After projecting on the k kept directions only, different samples come nearer to each other than
@@ -124,13 +124,13 @@ def near_duplicates(
 ) -> Removals:
     """The removals that the rule above makes.
 
-    Costs: each kept row is compared once with the candidates that ``vectors`` gives for it; memory of
-    some scalars per row, and of one block and one batch of candidates with the products of the two.
+    Costs: each kept row is compared once with the candidates that ``vectors`` gives for it. Memory: some
+    scalars per row, one block, one batch of candidates, and the products of the two.
 
     Args:
         order: (n,) the positions 0 to n - 1, the best first.
-        vectors: Theirs.
-        cosine: From which on a row repeats another one, in (0, 1].
+        vectors: Vectors of the rows.
+        cosine: Smallest cosine, in (0, 1], at which a row repeats another one.
         contents: Pictures and texts of the rows; None compares vectors only.
         block_rows: Rows that are compared with all others together; the result does not depend on it.
 
@@ -216,7 +216,7 @@ class _Comparison:
         kept: NDArray[np.int64],
         x: NDArray[np.float32],
     ) -> NDArray[np.int64]:
-        """Note the rows that repeat a kept one, each with the first such; returns their positions."""
+        """Note the rows that repeat a kept one, each with the first such row; returns their positions."""
         maybe = self._maybe(rows, y, kept, x)
         undecided = np.flatnonzero(maybe.any(axis=1))
         removed = [np.empty(0, np.int64)]
@@ -253,7 +253,7 @@ class _Comparison:
         kept: NDArray[np.int64],
         x: NDArray[np.float32],
     ) -> NDArray[np.bool_]:
-        """Which pairs may repeat each other, (rows, kept); no pair that does is left out."""
+        """The pairs that may repeat each other, (rows, kept); every pair that does is among them."""
         maybe: NDArray[np.bool_] = y @ x.T >= self._cosine - _MARGIN
         if self._contents is not None:
             maybe |= self._contents.pictures[rows][:, None] == self._contents.pictures[kept]
@@ -284,6 +284,6 @@ class _Comparison:
 
 
 def _cosines(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The cosines of rows of unit length, each pair computed by itself, in float64."""
+    """The cosine of each pair of unit rows, in float64. Unlike in a matrix product, each is summed alone."""
     values: NDArray[np.float64] = np.round(np.multiply(x, y, dtype=np.float64).sum(axis=-1), COSINE_DECIMALS)
     return values

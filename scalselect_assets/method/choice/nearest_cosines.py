@@ -1,7 +1,7 @@
-"""The nearness of a pool's samples to each other, and the threshold for near-duplicates that follows.
+"""The nearest cosines between samples of a pool, and the threshold that follows for near-duplicates.
 
-A cosine of 0.995 means another thing for every model and pool. The pool itself says what is near: for some
-rows, the nearest row that shows other pictures *and* says something else, which is no duplicate whatever
+The meaning of a cosine of 0.995 depends on the model and the pool. So the pool itself gives the scale: for
+some rows, the nearest row that shows other pictures *and* says something else, which is no duplicate whatever
 its cosine. The suggested threshold is the cosine that only one in a hundred of these innocent neighbours
 reaches.
 """

@@ -19,10 +19,10 @@ def proportional_sizes(
     down, and the largest remainders up, the earlier one of equal remainders first. Exact: all in fractions.
 
     Args:
-        weights: >= 0, c of them. Where all that are not at a bound are 0, they count as equal.
+        weights: c weights, >= 0. If all weights that are not at a bound are 0, they count as equal.
         size: Sum of the result.
-        floors: At least these; 0 by default.
-        ceilings: At most these; ``size`` by default.
+        floors: Lower bounds; 0 by default.
+        ceilings: Upper bounds; ``size`` by default.
 
     Raises:
         InfeasibleError: The floors sum to more than ``size``, the ceilings to less, or one floor is above its
@@ -43,7 +43,7 @@ def proportional_sizes(
         total = sum((exact[i] for i in free), start=Fraction(0))
         wanted = {i: left * exact[i] / total if total else left / len(free) for i in free}
         held = {i: min(max(share, Fraction(low[i])), Fraction(high[i])) for i, share in wanted.items()}
-        # All bounds that err to the side on which the sum errs stay; the others may come free again.
+        # Keep the bounds that move the sum in the direction of its error; the others may become free again.
         excess = sum(held.values(), start=Fraction(0)) - left
         fixed = {
             i: share

@@ -1,13 +1,13 @@
-"""Rows that span the dominant subspace together, where rows of large leverage may all say the same.
+"""Rows that span the dominant subspace together; rows of large leverage may all be alike.
 
-Leverage scores a row as if it were alone, so that of two near-duplicates both rank high. Here a row counts
-for what it adds to the other chosen ones: its share in log det M, M = wI + Σ_S u uᵀ over the rows u of U_k
+Leverage scores each row by itself, so two near-duplicates both rank high. Here the score of a row is what it
+adds to the other chosen rows: its share in log det M, M = wI + Σ_S u uᵀ over the rows u of U_k
 (a D-optimal design in the words of statistics, a determinantal point process' mode in those of machine
-learning). A row that is not chosen would add log(1 + uᵀM⁻¹u); without a chosen one, -log(1 - uᵀM⁻¹u) would
-be missing. A near-duplicate adds little; a direction that is not there yet adds much; once all directions are
-there, those that are weakest in the subset add most, so the choice goes on in the same sense beyond k rows.
+learning). A row that is not chosen would add log(1 + uᵀM⁻¹u); removing a chosen one would take away
+-log(1 - uᵀM⁻¹u). A near-duplicate adds little, and a missing direction adds much. Once all directions are
+present, those that are weakest in the subset add most, so the same rule also works beyond k rows.
 
-Exact greedy reads the pool once for every row that it picks. Here the number of readings is given:
+Exact greedy reads the pool once for every row that it picks. Here the number of readings is fixed:
 
 1. Picking, as in Badanidiyuru & Vondrák (SODA 2014, "Fast algorithms for maximizing submodular functions"):
    a pass takes every row that still adds at least a threshold, and the threshold falls from pass to pass.
@@ -54,10 +54,10 @@ class Spanned:
     Attributes:
         order: Every eligible row once, int64: those picked, then the others, both by ``gain``, ties by tie
             order.
-        gain: (n,) float64, what log det M would lose without a picked row, or gain by any other; 0 for held
-            and excluded rows.
-        n_picked: Number of rows of ``order`` that were picked. The few that are missing where the passes end
-            too soon are the first of the others, which do not know of each other.
+        gain: (n,) float64, the decrease of log det M without a picked row, or its increase by any other row;
+            0 for held and excluded rows.
+        n_picked: Number of rows of ``order`` that were picked. If the passes end too soon, a few are missing;
+            they are then the first of the others, whose gains do not account for each other.
         gap: No choice of as many rows (the size of a budget of rows, the number picked for one of tokens) has
             a log det M larger by more than this for each of the k directions; 0.0 proves the best choice. Far
             above the truth where there are few more rows than directions.
@@ -81,23 +81,23 @@ def spanning_order(
     passes: int = DEFAULT_PASSES,
     prior: float = DEFAULT_PRIOR,
 ) -> Spanned:
-    """Rows by what they add to the span of the others.
+    """Rows in the order of the amount that they add to the span of the others.
 
     The held rows are in M from the start. Inside a block the row that adds most comes first, ties by tie
     order; the order of blocks matters, since rows of earlier blocks are seen first at each threshold. The
     same rows in the same order and blocks give the same choice.
 
-    Quotas are kept to while picking, as `Tally` does; rows are exchanged only for others of the same
-    combination of labels. With a budget of tokens, for as many others, so that the choice may be some rows
-    longer or shorter than it need be once `taking.take` has gone through the order.
+    Picking respects the quotas, by means of `Tally`; rows are exchanged only for others of the same
+    combination of labels. With a budget of tokens, a row is exchanged for one other row, so the choice may
+    be some rows too long or too short once `taking.take` has gone through the order.
 
     Costs, for n rows of width k and N picks in blocks of b rows: at most ``passes`` readings, O(n·k²) time
     each (as much as the projections themselves cost where d = k), O(b·k + k²) for each pick and exchange;
     memory of one block, some k × k matrices and some arrays of n numbers.
 
     Args:
-        candidates: For the tie order only; leverages are taken from the projections.
-        terms: The number of rows to pick, the held rows, and the quotas.
+        candidates: Used for the tie order only; leverages are taken from the projections.
+        terms: The number of rows to pick, the held rows and the quotas.
         projections: The rows of U_k in the order of the candidates (`candidates.projected`). They are read
             several times: where vectors are slow to read or wide, keep them projected.
         passes: At least 3; more come nearer to the best choice.
@@ -150,7 +150,7 @@ class _Design:
 
     Attributes:
         chosen: (n,) bool.
-        n_passes: Number of times that the stream was read.
+        n_passes: Number of times that the stream has been read.
         weight: w.
     """
 
@@ -162,7 +162,7 @@ class _Design:
         self.weight = weight
         self.chosen = np.zeros(terms.n, dtype=bool)
         self.n_passes = 1
-        # uᵀM⁻¹u of each row when it was last looked at.
+        # uᵀM⁻¹u of each row when it was last computed.
         self._forms = np.zeros(terms.n)
         self._matrix = np.zeros((0, 0))
         for start, u in whole_stream(projections, terms.n):
@@ -172,17 +172,17 @@ class _Design:
             held = u[terms.held[start : start + len(u)]]
             self._matrix += held.T @ held
         self._inverse = np.linalg.inv(self._matrix)
-        # M is at most (1 + w)I, since the whole pool's Gram matrix is I, so that what the rows of largest
-        # leverage add never falls below this: without quotas, such a threshold completes the choice.
+        # M is at most (1 + w)I, since the whole pool's Gram matrix is I. So the rows of largest leverage
+        # always add at least this much: without quotas, such a threshold completes the choice.
         self._lowest = self._smallest_needed() / (1 + weight)
         self._forms /= weight
         self._tally = Tally(terms)
-        # By combination of labels, how many rows are chosen and how many are to be; known after picking.
+        # By combination of labels, the number of chosen rows and the number to choose; known after picking.
         self._cells = terms.cells
         self._counts = self._wanted = np.zeros(0, dtype=np.int64)
 
     def pick(self, n_left: int) -> bool:
-        """Take all rows that add a threshold; the last of ``n_left`` thresholds is what all needed rows add.
+        """Take all rows that add at least a threshold. All needed rows reach the last of ``n_left`` ones.
 
         Returns:
             Whether there was anything to take.
@@ -191,7 +191,7 @@ class _Design:
         rows = rows[self._tally.admits(rows)]
         if self._tally.is_full or not rows.size or self._lowest == 0:
             return False
-        # Stale, and so upper bounds: M only grows.
+        # These values are stale, and so upper bounds, because M only grows.
         best = float(self._forms[rows].max())
         threshold = best * min(1.0, self._lowest / best) ** (1 / n_left) * (1 - _ROUNDING)
         for start, u in self._stream():
@@ -204,7 +204,7 @@ class _Design:
         return True
 
     def exchange(self, *, may_give_up: bool) -> bool:
-        """Give up rows that add less than the last of as many best ones, take others that add as much.
+        """Give up rows that add less than the last of the best N; take others that add as much.
 
         Returns:
             Whether anything changed.
@@ -226,17 +226,17 @@ class _Design:
         return bool((before != self.chosen).any())
 
     def refresh(self) -> None:
-        """Look at every row again."""
+        """Compute the amount that each row adds again."""
         for start, u in self._stream():
             self._forms[start : start + len(u)] = self._forms_of(u)
 
     def gain(self) -> NDArray[np.float64]:
-        """The loss of log det M without a chosen row, or its gain by another, (n,); after `refresh`."""
+        """The decrease of log det M without a chosen row, or increase by another, (n,); after `refresh`."""
         gain = np.log1p(np.where(self._terms.eligible, self._added(), 0.0))
         return np.asarray(gain, dtype=np.float64)
 
     def gap(self) -> float:
-        """Bound on what log det M / k could gain by choosing other rows; after `refresh`.
+        """Upper bound on the increase of log det M / k by choosing other rows; after `refresh`.
 
         By concavity, log det M' - log det M <= tr(M⁻¹(M' - M)): the sum of the forms of other rows, less that
         of these.
@@ -252,13 +252,13 @@ class _Design:
         return max(0.0, best - float(self._forms[self.chosen].sum())) / k if k else 0.0
 
     def _stream(self) -> Iterable[tuple[int, NDArray[np.float64]]]:
-        # Every update of the inverse adds some rounding; each pass begins without.
+        # Every update of the inverse adds some rounding, so each pass computes it anew.
         self._inverse = np.linalg.inv(self._matrix)
         self.n_passes += 1
         return whole_stream(self._projections, self._terms.n)
 
     def _take(self, rows: NDArray[np.int64], u: NDArray[np.float64], least: NDArray[np.float64]) -> None:
-        """Take the rows not yet chosen that add ``least`` (m,) or more, the one that adds most first."""
+        """Take the rows not yet chosen that add at least ``least`` (m,), the one that adds most first."""
         forms = self._forms[rows] = self._forms_of(u)
         enough = np.flatnonzero(forms >= least)
         enough = enough[np.argsort(self._tie_order[rows[enough]])]
@@ -318,19 +318,19 @@ class _Design:
         return np.where(self.chosen, _without(self._forms), self._forms)
 
     def _thresholds(self) -> NDArray[np.float64]:
-        """By cell, what the last of the best rows adds, as many of them as are wanted."""
+        """By cell, the amount that the last of the wanted number of best rows adds."""
         return _nth_by_cell(self._added(), np.flatnonzero(self._terms.eligible), self._cells, self._wanted)
 
     def _thresholds_to_complete(self) -> NDArray[np.float64]:
-        """By cell, what the last of the best other rows adds, as many as are missing, when they are taken."""
+        """By cell, the amount that the last of the best missing rows adds when those rows are taken."""
         missing = self._wanted - self._counts
         rows = np.flatnonzero(self._terms.eligible & ~self.chosen)
         thresholds = _nth_by_cell(self._forms, rows, self._cells, missing)
-        # Each of them takes from what the others add; in all, about their share of the choice.
+        # Each of them reduces the amounts of the others, in all by about their share of the choice.
         return thresholds * (1 - missing / np.maximum(self._wanted, 1))
 
     def _smallest_needed(self) -> float:
-        """The smallest leverage above 0 among as many largest ones as rows are to be picked; else 0.0."""
+        """The smallest leverage above 0 among the largest, as many as rows to pick; 0.0 if there is none."""
         leverage = self._forms[self._terms.eligible]
         size = min(len(leverage), self._terms.expected_size - self._terms.n_held)
         if size < 1:
@@ -340,7 +340,7 @@ class _Design:
 
 
 def _without(forms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The forms uᵀM⁻¹u of chosen rows with the M of the others; ``forms`` is below 1 since w is above 0."""
+    """The uᵀM⁻¹u of chosen rows with the M of the others. ``forms`` is below 1 because w is above 0."""
     rest = np.maximum(1 - forms, np.finfo(np.float64).eps)
     return np.asarray(forms / rest, dtype=np.float64)
 
@@ -348,7 +348,7 @@ def _without(forms: NDArray[np.float64]) -> NDArray[np.float64]:
 def _nth_by_cell(
     values: NDArray[np.float64], rows: NDArray[np.int64], cells: NDArray[np.int64], wanted: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """The ``wanted``-th largest value of the rows of each cell; infinite where none is wanted or there."""
+    """The ``wanted``-th largest value of the rows of each cell; infinite where none is wanted or exists."""
     ordered = rows[np.lexsort((-values[rows], cells[rows]))]
     n_in = np.bincount(cells[rows], minlength=len(wanted))
     first = np.cumsum(n_in) - n_in

@@ -1,4 +1,4 @@
-"""Orders of preference over a pool: the paper's top leverage, and what it is to be compared with.
+"""Orders of preference over a pool: the paper's top leverage, and the strategies it is compared with.
 
 A strategy ranks every row that may be chosen; `taking.take` then goes down that order. The strategies
 know the terms, so that what they compute for a given number of rows (inclusion probabilities, sizes by label,
@@ -27,8 +27,8 @@ class Ranking:
         order: Every eligible row once, most preferred first; int64.
         score: (n,) float64, what the order sorts by, so that scores of one night can be compared with a
             threshold; None where the order is drawn, and a score means nothing.
-        recorded: Numbers of each row, by name, (n,) float64 each.
-        figures: Numbers of the ranking as a whole, by name.
+        recorded: Recorded values of each row, by name, (n,) float64 each.
+        figures: Figures of the ranking as a whole, by name.
     """
 
     order: NDArray[np.int64]
@@ -50,7 +50,7 @@ class Strategy(Protocol):
 
         Args:
             candidates: The pool.
-            terms: The terms of the choice, made of the same candidates.
+            terms: The terms of the choice, made from the same candidates.
             projections: The rows of U_k in the order of the candidates, for strategies that need them.
 
         Raises:
@@ -59,7 +59,7 @@ class Strategy(Protocol):
         ...
 
     def describe(self) -> dict[str, str | float | int]:
-        """The name and the settings of the strategy, for display and for hashing."""
+        """The name and the settings that identify the strategy, for display and for hashing."""
         ...
 
 
@@ -101,7 +101,7 @@ class Random:
 
     Attributes:
         seed: >= 0. With the set of rows and their tie order it fixes the draw; the order in which the rows
-            are given does not matter. A row more or less in the pool draws anew.
+            are given does not matter. Adding or removing a row changes the draw.
     """
 
     seed: int = 0
@@ -190,7 +190,7 @@ class LeverageSampling:
     the labels that it names and all others; how many rows each gives is fixed before the draw, in proportion
     to the probabilities without the quota (`proportional_sizes`).
 
-    With quotas on several columns or a budget of tokens, probabilities of that kind are not to be had. Rows
+    With quotas on several columns or a budget of tokens, such probabilities cannot be computed. Rows
     then come in the order of draws one by one, each in proportion to leverage among those that are left
     (Efraimidis & Spirakis 2006, "Weighted random sampling with a reservoir"), and the recorded
     ``inclusion_probability`` is NaN except where it is 1 or 0 for certain.
@@ -233,7 +233,7 @@ class LeverageSampling:
     def _strata(
         leverage: NDArray[np.float64], terms: Terms, shuffled: NDArray[np.int64]
     ) -> list[tuple[NDArray[np.int64], int]]:
-        """The rows that are drawn together, and how many of them."""
+        """The groups of rows that are drawn together, and the number of rows to draw from each."""
         left = (terms.size or 0) - terms.n_held
         if not terms.columns:
             return [(shuffled, left)]
@@ -273,8 +273,8 @@ class Spanning:
     Records ``gain``, and as figures ``gap``, ``n_picked``, ``n_passes`` and ``prior_weight``.
 
     Attributes:
-        passes: Largest number of readings of the projections, 3 or more.
-        prior: The start of M in every direction, as a share of what a random choice gives.
+        passes: Largest number of times that the projections are read, 3 or more.
+        prior: The initial value of M in every direction, as a share of its value for a random choice.
     """
 
     passes: int = DEFAULT_PASSES
@@ -333,7 +333,7 @@ STRATEGIES = (
     *("top_leverage", "coverage", "leverage_sampling", "spanning"),
     *("random", "stratified_random", "length"),
 )
-"""The names that `strategy_named` knows; the first is the default."""
+"""The names that `strategy_named` accepts; the first is the default."""
 
 _WITHOUT_KNOBS: Mapping[str, Callable[[], Strategy]] = {
     "top_leverage": TopLeverage,
@@ -348,11 +348,11 @@ def strategy_named(name: str = STRATEGIES[0], *, seed: int = 0, stratify_by: str
 
     Args:
         name: One of ``STRATEGIES``.
-        seed: For those that draw.
+        seed: Seed of the strategies that draw.
         stratify_by: Column of labels, for ``stratified_random``.
 
     Raises:
-        ValueError: There is none of that name, it needs a column that is not named, or the seed is negative.
+        ValueError: No strategy has that name, it needs a column that is not named, or the seed is negative.
     """
     if seed < 0:
         raise ValueError(f"Got seed {seed}; allowed is 0 or more. Choose another.")
@@ -378,7 +378,7 @@ def strategy_named(name: str = STRATEGIES[0], *, seed: int = 0, stratify_by: str
 def inclusion_probabilities(weights: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """min(1, t·weight), with the t at which they sum to ``size``; (m,) float64.
 
-    Where fewer than ``size`` weights are above 0, those have 1 and the others share what is left equally.
+    If fewer than ``size`` weights are above 0, these rows get 1 and the others share the rest equally.
 
     Args:
         weights: (m,) float64, finite and >= 0.
@@ -410,7 +410,7 @@ def inclusion_probabilities(weights: NDArray[np.float64], size: int) -> NDArray[
 
 
 def systematic_sample(probabilities: NDArray[np.float64], size: int, start: float) -> NDArray[np.bool_]:
-    """Which rows are drawn, (m,) bool: those in whose stretch of the cumulated probabilities a mark falls.
+    """The drawn rows, (m,) bool: a row is drawn if a mark falls into its stretch of cumulated probability.
 
     The marks are ``start``, ``start`` + 1, ...; for a start that is uniform on (0, 1] each row is drawn with
     its probability, whatever the order of the rows.
@@ -439,7 +439,7 @@ def _shuffled(candidates: Candidates, generator: np.random.Generator) -> NDArray
 
 
 def _place_within(codes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each entry, how many equal ones come before it."""
+    """For each entry, the number of equal entries before it."""
     together = np.argsort(codes, kind="stable")
     ordered = codes[together]
     first = np.searchsorted(ordered, ordered, side="left")

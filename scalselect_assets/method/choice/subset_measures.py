@@ -1,7 +1,7 @@
-"""Measures of a subset, whatever chose it: its span, its coverage and its repetition.
+"""Measures of a subset, however it was chosen: its span, its coverage and its repetition.
 
 With at least k rows in general position every subset spans the whole dominant subspace exactly, so that the
-share which it *contains* tells subsets apart below k rows only. What tells them apart beyond is how evenly
+share which it *contains* tells subsets apart below k rows only. Beyond k rows, they differ in how evenly
 and strongly the directions are represented (`span_measures`), and how much of the pool's energy lies in the
 directions that the subset, left to itself, would find dominant (`own_subspace_measures`).
 """
@@ -33,8 +33,8 @@ class SpanMeasures:
         energy_contained: Share of the dominant subspace's energy Σ s_j² in directions that are combinations
             of the chosen rows, tr(P diag(s²)) / Σ s_j², where P projects on the span of their coordinates
             u_j·s_j in the basis of the subspace; in [0, 1], 1.0 once n_directions is k.
-        smallest_eigenvalue: Smallest eigenvalue of (n/N)·G: the worst represented direction; 0.0 where one is
-            missing.
+        smallest_eigenvalue: Smallest eigenvalue of (n/N)·G, that of the worst represented direction; 0.0 if a
+            direction is missing.
         mean_log_eigenvalue: log det((n/N)·G) / k, the mean over directions; -inf where one is missing.
     """
 
@@ -47,7 +47,7 @@ class SpanMeasures:
 
 @dataclass(frozen=True, slots=True)
 class OwnSubspaceMeasures:
-    """The fit of the subset's own leading directions V_S (d, k) to the pool with the scatter matrix C.
+    """The fit of the subset's own leading directions V_S (d, k) to the pool, whose scatter matrix is C.
 
     V_S are the right singular vectors of the subset's rows, centred on their own mean (and scaled as the
     pool's columns), as many as the pool's subspace has, or as the subset's rank if that is less. V are the
@@ -55,7 +55,7 @@ class OwnSubspaceMeasures:
 
     Attributes:
         energy_captured: tr(V_Sᵀ C V_S) / tr(Vᵀ C V), in [0, 1]: the share of the dominant subspace's energy
-            that the directions hold which the subset alone would find dominant. 1.0 for the pool itself, and
+            in the directions that are dominant in the subset alone. 1.0 for the pool itself, and
             where the pool has no directions.
         projection_error: ‖X - X V_S V_Sᵀ‖ / ‖X‖ in Frobenius norms over the centred pool X: what is lost when
             the pool is projected on them; 0.0 where the pool has no energy.
@@ -107,7 +107,7 @@ def own_subspace_measures(pool: Moments, subset: Moments, subspace: Subspace) ->
         pool: Moments of all rows (prepared as for the subspace).
         subset: Moments of the chosen rows, made in the same way (`moments.MomentsAccumulator`); one pass over
             them, O(N·d²).
-        subspace: The pool's; its k and its scale are used.
+        subspace: Subspace of the pool; its k and its scale are used.
 
     Raises:
         ValueError: The dimensions differ, or the subset has no rows.
@@ -192,7 +192,7 @@ def shared_share(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
 
     Args:
         first: Positions of the rows in one pool; each once.
-        second: The same, of the other choice.
+        second: Positions of the other choice's rows in the same pool; each once.
 
     Raises:
         ValueError: A choice names a row twice.
@@ -207,7 +207,7 @@ def shared_share(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
 
 
 def _count_near(rows: Blocks, n: int, examined: NDArray[np.int64], threshold: float) -> int:
-    """The number of examined rows with another row near them; two passes, the first for the rows."""
+    """The number of examined rows with another row near them. The first of two passes collects them."""
     parts = []
     for start, x in whole_stream(rows, n):
         low, high = np.searchsorted(examined, [start, start + len(x)])

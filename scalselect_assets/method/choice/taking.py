@@ -45,7 +45,7 @@ def with_at_most(terms: Terms, limit: int, marked: NDArray[np.bool_]) -> Terms:
 
     Args:
         terms: The terms to narrow.
-        limit: Largest wanted number of these rows.
+        limit: Largest number of the rows that is wanted.
         marked: (n,) bool, the rows.
     """
     size, allowed = terms.size or 0, terms.held | terms.eligible
@@ -87,8 +87,8 @@ def _take_rows(terms: Terms, order: NDArray[np.int64]) -> NDArray[np.int64]:
     counts = cells.counts(np.flatnonzero(terms.held))
     taken: list[NDArray[np.int64]] = []
     while left:
-        # Once a row of a cell cannot be taken, none of that cell can be later: what has been taken since
-        # only narrows what is left. So each round closes a cell, or is the last one.
+        # Once a row of a cell cannot be taken, no later row of that cell can be: rows taken in between only
+        # reduce the choice. So each round closes a cell, or is the last one.
         low, high = 0, min(left, len(order))
         if cells.feasible(counts + cells.counts(order[:high])):
             low = high
@@ -138,7 +138,7 @@ class LabelCells:
         self._size = terms.size or 0
         self._columns = terms.columns
         combinations, self.codes = combinations_of(terms.columns)
-        # (labels, cells) by column: which cells a label is made of.
+        # (labels, cells) by column: the cells that belong to each label.
         self._members = [
             np.arange(len(column.values))[:, None] == combination
             for column, combination in zip(terms.columns, combinations, strict=True)
@@ -157,7 +157,7 @@ class LabelCells:
             missing = np.maximum(column.floors - by_label, 0).sum()
             if (by_label > column.ceilings).any() or missing > self._size - counts.sum():
                 return False
-        # With one column the rest follows: `agree` has seen that there are enough rows of every label.
+        # With one column the rest follows: `agree` has checked that every label has enough rows.
         return len(self._columns) == 1 or self._programme(counts)
 
     def _programme(self, counts: NDArray[np.int64]) -> bool:
@@ -207,7 +207,7 @@ class Reserve:
         return int(self._costs[reserved[-1]]) if reserved else 0
 
     def take(self, row: int) -> None:
-        """Release what ``row`` replaces: itself, or the dearest reserved row of its label."""
+        """Release the reserved row that ``row`` replaces: itself, or the dearest one of its label."""
         reserved = self._reserved.get(int(self._label_of[row]))
         if not reserved:
             return

@@ -7,11 +7,11 @@ from scalselect_assets.method.choice.terms import Terms
 
 
 class Tally:
-    """The rows that are still allowed while rows are taken one by one; a question is quick.
+    """The rows that the terms still allow while rows are taken one by one; fast to query.
 
-    With a budget of rows and quotas on at most one column, exactly the rows with which the terms can still be
-    met. Otherwise each column is judged alone and no tokens are reserved for floors, so that more may be
-    admitted than `taking.take` keeps. Once refused, a row stays refused.
+    With a budget of rows and quotas on at most one column, it admits exactly the rows with which the terms
+    can still be met. Otherwise it judges each column alone and reserves no tokens for floors, so it may admit
+    more rows than `taking.take` keeps. Once refused, a row stays refused.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -28,7 +28,7 @@ class Tally:
         return self._left <= 0
 
     def admits(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of ``rows`` could be the next one, (m,) bool."""
+        """Mark those of ``rows`` that could be taken next, (m,) bool."""
         allowed = self._costs[rows] <= self._left
         for column, counts in zip(self._terms.columns, self._counts, strict=True):
             labels = counts < column.ceilings

@@ -2,7 +2,7 @@
 
 Terms are a budget in rows or tokens, floors and ceilings by label, and rows that must or must not be chosen.
 
-What is optimal and what is greedy. `Terms.take` goes through the rows from the most preferred on and takes
+The guarantees depend on the terms. `Terms.take` goes through the rows from the most preferred on and takes
 each one with which the terms can still be met, so it gives the lexicographically first admissible choice.
 
 - A budget in rows with quotas on at most one column: the admissible sets are those of a matroid, so the
@@ -29,11 +29,11 @@ class InfeasibleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A budget.
+    """The largest amount that a choice may spend.
 
     Attributes:
         amount: A count (int), or a fraction in (0, 1] of all rows' total (float).
-        unit: Unit of the amount. A budget of rows is spent exactly; one of tokens is not exceeded.
+        unit: The unit of the amount. A budget of rows is spent exactly; one of tokens is not exceeded.
     """
 
     amount: int | float
@@ -42,12 +42,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Bounds on the number of chosen rows by label; labels that are not named are free.
+    """The smallest and largest number of chosen rows of each label; labels that are not named are free.
 
     Attributes:
         column: Name of the column of labels.
         floors: By label: rows (int), or a share in [0, 1] of a budget of rows (float), rounded up.
-        ceilings: The same, rounded down.
+        ceilings: By label: rows (int), or a share in [0, 1] of a budget of rows (float), rounded down.
     """
 
     column: str
@@ -57,14 +57,14 @@ class Quota:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelColumn:
-    """A quota in numbers; all labels that it does not name are one.
+    """A quota in numbers; all labels that it does not name count as one label.
 
     Attributes:
         name: Name of the column.
         values: The labels, c of them.
         codes: (n,) int64, positions in ``values``.
-        floors: (c,) int64, rows; 0 where there is none.
-        ceilings: (c,) int64, rows; the number of rows there are where there is none.
+        floors: (c,) int64, rows; 0 for a label without a floor.
+        ceilings: (c,) int64, rows; n for a label without a ceiling.
     """
 
     name: str
@@ -74,7 +74,7 @@ class LabelColumn:
     ceilings: NDArray[np.int64]
 
     def counts(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The number of ``rows`` with each label, (c,) int64."""
+        """The number of ``rows`` that have each label, (c,) int64."""
         return np.bincount(self.codes[rows], minlength=len(self.values)).astype(np.int64)
 
 
@@ -107,12 +107,12 @@ class Terms:
 
     @property
     def n_held(self) -> int:
-        """The number of rows that must be chosen."""
+        """Number of rows that must be chosen."""
         return int(np.count_nonzero(self.held))
 
     @property
     def expected_size(self) -> int:
-        """``size``, or what a budget of tokens buys of rows of average cost; at least 1, at most n."""
+        """``size``, or the number of rows of average cost that the tokens buy; at least 1, at most n."""
         if self.size is not None:
             return self.size
         tokens, costs = self.tokens_and_costs()
@@ -128,7 +128,7 @@ class Terms:
         return combinations_of(self.columns)[1]
 
     def spent(self, rows: NDArray[np.int64]) -> int:
-        """The cost of ``rows``: tokens, or rows."""
+        """The cost of ``rows``, in the unit of the budget: tokens or rows."""
         return len(rows) if self.costs is None else int(self.costs[rows].sum())
 
     def tokens_and_costs(self) -> tuple[int, NDArray[np.int64]]:

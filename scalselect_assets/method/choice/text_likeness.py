@@ -1,4 +1,4 @@
-"""The likeness of two samples' texts, which their vectors hardly show.
+"""The likeness of the texts of two samples, which their vectors hardly show.
 
 The vector of a sample is a mean of vision tokens, and the question only decides which of them are averaged.
 Two questions about one picture are therefore close by their vectors although they teach different things.
@@ -7,9 +7,9 @@ weighted by how rare it is in the pool (its inverse document frequency), so that
 decide little and "circle" decides much. What is asked and what is answered are compared apart, and the
 lower likeness counts.
 
-The likeness of two texts is the weight that they share, as a share of the shorter text. A text below
-`SHORTEST` of the other's weight counts as that much, so a question inside a long conversation is not its
-copy.
+The likeness of two texts is the weight that they share, as a share of the shorter text. A text that weighs
+less than `SHORTEST` of the other counts as weighing that much, so a question inside a long conversation is
+not its copy.
 
 Costs: 4 bytes for each distinct word and pair of a text, at most 2 KiB a sample, and 8 MiB of frequencies.
 """
@@ -54,7 +54,7 @@ class Shingles:
 
     @classmethod
     def of(cls, texts: Sequence[NDArray[np.uint32]]) -> "Shingles":
-        """The index of texts given as their `shingles`; hashes in one of 2²⁰ buckets share a frequency."""
+        """Collect the `shingles` of texts; hashes in the same one of 2²⁰ buckets share a frequency."""
         n = len(texts)
         start = np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64)
         hashes = np.concatenate([np.empty(0, np.uint32), *texts])
@@ -96,11 +96,11 @@ class Shingles:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextLikeness:
-    """Questions and answers of n samples, for comparison pair by pair.
+    """The questions and answers of n samples, compared pair by pair.
 
     Attributes:
-        asked: Texts of the turns of users and systems.
-        answered: Texts of the turns of assistants.
+        asked: Shingles of the turns of users and systems.
+        answered: Shingles of the turns of assistants.
     """
 
     asked: Shingles
@@ -111,7 +111,7 @@ class TextLikeness:
 
         Args:
             first: (m,) positions of samples.
-            second: (m,) positions of those that they are compared with.
+            second: (m,) positions of the samples that they are compared with.
         """
         return np.minimum(self.asked.likeness(first, second), self.answered.likeness(first, second))
 

@@ -17,7 +17,7 @@ _MINUS_ZERO_KEY = np.uint64(1 << 63)
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """The border of the `size` largest of `n` scores: all above `value`, and some of those equal to it.
+    """The lower end of the `size` largest of `n` scores: all above `value` and some of those equal to it.
 
     `n_above < size <= n_above + n_at`. All counts are of scores in the stream.
     """
@@ -53,7 +53,7 @@ def nth_largest(passes: Callable[[], Iterable[NDArray[np.float64]]], size: int) 
 
     Raises:
         ValueError: `size` is out of range, or a chunk has another shape or dtype or an inadmissible score.
-        RuntimeError: A later pass saw other scores than the first, as far as the counts tell.
+        RuntimeError: The counts show that a later pass read other scores than the first.
     """
     if size < 1:
         raise ValueError(f"Got size {size}; allowed is 1 up to the number of scores. Take at least one.")
@@ -152,16 +152,16 @@ def _blocks_of_keys(chunks: Iterable[NDArray[np.float64]]) -> Iterator[NDArray[n
 
 
 def _offsets_inside(keys: NDArray[np.uint64], lowest: int, bits: int) -> NDArray[np.uint64]:
-    """The distance from `lowest` of the keys in [lowest, lowest + 2**bits)."""
+    """The distance from `lowest` of each key in [lowest, lowest + 2**bits)."""
     if bits == 63:
         return keys
-    # Unsigned: what lies below the range wraps around to far above it, so that one comparison is enough.
+    # The numbers are unsigned: keys below the range wrap around to far above it, so one comparison is enough.
     offsets = keys - np.uint64(lowest)
     return offsets[offsets < np.uint64(1 << bits)]
 
 
 def _finer(bits: int) -> int:
-    """The number of low bits that are unknown once the next digit is known."""
+    """The number of low bits that are still unknown once the next digit is known."""
     return max(0, bits - _DIGIT_BITS)
 
 

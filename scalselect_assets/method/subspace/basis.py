@@ -26,7 +26,7 @@ class Subspace:
     Attributes:
         n: Number of rows in the fit.
         mean: (d,) float64.
-        scale: (d,) float64, what centred columns are divided by; all ones unless standardised.
+        scale: (d,) float64, the divisors of the centred columns; all ones unless standardised.
         directions: (d, k) float64, orthonormal columns, strongest first; in each, the component of largest
             magnitude is positive.
         singular_values: (k,) float64, those of the centred and scaled matrix, descending.
@@ -106,14 +106,14 @@ class Subspace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrincipalAxes:
-    """All energies of a pool, and what any number of its leading directions is computed from.
+    """All energies of a pool, and a factorisation that gives any number of its leading directions.
 
-    Holds one (d, d) float64 matrix.
+    It holds one (d, d) float64 matrix.
 
     Attributes:
         n: Number of rows in the fit.
         mean: (d,) float64.
-        scale: (d,) float64, what centred columns are divided by.
+        scale: (d,) float64, the divisors of the centred columns.
         spectrum: (rank,) float64, all squared singular values that are not zero numerically, descending.
         diagonal: (d,) float64, of the tridiagonal form T = QᵀSQ of the scatter matrix S.
         off_diagonal: (d - 1,) float64, of T.
@@ -187,7 +187,7 @@ class PrincipalAxes:
         return vectors
 
     def _tridiagonal_eigenvectors(self, k: int) -> NDArray[np.float64]:
-        """(d, k), of the k largest eigenvalues of T, ascending; orthonormal also where energies are equal."""
+        """The eigenvectors of the k largest eigenvalues of T, ascending, (d, k); always orthonormal."""
         d = self.d
         vectors: NDArray[np.float64]
         try:

@@ -30,7 +30,7 @@ class DeviceSums:
         self._begun = False
 
     def add(self, x: NDArray[Any]) -> bool:
-        """Add (m, d) rows; whether all sums are still finite."""
+        """Add (m, d) rows; return whether all sums are still finite."""
         # Narrower floats are exact in float32; integers and wider floats need float64.
         kind = np.float32 if x.dtype in (np.float16, np.float32) else np.float64
         size = max(1, _BLOCK_BYTES // (x.shape[1] * np.dtype(kind).itemsize))

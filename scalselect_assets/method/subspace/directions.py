@@ -1,8 +1,8 @@
-"""Which directions a row's leverage comes from, and which rows are like it.
+"""The directions that a row's leverage comes from, and the rows that are similar to it.
 
 A row x of a pool has the coordinates u = (x - μ) V_k S_k⁻¹ in the basis, its row of U_k; its leverage is
-‖u‖². So u_j² is what direction j adds to it, and the sign tells on which side of the mean the row lies.
-All in float64.
+‖u‖². So direction j adds u_j² to it, and the sign of u_j gives the side of the mean that the row lies on.
+All computations are in float64.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ class StrongestDirections:
     """The directions that add most to the leverage of each of m rows, strongest first.
 
     Attributes:
-        direction: (m, n) int64: which, from 1; ties by number.
-        share: (m, n) float64: its part of the row's leverage, in [0, 1]; 0 where the leverage is 0.
+        direction: (m, n) int64: number of the direction, from 1; ties by number.
+        share: (m, n) float64: the direction's part of the leverage, in [0, 1]; 0 where the leverage is 0.
         coordinate: (m, n) float64: u_ij, whose square is that part.
     """
 
@@ -68,7 +68,7 @@ def strongest_directions(subspace: Subspace, vectors: NDArray[Any], n: int = 3) 
     Args:
         subspace: The basis that the rows are scored with.
         vectors: (m, d) rows as they are scored (`preprocessing.prepared_rows`).
-        n: Number of directions, from 1 on.
+        n: Number of directions for each row, at least 1.
 
     Raises:
         ValueError: ``vectors`` is not a matrix of the subspace's width, or ``n`` is less than 1.
@@ -85,9 +85,10 @@ def strongest_directions(subspace: Subspace, vectors: NDArray[Any], n: int = 3) 
 
 
 def variance_between(total: NDArray[np.float64], n_marked: int, n: int) -> NDArray[np.float64]:
-    """The share of each direction's variance that lies between some marked rows and all others.
+    """The share of each direction's variance between some marked rows and all others of the pool.
 
-    1 where a direction does nothing but tell the marked rows from the others, 0 where it tells nothing of it.
+    It is 1 for a direction that only separates the marked rows from the others, and 0 for one that does not
+    separate them at all.
     Over the pool, coordinates sum to 0 and their squares to 1, so the variance between the two groups follows
     from one sum: with S over m of n rows, it is S²/m + S²/(n - m) = S²·n / (m·(n - m)).
 
@@ -101,14 +102,14 @@ def variance_between(total: NDArray[np.float64], n_marked: int, n: int) -> NDArr
 
 
 def centred_cosines(subspace: Subspace, x: NDArray[Any], row: NDArray[Any]) -> NDArray[np.float64]:
-    """The likeness of rows to one row, centred on the basis' mean and divided by its scale.
+    """The cosines of rows with one row, after centring on the basis' mean and division by its scale.
 
     Costs O(m·d) time and O(m) memory.
 
     Args:
         subspace: The basis.
         x: (m, d) rows as they are scored.
-        row: (d,) the one row, likewise.
+        row: (d,) the one row, in the form that is scored.
 
     Returns:
         (m,) float64 in [-1, 1]; 0 where either lies at the mean, where there is no angle.

@@ -1,7 +1,7 @@
-"""Drift: how far a pool's scores move when its basis is fitted again.
+"""Drift: the change of a pool's scores when its basis is fitted again.
 
-Answered from the two bases and the moments of the new pool alone, so that nobody has to score every row twice
-to learn that nothing changed.
+It is computed from the two bases and the moments of the new pool alone, so no row has to be scored twice to
+learn that nothing changed.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class Drift:
     """The differences between a new basis and an old one.
 
     Attributes:
-        score_change: At most this is the mean absolute change of the normalised score n/k · leverage, whose
-            mean over its own pool is 1, over the rows of the new pool. 0 for equal bases.
-        largest_angle: Of the min(k) principal angles between the two spans, in degrees. Each span is taken in
-            its own standardised coordinates, where a change of a column's scale is no rotation.
+        score_change: Bound on the mean absolute change, over the rows of the new pool, of the normalised
+            score n/k · leverage, whose mean over its own pool is 1. 0 for equal bases.
+        largest_angle: Largest of the min(k) principal angles between the two spans, in degrees. Each span is
+            taken in its own standardised coordinates, where a change of a column's scale is no rotation.
         energy_kept: Share in [0, 1] of the energy of the new directions that lies in the old span; 1.0 where
             there are no new directions.
     """
@@ -55,7 +55,7 @@ def basis_drift(old: Subspace, new: Subspace, moments: Moments) -> Drift:
     Args:
         old: The basis that scores were computed from.
         new: The basis that replaces it.
-        moments: Those that ``new`` was fitted on.
+        moments: The moments that ``new`` was fitted on.
 
     Raises:
         ValueError: The dimensions differ, or the moments are not those of the new basis.

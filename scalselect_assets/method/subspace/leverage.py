@@ -58,9 +58,9 @@ class LeverageScorer:
 
     @property
     def normalisation(self) -> float:
-        """The factor n/k, which makes scores average 1 over the pool, so that pools can be compared.
+        """The factor n/k, which scales scores to a mean of 1 over the pool, to compare pools.
 
-        0.0 where k is 0, and all scores are.
+        It is 0.0 where k is 0 and thus all scores are 0.
         """
         return self._subspace.n / self._subspace.k if self._subspace.k else 0.0
 
@@ -75,7 +75,7 @@ class LeverageScorer:
 
         Args:
             x: (m, d) rows of any real dtype.
-            names: What error messages call the rows; by default their number in the batch.
+            names: Names of the rows in error messages; by default their number in the batch.
 
         Raises:
             NonFiniteError: A row holds NaN or an infinity.
@@ -102,7 +102,7 @@ class LeverageScorer:
 
         def score(start: int) -> None:
             rows = x[start : start + _BLOCK_ROWS]
-            # What is not finite is reported by the caller, with its row.
+            # The caller reports values that are not finite, with their row.
             with np.errstate(invalid="ignore", over="ignore"):
                 projected = self._centred(rows) @ self._whitening
                 scores[start : start + len(rows)] = np.square(projected, dtype=np.float64).sum(axis=1)
@@ -140,11 +140,11 @@ class LeverageScorer:
 
 
 def ranked(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scores as they are ranked: rounded to the digits that are exact, so that equal rows tie.
+    """The scores for ranking, rounded to the digits that are exact, so that equal rows tie.
 
     The same row in another place, or embedded in another batch, has a score that is off by rounding, some
     1e-6 of it. Rounding to 18 binary digits moves a score by 4e-6 at most, an error that it may have anyway.
-    Two that lie on both sides of a rounding border still differ, by one step; see
+    Two scores on either side of a rounding border still differ by one step; see
     `candidates.levelled`.
 
     Args:

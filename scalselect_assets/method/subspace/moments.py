@@ -1,7 +1,8 @@
 """Moments: row count, mean and scatter matrix of a pool, built batch by batch and merged shard by shard.
 
-Everything that the subspace needs to know about n rows fits in d(d+1)/2 + d + 1 numbers, and these add: a
-changed shard costs one shard. All sums are float64, whatever the rows are stored in.
+Everything that the subspace needs to know about n rows fits in d(d+1)/2 + d + 1 numbers, and these can be
+added: an update for a changed shard reads only that shard. All sums are float64, whatever the dtype of the
+rows.
 """
 
 import os
@@ -171,7 +172,7 @@ class MomentsAccumulator:
 
         Args:
             x: (m, d) rows of any real dtype; summed in float64.
-            names: What error messages call the rows, m of them; by default their number in the stream.
+            names: Names of the m rows in error messages; by default their number in the stream.
 
         Raises:
             NonFiniteError: A row holds NaN or an infinity.
@@ -218,7 +219,7 @@ class MomentsAccumulator:
 
         def convert(first: int) -> NDArray[np.float64]:
             total = np.zeros(len(shift))
-            # What is not finite is reported by the caller, with its row.
+            # The caller reports values that are not finite, with their row.
             with np.errstate(invalid="ignore", over="ignore"):
                 for start in range(first, min(first + _TASK_ROWS, len(rows)), _CHUNK_ROWS):
                     chunk = target[start : start + _CHUNK_ROWS]
@@ -297,7 +298,7 @@ def add_outer(packed: NDArray[np.float64], vector: NDArray[np.float64], weight: 
 
 
 def check_same_dimension(a: Moments, b: Moments) -> None:
-    """Refuse what cannot be added.
+    """Refuse moments that cannot be added.
 
     Raises:
         ValueError: The dimensions differ.
@@ -313,8 +314,8 @@ def check_same_dimension(a: Moments, b: Moments) -> None:
 def one_blas_thread_per_core() -> Iterator[Callable[..., Iterator[Any]]]:
     """A ``map`` over as many threads as BLAS may use, while BLAS uses one in each call.
 
-    One caller at a time: the limit is one of the process, and the cores are busy anyway. An interruption
-    waits for the end of the block.
+    Only one caller runs at a time: the limit applies to the whole process, and the cores are busy anyway. An
+    interruption waits for the end of the block.
     """
     threads = _threads(n_cores())
     with deferred(), _ONE_CALLER, _blas().limit(limits=1, user_api="blas"):
@@ -331,13 +332,13 @@ def n_cores() -> int:
 
 @cache
 def _threads(n: int) -> ThreadPoolExecutor:
-    """Kept, since starting threads takes longer than a small batch; they end with the process."""
+    """A cached pool of threads: starting them takes longer than a small batch. They end with the process."""
     return ThreadPoolExecutor(n, thread_name_prefix="scalselect")
 
 
 @cache
 def _blas() -> ThreadpoolController:
-    """Finding the libraries takes milliseconds, so it is done once."""
+    """The controller of BLAS threads, cached because finding the libraries takes milliseconds."""
     return ThreadpoolController()
 
 
@@ -363,8 +364,8 @@ def finite_rows(
 
     Args:
         x: (m, d) rows of any real dtype.
-        first_row: What the error message calls row 0.
-        names: What it calls the rows instead.
+        first_row: Number of row 0 in the error message.
+        names: Names of the rows in the error message, instead of numbers.
 
     Raises:
         NonFiniteError: A row holds NaN or an infinity; the message names the first such row.

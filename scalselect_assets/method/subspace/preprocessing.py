@@ -1,4 +1,4 @@
-"""Preprocessing of the embeddings before their subspace is computed.
+"""The preprocessing of embeddings before their subspace is computed.
 
 The paper's own runs centre the columns and nothing else, and so does the default. Two further steps of its
 scoring script are offered, both off: rows of unit length (here, before the moments, since each row needs only
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 def prepared_rows(x: NDArray[Any], *, to_unit_length: bool) -> NDArray[Any]:
-    """Rows as the moments and the scores take them.
+    """The rows in the form that the moments and the scores use.
 
     Args:
         x: (m, d) rows of any real dtype.

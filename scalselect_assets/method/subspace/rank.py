@@ -1,7 +1,7 @@
-"""Rank rules: how many leading directions of a pool count as its dominant subspace.
+"""Rank rules: the number of leading directions that form the dominant subspace of a pool.
 
-The paper keeps a fixed share of the energy. Where nobody knows that share, two rules read the number from
-the data: Gavish & Donoho ask how many directions stand above white noise; Roy & Vetterli ask over how many
+The paper keeps a fixed share of the energy. If that share is unknown, two rules read the number from the
+data: Gavish & Donoho ask how many directions stand above white noise; Roy & Vetterli ask over how many
 directions the energy spreads, with no noise model and no knob. Both need only the spectrum, n and d, which
 the moments hold; rules that resample, such as parallel analysis, would need further passes over the rows.
 """
@@ -31,12 +31,12 @@ class RankRule(Protocol):
         Args:
             spectrum: (r,) float64, the nonzero squared singular values of the centred matrix, descending.
             n: Number of rows of that matrix.
-            d: Its width.
+            d: Width of that matrix.
         """
         ...
 
     def describe(self) -> dict[str, str | float | int]:
-        """The name and the settings of the rule, for display and for hashing."""
+        """The name and the settings that identify the rule, for display and for hashing."""
         ...
 
 
@@ -127,8 +127,8 @@ class GavishDonoho:
         """See ``RankRule.rank``.
 
         Raises:
-            ValueError: More than half of the singular values are zero, so that they tell no noise level. The
-                threshold would be zero and keep every direction down to rounding, which nobody asked for.
+            ValueError: More than half of the singular values are zero, so they give no noise level. The
+                threshold would be zero and would keep every direction, even those that are only rounding.
         """
         rank = len(spectrum)
         if rank == 0:
@@ -187,8 +187,8 @@ def parse_rank_rule(text_or_int: str | int, energy: float = DEFAULT_ENERGY_THRES
         energy: The threshold of "energy"; the other rules do not read it.
 
     Raises:
-        ValueError: No rule has this name, the number is below 1, or "energy" meets a threshold outside
-            (0, 1].
+        ValueError: No rule has this name, the number is below 1, or the threshold of "energy" is
+            outside (0, 1].
     """
     if isinstance(text_or_int, int) and not isinstance(text_or_int, bool):
         return FixedRank(text_or_int)
@@ -242,7 +242,7 @@ def _marchenko_pastur_median(beta: float) -> float:
 
     With x = 1 + β + 2√β·cos(t) the density becomes smooth, so its square-root edges cost no accuracy.
     """
-    # Here, since every declaration of a selection imports this module to check the rule's name.
+    # Import this here, because every declaration of a selection imports this module to check the rule's name.
     from scipy.integrate import quad
     from scipy.optimize import brentq
 

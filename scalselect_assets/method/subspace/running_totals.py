@@ -1,6 +1,6 @@
 """Running totals of a pool's moments, from which a shard can be taken out as exactly as it was put in.
 
-A shard that is replaced or removed costs that shard, not the pool. Subtraction is where digits are usually
+Replacing or removing a shard reads only that shard, not the pool. Subtraction is where digits are usually
 lost: a shard of wild values that passes through would leave its rounding behind for ever. So everything here,
 down to the difference of two means, is an unevaluated sum of two float64 numbers, some 32 digits, about a
 point that never moves: putting a shard in and taking it out adds and subtracts the same numbers, and a point
@@ -26,11 +26,12 @@ class RunningMoments:
         n: Number of rows.
         reference: (d,) float64, the point that the totals are about.
         total: (2, d) float64, Σ(x - reference); the value is the sum over the first axis.
-        gram_upper: (2, d(d+1)/2) float64, upper triangle of Σ(x - reference)(x - reference)ᵀ, likewise.
+        gram_upper: (2, d(d+1)/2) float64, upper triangle of Σ(x - reference)(x - reference)ᵀ; the
+            value is the sum over the first axis.
     """
 
     def __init__(self, reference: Array) -> None:
-        """No rows, about ``reference``, (d,) float64; any point does, best one among the rows."""
+        """Begin with no rows, about the point ``reference``, (d,) float64; best is a point among the rows."""
         d = len(reference)
         self.n = 0
         self.reference = reference

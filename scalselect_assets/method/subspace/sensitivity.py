@@ -1,7 +1,7 @@
-"""The influence of the rank on the choice: the same rows chosen with fewer or more directions.
+"""The sensitivity of the choice to the rank: the share of rows chosen alike with fewer or more directions.
 
-The energy threshold is the method's one free choice, so whoever looks at a basis should see what another one
-would have done.
+The energy threshold is the method's only free parameter, so a person who looks at a basis should see the
+effect of another one.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _BLOCK_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class RankAlternative:
-    """The choice under another rank.
+    """The choice that another rank would make.
 
     Attributes:
         rule: The rule that gave the rank.
